@@ -1,0 +1,33 @@
+"""Shared fixtures: one thread, fixed seeds, golden numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ttt_ops_golden():
+    return load_file(GOLDEN / "ttt_ops_seed0.safetensors")
+
+
+@pytest.fixture(scope="session")
+def ttt_layer_golden():
+    return load_file(GOLDEN / "ttt_layer_seed0.safetensors")
+
+
+@pytest.fixture(scope="session")
+def kyutai_golden():
+    """The golden tensors and their JSON: (dict of tensors, dict with lm_kwargs, loss, scalars)."""
+    return load_file(GOLDEN / "kyutai_seed0.safetensors"), json.loads((GOLDEN / "kyutai_seed0.json").read_text())
