@@ -1,0 +1,126 @@
+"""Files that are either whole or absent: atomic writes, hashes, manifests, names that stay inside their folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+MANIFEST = "manifest.json"
+
+
+def _sync(path: Path) -> None:
+    """Make what was written to a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader, or a kill at any moment, sees the old file or the new one and nothing between."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling folder to fill; on success it becomes `path` (an older one is replaced), on an error it vanishes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for item in sorted(temporary.rglob("*")):
+            _sync(item)
+        _sync(temporary)
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            # a folder cannot replace a full one in one step: move the old aside, so that one of the two is always whole
+            old = path.parent / f".{path.name}.old.tmp"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: str | os.PathLike[str]) -> Path:
+    """Write manifest.json: relative name -> size in bytes and sha256, for every other file below `folder`."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
+    table = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    atomic_write(folder / MANIFEST, json.dumps({"files": table}, indent=1))
+    return folder / MANIFEST
+
+
+def check_manifest(folder: str | os.PathLike[str]) -> list[str]:
+    """Compare a folder with its manifest; returns problems as sentences, an empty list when all is well."""
+    folder = Path(folder)
+    try:
+        table = json.loads((folder / MANIFEST).read_text())["files"]
+        wanted = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in table.items()}
+    except FileNotFoundError:
+        return [f"{folder} has no {MANIFEST}."]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / MANIFEST} cannot be read ({error})."]
+    problems = []
+    for name, (size, digest) in wanted.items():
+        try:
+            path = inside(folder, name)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if not path.is_file():
+            problems.append(f"{name} is missing.")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {size}.")
+        elif sha256(path) != digest:
+            problems.append(f"{name} has other contents than the manifest says.")
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    problems += [f"{name} is not in the manifest." for name in sorted(found - set(wanted))]
+    return problems
+
+
+def inside(root: str | os.PathLike[str], name: str) -> Path:
+    """The path of `name` below `root`; ValueError when it is absolute or leaves the folder (`..`, a link out of it)."""
+    root = Path(root)
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or (len(name) > 1 and name[1] == ":"):
+        raise ValueError(f"The file name {name!r} leaves its folder {root}: use a relative name without '..'.")
+    path = root / pure
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"The file name {name!r} leaves its folder {root} through a link: put the file itself there.")
+    return path

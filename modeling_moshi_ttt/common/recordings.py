@@ -1,0 +1,106 @@
+"""Recordings with word times, as moshi-finetune's users hold them: a jsonl of paths, and beside each sound file its words."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import inside
+
+MAIN_SPEAKER = "SPEAKER_MAIN"
+USER_SPEAKER = "SPEAKER_USER"
+Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One stereo recording: left channel Moshi, right channel the user.
+
+    `words` are (text, (start, end), speaker) sorted by start, times in seconds; None when nothing was aligned.
+    """
+
+    path: Path
+    duration: float
+    words: tuple[Word, ...] | None = None
+
+
+def read_manifest(
+    path: str | os.PathLike[str], allow_outside: bool = False, problems: list[str] | None = None
+) -> list[Recording]:
+    """Read a jsonl of {"path", "duration"} lines; paths are relative to the file, words come from the .json beside each sound.
+
+    `allow_outside` permits absolute paths and '..'. With a list in `problems`, bad lines are described there and left out;
+    without it they raise one ValueError that names them all. A missing or empty manifest always raises.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such manifest (a .jsonl of {{\"path\": …, \"duration\": …}} lines).")
+    found: list[str] = []
+    recordings: list[Recording] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                recordings.append(_read_line(path, line, allow_outside))
+            except (ValueError, OSError) as error:
+                found.append(f"{path}, line {number}: {error}")
+    if not recordings and not found:
+        raise ValueError(f"{path}: the manifest is empty.")
+    if problems is None and found:
+        raise ValueError("\n".join(found))
+    if problems is not None:
+        problems += found
+    return recordings
+
+
+def _read_line(manifest: Path, line: str, allow_outside: bool) -> Recording:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error}).") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise ValueError('a line must be {"path": "a.wav", "duration": seconds}.')
+    duration = entry.get("duration")
+    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not (math.isfinite(duration) and duration > 0):
+        raise ValueError(f"duration is {duration!r}, it must be a number of seconds > 0.")
+    sound = manifest.parent / entry["path"] if allow_outside else inside(manifest.parent, entry["path"])
+    if not sound.is_file():
+        raise FileNotFoundError(f"there is no sound file {sound}.")
+    return Recording(sound, float(duration), read_words(sound.with_suffix(".json")))
+
+
+def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
+    """Words of moshi-finetune's {"alignments": […]} or J-Moshi's list of {speaker, word, start, end}; None when the file is missing."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the words are not JSON ({error}).") from None
+    if isinstance(data, dict) and isinstance(data.get("alignments"), list):
+        items = data["alignments"]
+    elif isinstance(data, list):
+        items = data
+    else:
+        raise ValueError(f'{path}: words must be {{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], …]}}.')
+    words = [_word(path, i, item) for i, item in enumerate(items)]
+    return tuple(sorted(words, key=lambda word: word[1][0]))
+
+
+def _word(path: Path, index: int, item: Any) -> Word:
+    try:
+        if isinstance(item, dict):  # J-Moshi: speaker A is the left channel
+            text, start, end = item["word"], float(item["start"]), float(item["end"])
+            speaker = {"A": MAIN_SPEAKER, "B": USER_SPEAKER}.get(item["speaker"], item["speaker"])
+        else:
+            text, (start, end), speaker = item[0], map(float, item[1]), item[2]
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ValueError(f"{path}: word {index} is {item!r}, it must be [\"word\", [start, end], \"speaker\"].") from None
+    if not (isinstance(text, str) and isinstance(speaker, str) and math.isfinite(start) and math.isfinite(end)):
+        raise ValueError(f"{path}: word {index} is {item!r}: text and speaker must be strings, times finite.")
+    return text, (start, end), speaker

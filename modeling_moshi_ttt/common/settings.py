@@ -1,0 +1,153 @@
+"""Strict settings: a dataclass filled from YAML and key=value overrides; what is not understood is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: 1e-4 is a number here too, where YAML 1.1 reads a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
+    """Fill the dataclass `cls` from the YAML file `path` (None: defaults alone) and overrides such as "optim.lr=1e-4".
+
+    Raises ValueError naming the key (with the nearest known one) or the wrong type; FileNotFoundError when the file is missing.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read(Path(path))
+    for override in overrides:
+        _override(data, override)
+    where = str(path) if path is not None else cls.__name__
+    return _fill(cls, data, where, "")
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The settings as plain dicts and lists, ready for YAML or JSON."""
+    return dataclasses.asdict(settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, it holds a {type(data).__name__}.")
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ValueError(f"The override {override!r} must have the form key=value, as in optim.lr=1e-4.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        value = text
+    for part in parts[:-1]:
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
+        if not isinstance(data, dict):
+            raise ValueError(f"The override {override!r} goes below {part!r}, which holds a plain value.")
+    data[parts[-1]] = value
+
+
+def _fill(cls: type[T], data: dict[Any, Any], where: str, prefix: str) -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else "there are no settings here."
+            raise ValueError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
+    missing = [
+        prefix + name
+        for name, field in fields.items()
+        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}; add it to the file or give {missing[0]}=value.")
+    return cls(**{key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
+    """`value` as type `hint`, or ValueError; numbers never become strings or the other way round in silence."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, where, name)
+    if origin is Literal:
+        if value in args and any(type(value) is type(a) for a in args if a == value):
+            return value
+        raise ValueError(f"{where}: {name} is {value!r}, it must be one of {', '.join(map(repr, args))}.")
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if value is None:
+            value = {}
+        if isinstance(value, dict):
+            return _fill(hint, value, where, name + ".")
+        raise _wrong(where, name, value, "a group of settings")
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(where, name, value, "a list")
+        return origin(_convert(args[0] if args else Any, item, where, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, name, value, "a mapping")
+        return {key: _convert(args[1] if args else Any, item, where, f"{name}.{key}") for key, item in value.items()}
+    return _convert_plain(hint, value, where, name)
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, where: str, name: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    errors = []
+    for arg in args:
+        if arg is not type(None):
+            try:
+                return _convert(arg, value, where, name)
+            except ValueError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _convert_plain(hint: Any, value: Any, where: str, name: str) -> Any:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
+    if hint in names and type(value) is hint:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    raise _wrong(where, name, value, names.get(hint, str(hint)))
+
+
+def _wrong(where: str, name: str, value: Any, wanted: str) -> ValueError:
+    return ValueError(f"{where}: {name} is {value!r} ({type(value).__name__}), it must be {wanted}.")

@@ -1,0 +1,80 @@
+"""Atomic files, manifests and names that stay inside their folder."""
+
+import json
+
+import pytest
+
+from modeling_moshi_ttt.common.files import atomic_folder, atomic_write, check_manifest, inside, sha256, write_manifest
+
+
+def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
+    atomic_write(tmp_path / "a" / "x.txt", "one")
+    atomic_write(tmp_path / "a" / "x.txt", b"two")
+    assert (tmp_path / "a" / "x.txt").read_text() == "two"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.txt"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    atomic_write(tmp_path / "x", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_atomic_folder_appears_whole_or_not_at_all(tmp_path):
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "run") as folder:
+        (folder / "b").write_text("2")
+        raise RuntimeError("killed")
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "a"]
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "c").write_text("3")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "run"]
+
+
+def test_manifest_finds_every_kind_of_damage(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "sub/b"):
+        (tmp_path / name).write_bytes(b"0123456789")
+    write_manifest(tmp_path)
+    assert check_manifest(tmp_path) == []
+    (tmp_path / "a").write_bytes(b"0123456780")
+    assert check_manifest(tmp_path) == ["a has other contents than the manifest says."]
+    (tmp_path / "a").write_bytes(b"")
+    assert "0 bytes" in check_manifest(tmp_path)[0]
+    (tmp_path / "a").unlink()
+    assert check_manifest(tmp_path) == ["a is missing."]
+    (tmp_path / "a").write_bytes(b"0123456789")
+    (tmp_path / "new").write_bytes(b"")
+    assert check_manifest(tmp_path) == ["new is not in the manifest."]
+    (tmp_path / "manifest.json").write_text("{")
+    assert "cannot be read" in check_manifest(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"../x": {"size": 1, "sha256": "0"}}}))
+    assert any("leaves its folder" in problem for problem in check_manifest(tmp_path))
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a\\..\\..\\x", "C:/x", "x\0y"])
+def test_inside_refuses_names_that_leave(tmp_path, name):
+    with pytest.raises(ValueError, match="leaves its folder"):
+        inside(tmp_path, name)
+
+
+def test_inside_refuses_links_out_of_the_folder(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="through a link"):
+        inside(tmp_path / "root", "link/x")
+    assert inside(tmp_path / "root", "a/b.wav") == tmp_path / "root" / "a" / "b.wav"

@@ -1,0 +1,74 @@
+"""Strict settings: every misunderstanding is refused by name."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from modeling_moshi_ttt.common.settings import load_settings, to_dict
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-3
+    steps: int = 10
+
+
+@dataclass
+class Run:
+    name: str
+    mode: Literal["lora", "ttt"] = "lora"
+    optim: Optim = field(default_factory=Optim)
+    sources: list[str] = field(default_factory=list)
+    resume: str | None = None
+    seed: int = 0
+    fast: bool = False
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_file_and_overrides(tmp_path):
+    path = write(tmp_path, "name: a\noptim:\n  lr: 1e-4\nsources: [x, y]\nextra: {b: 2}\n")
+    run = load_settings(Run, path, ["optim.steps=20", "mode=ttt", "resume=last", "fast=true"])
+    assert run == Run("a", "ttt", Optim(1e-4, 20), ["x", "y"], "last", 0, True, {"b": 2.0})
+    assert to_dict(run)["optim"] == {"lr": 1e-4, "steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nsede: 1", "unknown key 'sede'; did you mean 'seed'"),
+        ("name: a\noptim: {lrr: 1}", "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
+        ("name: a\nseed: 1.5", "seed is 1.5 .float., it must be a whole number"),
+        ("name: a\nseed: true", "seed is True .bool., it must be a whole number"),
+        ("name: 3", "name is 3 .int., it must be a text"),
+        ("name: a\nmode: lroa", "mode is 'lroa', it must be one of 'lora', 'ttt'"),
+        ("name: a\noptim: 3", "optim is 3 .int., it must be a group of settings"),
+        ("name: a\nsources: x", "sources is 'x' .str., it must be a list"),
+        ("name: a\nsources: [1]", r"sources\[0\] is 1"),
+        ("name: a\nfast: 1", "fast is 1 .int., it must be true or false"),
+        ("name: a\noptim: {lr: fast}", "optim.lr is 'fast' .str., it must be a number"),
+        ("seed: 1", "missing 'name'"),
+        ("- a", "must hold `key: value` lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_wrong_files_are_refused_by_name(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_settings(Run, write(tmp_path, text))
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "optim.=1", "name.x=1"])
+def test_wrong_overrides(tmp_path, override):
+    with pytest.raises(ValueError, match="override"):
+        load_settings(Run, write(tmp_path, "name: a"), [override])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_settings(Run, tmp_path / "none.yaml")
