@@ -1,0 +1,207 @@
+"""Configuration of Moshi with Test-Time-Training layers."""
+
+import re
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import MoshiConfig, PreTrainedConfig
+
+MIXERS = ("linear", "mlp")
+ROPES = ("mini_batch", "absolute", "none")
+IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
+# Published inner learning rates, TTT paper section 2.7 (linear) and appendix (MLP).
+DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+
+
+def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
+    """Turn a choice of layers into a sorted list of layer numbers.
+
+    Args:
+        layers: a list of numbers; or "all", "middle" (the middle third), "last:9", or ranges such as "23-31" and "0,4,8-11".
+        num_hidden_layers: how many layers the temporal transformer has.
+
+    Raises:
+        ValueError: the text is not understood, a layer is repeated, or it lies outside `[0, num_hidden_layers)`.
+    """
+    last = num_hidden_layers - 1
+    if isinstance(layers, str):
+        numbers = _parse_layer_text(layers.strip(), num_hidden_layers)
+    else:
+        numbers = list(layers)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"`ttt_layers` holds {number!r}; it takes whole layer numbers from 0 to {last}.")
+        if not 0 <= number <= last:
+            raise ValueError(f"`ttt_layers` names layer {number}, but the model has layers 0 to {last} (`num_hidden_layers={num_hidden_layers}`).")
+    repeated = sorted({number for number in numbers if numbers.count(number) > 1})
+    if repeated:
+        raise ValueError(f"`ttt_layers` names layer {repeated[0]} more than once; name each layer once.")
+    return sorted(numbers)
+
+
+def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
+    if text == "all":
+        return list(range(num_hidden_layers))
+    if text == "middle":
+        third = num_hidden_layers // 3
+        return list(range(third, num_hidden_layers - third))
+    if match := re.fullmatch(r"last:(\d+)", text):
+        if int(match[1]) > num_hidden_layers:
+            raise ValueError(f"`ttt_layers={text!r}` asks for more layers than the model has (`num_hidden_layers={num_hidden_layers}`).")
+        return list(range(num_hidden_layers - int(match[1]), num_hidden_layers))
+    numbers: list[int] = []
+    for part in text.split(",") if text else []:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f'`ttt_layers={text!r}` is not understood; write a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".')
+        numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return numbers
+
+
+@strict
+class MoshiTTTConfig(MoshiConfig):
+    r"""Configuration of [`MoshiTTTForConditionalGeneration`]: every field of `MoshiConfig`, and these.
+
+    Args:
+        ttt_layers (`list[int]` or `str`, defaults to `"middle"`):
+            Layers of the temporal transformer with a TTT layer after attention: a list, `"23-31"`, `"0,4,8-11"`, `"all"`, `"middle"` (the middle third),
+            `"last:9"`; stored as a list. An empty list is plain Moshi.
+        ttt_mixer (`str`, defaults to `"mlp"`): the inner model, `"linear"` or `"mlp"`.
+        ttt_num_heads (`int`, *optional*): TTT heads; `num_attention_heads` unless given.
+        ttt_head_dim (`int`, *optional*): width of a TTT head; `hidden_size / ttt_num_heads` unless given.
+        ttt_mini_batch_size (`int`, defaults to 16): frames per inner mini-batch; 1 is online gradient descent.
+        ttt_base_lr (`float`, *optional*): inner learning rate; 1.0 for `"linear"`, 0.1 for `"mlp"` unless given.
+        ttt_rope (`str`, defaults to `"mini_batch"`): rotary positions inside the TTT layer: `"mini_batch"` (t mod b), `"absolute"` or `"none"`.
+        ttt_gate_init (`float`, defaults to 0.1): start of `gating_alpha`; the layer's output is scaled by its tanh.
+        ttt_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norm of the inner model.
+        scan_checkpoint_group_size (`int`, defaults to 16): mini-batches recomputed together in backward; changes memory and time, never a number.
+        ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`, `"reference"`.
+        num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
+        audio_delays (`list[int]`, *optional*):
+            Delay in frames of each audio codebook, Moshi's first, then the user's; `[0, 1, 1, ...]` for either unless given. Text has none.
+        text_padding_ids (`list[int]`, defaults to `[3, 0]`): text ids that say "no word here" (padding, end of padding).
+        text_padding_weight (`float`, defaults to 0.5): weight of those ids in the text loss.
+        semantic_loss_weight (`float`, defaults to 100): weight of the first (semantic) codebook in the audio loss; the others weigh 1.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, its value and what would be right.
+    """
+
+    model_type = "moshi_ttt"
+
+    ttt_layers: list[int] | str = "middle"
+    ttt_mixer: str = "mlp"
+    ttt_num_heads: int | None = None
+    ttt_head_dim: int | None = None
+    ttt_mini_batch_size: int = 16
+    ttt_base_lr: float | int | None = None
+    ttt_rope: str = "mini_batch"
+    ttt_gate_init: float | int = 0.1
+    ttt_norm_eps: float = 1e-6
+    scan_checkpoint_group_size: int = 16
+    ttt_implementation: str = "auto"
+    num_user_codebooks: int | None = None
+    audio_delays: list[int] | None = None
+    text_padding_ids: list[int] | None = None
+    text_padding_weight: float | int = 0.5
+    semantic_loss_weight: float | int = 100.0
+
+    def __post_init__(self, **kwargs):
+        if self.audio_vocab_size is None and self.audio_encoder_config is None:
+            self.audio_vocab_size = 2048
+        # As a dict, the parent fills in what the depth decoder shares with the model: vocabularies, widths, codebooks.
+        depth = self.depth_decoder_config
+        self.depth_decoder_config = depth.to_dict() if isinstance(depth, PreTrainedConfig) else dict(depth or {})
+        self._check_choices()
+        self.ttt_layers = parse_layers(self.ttt_layers, self.num_hidden_layers)
+        self._fill_heads()
+        if self.ttt_base_lr is None:
+            self.ttt_base_lr = DEFAULT_BASE_LR[self.ttt_mixer]
+        if self.num_user_codebooks is None:
+            self.num_user_codebooks = self.num_codebooks
+        if self.text_padding_ids is None:
+            self.text_padding_ids = [3, 0]
+        if self.audio_delays is None:
+            self.audio_delays = [min(k, 1) for count in (self.num_codebooks, self.num_user_codebooks) for k in range(count)]
+        self._check_codebooks()
+        super().__post_init__(**kwargs)
+        self._check_rope()
+
+    def _check_choices(self) -> None:
+        choices = {"ttt_mixer": MIXERS, "ttt_rope": ROPES, "ttt_implementation": IMPLEMENTATIONS}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"`{field}={getattr(self, field)!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+        for field in ("ttt_mini_batch_size", "scan_checkpoint_group_size", "num_codebooks", "num_hidden_layers"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}={getattr(self, field)}` must be at least 1.")
+        for field in ("text_padding_weight", "semantic_loss_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"`{field}={getattr(self, field)}` must not be negative.")
+        for field in ("ttt_norm_eps", "ttt_base_lr"):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
+                raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
+
+    def _fill_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"`num_attention_heads={self.num_attention_heads}` does not divide `hidden_size={self.hidden_size}`.")
+        if self.ttt_num_heads is None:
+            self.ttt_num_heads = self.num_attention_heads
+        if self.ttt_num_heads < 1:
+            raise ValueError(f"`ttt_num_heads={self.ttt_num_heads}` must be at least 1.")
+        if self.ttt_head_dim is None:
+            if self.hidden_size % self.ttt_num_heads:
+                raise ValueError(
+                    f"`ttt_num_heads={self.ttt_num_heads}` does not divide `hidden_size={self.hidden_size}`; choose a divisor or set `ttt_head_dim`."
+                )
+            self.ttt_head_dim = self.hidden_size // self.ttt_num_heads
+        if self.ttt_head_dim < 2 or (self.ttt_head_dim % 2 and self.ttt_rope != "none"):
+            raise ValueError(f"`ttt_head_dim={self.ttt_head_dim}` must be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`.")
+
+    def _check_codebooks(self) -> None:
+        if self.num_user_codebooks < 0:
+            raise ValueError(f"`num_user_codebooks={self.num_user_codebooks}` must not be negative.")
+        streams = self.num_codebooks + self.num_user_codebooks
+        if len(self.audio_delays) != streams or min(self.audio_delays) < 0:
+            raise ValueError(
+                f"`audio_delays={self.audio_delays}` must hold {streams} delays of 0 frames or more: "
+                f"{self.num_codebooks} of Moshi's codebooks, then {self.num_user_codebooks} of the user's."
+            )
+        wrong = [token for token in self.text_padding_ids if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise ValueError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
+
+    def _check_rope(self) -> None:
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(f"`rope_parameters['rope_type']={rope_type!r}` is not supported; Moshi uses 'default'.")
+
+    @property
+    def delays(self) -> list[int]:
+        """Delay in frames of every stream: text, Moshi's codebooks, the user's codebooks."""
+        return [0, *self.audio_delays]
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the parent's; a plain Moshi checkpoint's configuration is read as one of this class, TTT fields at their defaults."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in (cls.model_type, MoshiConfig.model_type):
+            raise ValueError(f"{pretrained_model_name_or_path!r} holds a model of type {model_type!r}; MoshiTTTConfig reads 'moshi_ttt' and 'moshi'.")
+        if model_type == MoshiConfig.model_type:
+            config_dict = {**config_dict, "model_type": cls.model_type, "architectures": ["MoshiTTTForConditionalGeneration"]}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused alike."""
+        given = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("ttt_") and key in cls.__dataclass_fields__}
+        # Heads that follow from other fields are worked out anew when those change.
+        if "ttt_num_heads" in given:
+            given.setdefault("ttt_head_dim", None)
+        if "ttt_mixer" in given:
+            given.setdefault("ttt_base_lr", None)
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
+
+__all__ = ["MoshiTTTConfig"]
