@@ -1,0 +1,198 @@
+"""The TTT layer: a sequence mixer whose hidden state is a small model that keeps learning while the stream passes.
+
+Projections, step sizes, rotary positions and target of Sun et al. 2024 ("Learning to (Learn at Test Time)", sections 2.3 to 2.7), with the
+normalised reconstruction target of Dalal et al. 2025 ("One-Minute Video Generation with Test-Time Training", section 3), causal at any
+mini-batch size.
+
+Shape letters: B rows, T frames, E hidden size, H heads, D head dimension, F hidden width of the MLP, b mini-batch size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .ttt_ops import ttt_linear, ttt_mlp
+from .ttt_state import TTTState
+
+ROPE_THETA = 10000.0
+
+
+class TTTLayer(nn.Module):
+    """What both mixers share; use `TTTLinear` or `TTTMLP`.
+
+    `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_rope ("mini_batch", "absolute" or
+    "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing of a stream: its state goes in and
+    comes out of `forward`.
+    """
+
+    op: Any = None
+
+    def __init__(self, config: Any, layer_idx: int | None = None) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        hidden, heads, dim = config.hidden_size, config.ttt_num_heads, config.ttt_head_dim
+        if config.ttt_rope != "none" and dim % 2:
+            raise ValueError(f"ttt_head_dim is {dim}; ttt_rope '{config.ttt_rope}' turns pairs and needs an even one")
+        self.wq = nn.Linear(hidden, heads * dim)
+        self.wk = nn.Linear(hidden, heads * dim)
+        self.wv = nn.Linear(hidden, heads * dim)
+        self.wo = nn.Linear(heads * dim, hidden)
+        self.learnable_ttt_lr_weight = nn.Parameter(torch.empty(heads, 1, hidden))
+        self.learnable_ttt_lr_bias = nn.Parameter(torch.empty(heads, 1))
+        self.learnable_token_weight = nn.Parameter(torch.empty(config.ttt_mini_batch_size))
+        self.ttt_norm_weight = nn.Parameter(torch.empty(heads, dim))
+        self.ttt_norm_bias = nn.Parameter(torch.empty(heads, dim))
+        for name, shape in self.fast_weight_shapes(heads, dim).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(heads, *shape)))
+        self.post_norm = nn.LayerNorm(heads * dim, eps=1e-6)
+        self.reset_ttt_parameters()
+
+    @staticmethod
+    def fast_weight_shapes(heads: int, dim: int) -> dict[str, tuple[int, int]]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_ttt_parameters(self, std: float = 0.02) -> None:
+        """Start values. `wo` starts at zero, as LoRA's B does, so that a fresh layer changes nothing of a pretrained model.
+
+        It keeps weights that a checkpoint has already filled, by transformers' own marks on them.
+        """
+        for projection in (self.wq, self.wk, self.wv):
+            init.normal_(projection.weight, std=std)
+            init.zeros_(projection.bias)
+        init.zeros_(self.wo.weight)
+        init.zeros_(self.wo.bias)
+        init.normal_(self.learnable_ttt_lr_weight, std=std)
+        init.zeros_(self.learnable_ttt_lr_bias)
+        init.zeros_(self.learnable_token_weight)
+        init.ones_(self.ttt_norm_weight)
+        init.zeros_(self.ttt_norm_bias)
+        init.ones_(self.post_norm.weight)
+        init.zeros_(self.post_norm.bias)
+        for name in self.fast_weight_shapes(1, 1):
+            (init.normal_ if name.startswith("W") else init.zeros_)(getattr(self, name), **({"std": std} if name.startswith("W") else {}))
+
+    def initial_state(self, batch_size: int) -> TTTState:
+        """The state of streams that have heard nothing yet: the learned initial weights, in float32 at least, gradients flowing to them."""
+        names = self.fast_weight_shapes(1, 1)
+        return TTTState.initial(*(_at_least_float32(getattr(self, name)) for name in names), batch_size=batch_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        state: TTTState | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, TTTState]:
+        """Hear these frames and answer them.
+
+        Args:
+            hidden_states: `[B, T, E]`.
+            state: what the previous call gave; None starts new streams.
+            position_ids: `[B, T]`, used with ttt_rope "absolute" only; by default each row counts on from its state.
+            attention_mask: `[B, T]`, 1 for frames that are there. The others answer `wo(post_norm(0))` and leave the state alone.
+
+        Returns:
+            `[B, T, E]` in the dtype of hidden_states, and the state after these frames.
+
+        Raises:
+            ValueError: shapes that do not fit, or a state that is not of this layer and batch.
+        """
+        state, mask = self._check(hidden_states, state, position_ids, attention_mask)
+        x = hidden_states.to(self.wq.weight.dtype)
+        projected = self.wq(x), self.wk(x), self.wv(x)
+        with torch.autocast(x.device.type, enabled=False):  # the inner learning is float32 whatever is around it
+            inputs = self._op_inputs(x, projected, self._positions(x, state, position_ids, mask))
+            options = {"mini_batch_size": self.config.ttt_mini_batch_size, "eps": self.config.ttt_norm_eps, "mask": mask}
+            options |= {"group_size": self.config.scan_checkpoint_group_size, "backend": self.config.ttt_implementation}
+            out, state = self.op(*inputs, state, **options)  # [B, T, H, D]
+            scale, shift = self.post_norm.weight.to(out.dtype), self.post_norm.bias.to(out.dtype)
+            out = F.layer_norm(out.flatten(2), self.post_norm.normalized_shape, scale, shift, self.post_norm.eps)
+        return self.wo(out.to(self.wo.weight.dtype)).to(hidden_states.dtype), state
+
+    def _op_inputs(
+        self, x: Tensor, projected: tuple[Tensor, Tensor, Tensor], positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, lr, token_weight, norm_weight, norm_bias as the ops take them, in float32 at least."""
+        heads, dim = self.config.ttt_num_heads, self.config.ttt_head_dim
+        q, k, v = (_at_least_float32(p).unflatten(-1, (heads, dim)) for p in projected)  # [B, T, H, D]
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if self.config.ttt_rope != "none":
+            cos, sin = _rotation(positions, dim, q.dtype)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        norm_weight, norm_bias = _at_least_float32(self.ttt_norm_weight), _at_least_float32(self.ttt_norm_bias)
+        target = _standardise(v - k) * norm_weight + norm_bias
+        logits = F.linear(_at_least_float32(x), _at_least_float32(self.learnable_ttt_lr_weight).squeeze(1))
+        lr = self.config.ttt_base_lr / dim * torch.sigmoid(logits + _at_least_float32(self.learnable_ttt_lr_bias).squeeze(1))  # [B, T, H]
+        learned = _at_least_float32(self.learnable_token_weight)
+        count = torch.arange(1, len(learned) + 1, device=learned.device, dtype=learned.dtype)
+        return q, k, target + k, lr, (1 / count + learned).clamp(min=0), norm_weight, norm_bias
+
+    def _positions(self, x: Tensor, state: TTTState, position_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """`[B, T]` positions by which RoPE turns."""
+        if self.config.ttt_rope == "absolute" and position_ids is not None:
+            return position_ids
+        if mask is None:
+            rank = torch.arange(x.shape[1], device=x.device)
+        else:
+            rank = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = state.frames[:, None] + rank
+        return positions if self.config.ttt_rope == "absolute" else positions % self.config.ttt_mini_batch_size
+
+    def _check(
+        self, x: Tensor, state: TTTState | None, position_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[TTTState, Tensor | None]:
+        if x.dim() != 3 or x.shape[2] != self.config.hidden_size or 0 in x.shape:
+            raise ValueError(f"hidden_states has shape {tuple(x.shape)}; it must be [B, T, {self.config.hidden_size}] with B, T at least 1")
+        for name, tensor in (("position_ids", position_ids), ("attention_mask", attention_mask)):
+            if tensor is not None and tensor.shape != x.shape[:2]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B, T] = {tuple(x.shape[:2])}")
+        return (self.initial_state(x.shape[0]) if state is None else state), (None if attention_mask is None else attention_mask.bool())
+
+
+class TTTLinear(TTTLayer):
+    """TTT with one matrix and bias a head as the inner model."""
+
+    op = staticmethod(ttt_linear)
+
+    @staticmethod
+    def fast_weight_shapes(heads: int, dim: int) -> dict[str, tuple[int, int]]:
+        return {"W1": (dim, dim), "b1": (1, dim)}
+
+
+class TTTMLP(TTTLayer):
+    """TTT with a two-layer MLP a head, four times as wide inside, as the inner model."""
+
+    op = staticmethod(ttt_mlp)
+
+    @staticmethod
+    def fast_weight_shapes(heads: int, dim: int) -> dict[str, tuple[int, int]]:
+        return {"W1": (dim, 4 * dim), "b1": (1, 4 * dim), "W2": (4 * dim, dim), "b2": (1, dim)}
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _standardise(x: Tensor) -> Tensor:
+    """Mean 0 and unbiased standard deviation 1 over D, as in the video layer's target."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (x.std(-1, keepdim=True) + 1e-8)
+
+
+def _rotation(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[B, T, 1, D / 2]`. The angles are taken in float64: float32 loses 1e-3 of a turn after an hour of frames."""
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    angles = positions[..., None, None].double() * ROPE_THETA**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (2i, 2i + 1) of `[B, T, H, D]`."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)

@@ -1,0 +1,196 @@
+"""The memory of a TTT layer between two calls.
+
+Shape letters: B rows (streams), H heads, D head dimension, F hidden width of the MLP (4 D), b mini-batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHT_NAMES = ("W1", "b1", "W2", "b2")
+
+
+@dataclass(frozen=True, eq=False)
+class TTTState:
+    """Fast weights, and the tokens of the mini-batch that is not full yet. It goes in and comes out by argument; nothing changes in place.
+
+    The open mini-batch is kept as raw tokens: all its gradients are taken at the weights it started from, so taking them again when the
+    mini-batch goes on gives the same numbers, and lets gradients flow across calls.
+
+    Attributes:
+        W1, b1: `[B, H, D, F]`, `[B, H, 1, F]` for the MLP; `[B, H, D, D]`, `[B, H, 1, D]` for the linear mixer. float32 (or float64).
+        W2, b2: `[B, H, F, D]`, `[B, H, 1, D]`; None for the linear mixer.
+        k, v: `[B, b, H, D]`, the open mini-batch's tokens, zeros in the slots still empty; b is 0 before the first call.
+        lr: `[B, b, H]`, their step sizes, zeros in the slots still empty.
+        frames: `[B]` int64, tokens that each row has consumed since its start.
+    """
+
+    W1: Tensor
+    b1: Tensor
+    W2: Tensor | None
+    b2: Tensor | None
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    frames: Tensor
+    # What decoding steps keep of the open mini-batch; made again from k, v and lr whenever it is missing.
+    open_factors: Any = field(default=None, repr=False)
+
+    @classmethod
+    def initial(
+        cls, W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None, *, batch_size: int
+    ) -> TTTState:
+        """The state before the first token: every row at the learned weights `[H, ...]`, through which gradients flow back.
+
+        Raises:
+            ValueError: batch_size < 1, one of W2 and b2 without the other, or shapes that do not fit together.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if (W2 is None) != (b2 is None):
+            raise ValueError("W2 and b2 come together (MLP) or not at all (linear)")
+        heads, dim = _check_initial_shapes(W1, b1, W2, b2)
+        weights = [w if w is None else w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2)]
+        return cls(
+            *weights,
+            k=W1.new_zeros(batch_size, 0, heads, dim),
+            v=W1.new_zeros(batch_size, 0, heads, dim),
+            lr=W1.new_zeros(batch_size, 0, heads),
+            frames=torch.zeros(batch_size, dtype=torch.int64, device=W1.device),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.W1.shape[0]
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Tokens a mini-batch; 0 before the first call."""
+        return self.k.shape[1]
+
+    @property
+    def mixer(self) -> str:
+        return "linear" if self.W2 is None else "mlp"
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """(W1, b1) or (W1, b1, W2, b2)."""
+        if self.W2 is None or self.b2 is None:
+            return self.W1, self.b1
+        return self.W1, self.b1, self.W2, self.b2
+
+    @property
+    def position(self) -> Tensor:
+        """`[B]` int64: how many tokens of its open mini-batch each row has seen."""
+        return self.frames % max(self.mini_batch_size, 1)
+
+    def select(self, rows: Sequence[int] | Tensor) -> TTTState:
+        """The rows at these indices, in this order (a row may occur more than once)."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.W1.device)
+        return self._map(lambda x: x.index_select(0, index))
+
+    def reset(self, rows: Sequence[int] | Tensor, initial: TTTState) -> TTTState:
+        """These rows as in `initial` (of batch size 1 or B, before its first call), the others as they are.
+
+        `rows` holds indices, or is a bool tensor `[B]`. Gradients reach the initial weights through the rows that were reset.
+
+        Raises:
+            ValueError: another mixer or batch size, a used `initial`, or a row that does not exist.
+        """
+        if initial.mixer != self.mixer:
+            raise ValueError(f"a state of mixer '{self.mixer}' cannot be reset to one of mixer '{initial.mixer}'")
+        if initial.batch_size not in (1, self.batch_size):
+            raise ValueError(f"initial has {initial.batch_size} rows; the state has {self.batch_size}, so it needs 1 or {self.batch_size}")
+        if initial.mini_batch_size:
+            raise ValueError("initial has already consumed frames; make it with TTTState.initial(...)")
+        chosen = _row_mask(rows, self.batch_size, self.W1.device)
+
+        def blend(x: Tensor | None, fresh: Tensor | None) -> Tensor | None:
+            if x is None or fresh is None:
+                return None
+            return torch.where(chosen.view(-1, *(1,) * (x.dim() - 1)), fresh.to(x), x)
+
+        fresh = {name: getattr(initial, name) for name in WEIGHT_NAMES}
+        fresh |= {name: torch.zeros_like(getattr(self, name)) for name in ("k", "v", "lr", "frames")}
+        return TTTState(**{name: blend(getattr(self, name), value) for name, value in fresh.items()})
+
+    def detach(self) -> TTTState:
+        """The same numbers, cut from the graph that made them."""
+        return self._map(Tensor.detach)
+
+    def clone(self) -> TTTState:
+        return self._map(Tensor.clone)
+
+    def to(self, device: torch.device | str) -> TTTState:
+        return self._map(lambda x: x.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything needed to save and restore it, by name; `from_tensors` is the way back."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "open_factors"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TTTState:
+        """The state that gave these `tensors()`.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of a shape that does not fit the others.
+        """
+        names = {"W1", "b1", "k", "v", "lr", "frames"}
+        if missing := sorted(names - set(tensors)):
+            raise ValueError(f"the saved TTT state lacks {', '.join(missing)}")
+        if unknown := sorted(set(tensors) - names - {"W2", "b2"}):
+            raise ValueError(f"the saved TTT state has unknown entries {', '.join(unknown)}")
+        state = cls(**{name: tensors.get(name) for name in (*WEIGHT_NAMES, "k", "v", "lr", "frames")})  # type: ignore[arg-type]
+        _check_saved_shapes(state)
+        return state
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
+        """The state with every tensor changed; the decoding factors are dropped, to be made again from the tokens."""
+        return TTTState(**{name: change(x) for name, x in self.tensors().items()}, **({} if self.W2 is not None else {"W2": None, "b2": None}))
+
+
+def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None, b2: Tensor | None) -> tuple[int, int]:
+    if W1.dim() != 3:
+        raise ValueError(f"W1 has shape {tuple(W1.shape)}; it must be [H, D, F] (MLP) or [H, D, D] (linear)")
+    heads, dim, width = W1.shape
+    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {"b1": (b1, (heads, 1, width))}
+    if W2 is not None and b2 is not None:
+        wanted |= {"W2": (W2, (heads, width, dim)), "b2": (b2, (heads, 1, dim))}
+    elif width != dim:
+        raise ValueError(f"W1 has shape {tuple(W1.shape)}; without W2 (linear mixer) its last two sizes must be equal")
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with W1 {tuple(W1.shape)} it must be {shape}")
+    return heads, dim
+
+
+def _check_saved_shapes(state: TTTState) -> None:
+    if state.W1.dim() != 4 or state.k.dim() != 4:
+        raise ValueError(f"W1 {tuple(state.W1.shape)} and k {tuple(state.k.shape)} of the saved TTT state must have 4 dimensions")
+    _check_initial_shapes(*(None if w is None else w[0] for w in (state.W1, state.b1, state.W2, state.b2)))  # type: ignore[arg-type]
+    rows, heads, dim = state.W1.shape[:3]
+    slots = state.mini_batch_size
+    wanted = {"k": (rows, slots, heads, dim), "v": (rows, slots, heads, dim), "lr": (rows, slots, heads), "frames": (rows,)}
+    for name, shape in wanted.items():
+        if tuple(getattr(state, name).shape) != shape:
+            raise ValueError(f"{name} of the saved TTT state has shape {tuple(getattr(state, name).shape)}; it must be {shape}")
+
+
+def _row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """`[B]` bool from indices or from such a mask."""
+    rows = torch.as_tensor(rows, device=device)
+    if rows.dtype == torch.bool:
+        if rows.shape != (batch_size,):
+            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows")
+        return rows
+    rows = rows.to(torch.int64).reshape(-1)
+    if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < batch_size):
+        raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")
+    return torch.zeros(batch_size, dtype=torch.bool, device=device).index_fill(0, rows, True)
