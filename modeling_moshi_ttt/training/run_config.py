@@ -1,0 +1,164 @@
+"""Everything one chooses for a training run, as strict dataclasses filled from YAML (configuration/train/*.yaml)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..common.settings import load_settings, to_dict
+
+Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
+Carry = Literal["none", "state", "state+attention"]
+
+
+@dataclass
+class ModelSettings:
+    """The model that is trained.
+
+    path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights.
+    processor: where the processor is; None looks beside the weights.
+    ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
+    """
+
+    path: str
+    processor: str | None = None
+    ttt: dict[str, Any] = field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = True
+
+
+@dataclass
+class LoraSettings:
+    """LoRA over the temporal transformer; `depth_decoder` and `embeddings` add these. scaling = alpha / rank."""
+
+    rank: int = 128
+    scaling: float = 2.0
+    dropout: float = 0.0
+    depth_decoder: bool = False
+    embeddings: bool = False
+
+
+@dataclass
+class DataSettings:
+    """Where recordings come from and how they are cut.
+
+    train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .parquet of MultiTalkFT, a folder, or hub:owner/name.
+    cache: folder of the Mimi codes, encoded once; None keeps it in the run folder.
+    window_seconds: length of one window. carry: what a batch row takes on from window to window ("none": shuffled windows).
+    tbptt_windows: windows through which gradients flow before the state is cut from its past.
+    own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay.
+    """
+
+    train: str
+    evaluation: str | None = None
+    cache: str | None = None
+    window_seconds: float = 100.0
+    batch_size: int = 1
+    accumulation: int = 1
+    carry: Carry = "none"
+    tbptt_windows: int = 1
+    own_noise: float = 0.0
+    user_noise: float = 0.0
+    text_noise: float = 0.0
+    text_weight: float = 1.0
+    on_bad_files: Literal["stop", "skip"] = "stop"
+    allow_outside: bool = False
+    require_words: bool = False
+    workers: int = 0
+
+
+@dataclass
+class OptimSettings:
+    """AdamW. ttt_lr and gate_lr default to lr; no weight decay on norms, biases, gates and inner learning-rate parameters."""
+
+    steps: int = 2000
+    lr: float = 2e-6
+    ttt_lr: float | None = None
+    gate_lr: float | None = None
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    warmup: float = 0.05
+    max_bad_steps: int = 5
+
+
+@dataclass
+class CheckpointSettings:
+    """every: steps between checkpoints (0: only the end). keep: how many stay beside the best. sharded: one file a rank."""
+
+    every: int = 100
+    keep: int = 3
+    sharded: bool = False
+
+
+@dataclass
+class RunConfig:
+    """One training run; `run_dir` holds its checkpoints, logs, curve and the final model."""
+
+    run_dir: str
+    model: ModelSettings
+    data: DataSettings
+    mode: Mode = "lora+ttt"
+    lora: LoraSettings | None = None
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    evaluate_every: int = 0
+    evaluate_start: bool = False
+    trackers: list[str] = field(default_factory=list)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, as they go to run_config.json."""
+        return to_dict(self)
+
+
+def load_run_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and its overrides; ValueError names what is wrong."""
+    return load_settings(RunConfig, path, overrides)
+
+
+def _check(run: RunConfig) -> None:
+    if "lora" in run.mode and run.lora is None:
+        raise ValueError(f"mode is {run.mode!r} but there are no lora settings; add `lora: {{rank: 128, scaling: 2.0}}`.")
+    if "lora" not in run.mode and run.lora is not None:
+        raise ValueError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
+    limits: list[tuple[str, float, float, float]] = [
+        ("data.window_seconds", run.data.window_seconds, 0.08, float("inf")),
+        ("data.batch_size", run.data.batch_size, 1, float("inf")),
+        ("data.accumulation", run.data.accumulation, 1, float("inf")),
+        ("data.tbptt_windows", run.data.tbptt_windows, 1, float("inf")),
+        ("data.own_noise", run.data.own_noise, 0, 1),
+        ("data.user_noise", run.data.user_noise, 0, 1),
+        ("data.text_noise", run.data.text_noise, 0, 1),
+        ("data.text_weight", run.data.text_weight, 0, float("inf")),
+        ("data.workers", run.data.workers, 0, float("inf")),
+        ("optim.steps", run.optim.steps, 1, float("inf")),
+        ("optim.lr", run.optim.lr, 0, float("inf")),
+        ("optim.weight_decay", run.optim.weight_decay, 0, float("inf")),
+        ("optim.clip", run.optim.clip, 1e-12, float("inf")),
+        ("optim.warmup", run.optim.warmup, 0, 1),
+        ("optim.max_bad_steps", run.optim.max_bad_steps, 1, float("inf")),
+        ("checkpoint.every", run.checkpoint.every, 0, float("inf")),
+        ("checkpoint.keep", run.checkpoint.keep, 1, float("inf")),
+        ("evaluate_every", run.evaluate_every, 0, float("inf")),
+    ]
+    if run.lora is not None:
+        limits += [
+            ("lora.rank", run.lora.rank, 1, float("inf")),
+            ("lora.dropout", run.lora.dropout, 0, 1),
+        ]
+    for name, value, low, high in limits:
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+            raise ValueError(f"{name} is {value!r}, it must be {bound}.")
+    if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
+        raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
+    if run.data.tbptt_windows > 1 and run.data.carry == "none":
+        raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
+    if run.evaluate_every and run.data.evaluation is None:
+        raise ValueError("evaluate_every is set but data.evaluation is missing; name a manifest there or set evaluate_every: 0.")
