@@ -1,0 +1,232 @@
+"""Pictures of results, drawn from JSON alone (PNG and SVG), in colours that colour-blind readers tell apart (Okabe and Ito).
+
+`moshi-ttt plot results.json` draws every part of a file; `draw` gives the matplotlib figure of one part by its "kind".
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..common.files import atomic_write
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
+MARKS = ("o", "s", "^", "D", "v", "P", "X")  # shapes as well as colours, for prints in grey
+STYLE = {"svg.hashsalt": "moshi-ttt", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+FRAMES_PER_MINUTE = 750
+
+
+def draw(data: dict[str, Any]) -> Figure:
+    """The figure of one result, by its "kind". Raises ValueError for a kind that is unknown or a result that lacks a part."""
+    kind = data.get("kind")
+    if kind not in FIGURES:
+        near = difflib.get_close_matches(str(kind), FIGURES, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(FIGURES)}."
+        raise ValueError(f"kind: {kind!r} cannot be drawn; {hint}")
+    try:
+        with matplotlib.rc_context(STYLE):
+            return FIGURES[kind](data)
+    except KeyError as error:
+        raise ValueError(f"this {kind} result lacks {error}; it cannot be drawn") from None
+
+
+def save(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write `<stem>.png` and `<stem>.svg`."""
+    paths = []
+    for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", facecolor="white", **options)  # type: ignore[arg-type]
+        path = Path(f"{stem}{suffix}")
+        atomic_write(path, buffer.getvalue())
+        paths.append(path)
+    return paths
+
+
+# ---------------------------------------------------------------- one function a kind
+
+
+def recall_figure(data: dict[str, Any]) -> Figure:
+    """Heat maps: a panel for each number of pairs, a row for each model, a column for each distance; accuracy in percent."""
+    cells = {(run["name"], cell["pairs"], cell["distance"]): cell["accuracy"] for run in data["runs"] for cell in run["results"]}
+    counts = sorted({pairs for _, pairs, _ in cells})
+    figure = Figure(figsize=(1.6 + 3.4 * len(counts), 1.2 + 0.36 * len(data["runs"])), layout="constrained")
+    for axes, pairs in zip(np.atleast_1d(figure.subplots(1, len(counts))), counts):
+        distances = sorted({distance for _, p, distance in cells if p == pairs})
+        names = [run["name"] for run in data["runs"] if any(cell["pairs"] == pairs for cell in run["results"])]
+        grid = np.array([[100.0 * cells.get((name, pairs, distance), np.nan) for distance in distances] for name in names])
+        image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        _annotate(axes, grid)
+        axes.set_xticks(range(len(distances)), [str(distance) for distance in distances])
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlabel(f"frames between (window {data['window']})")
+        axes.set_title(f"{pairs} pairs", fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=figure.axes, label=f"recall, % (chance {100 * data['chance']:.0f})")
+    return figure
+
+
+def _annotate(axes: Any, grid: np.ndarray) -> None:
+    for row, column in np.ndindex(grid.shape):
+        value = grid[row, column]
+        if np.isfinite(value):
+            colour = "black" if value > 55 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+
+
+def long_context_figure(data: dict[str, Any]) -> Figure:
+    """Loss against position (log scale) for each stream and condition, with intervals and the attention window marked."""
+    streams = data["streams"]
+    figure = Figure(figsize=(3.6 * len(streams), 3.0), layout="constrained")
+    for axes, stream in zip(np.atleast_1d(figure.subplots(1, len(streams))), streams):
+        for index, (name, curves) in enumerate(data["conditions"].items()):
+            curve = curves[stream]
+            x, y = np.array(curve["position"], float), np.array(curve["loss"], float)
+            axes.plot(x, y, color=PALETTE[index % 7], marker=MARKS[index % 7], markersize=3, linewidth=1.2, label=name)
+            if all(value is not None for value in curve["low"]):
+                axes.fill_between(x, np.array(curve["low"], float), np.array(curve["high"], float), color=PALETTE[index % 7], alpha=0.15)
+        axes.axvline(data["window"], color=GREY, linestyle="--", linewidth=1)
+        axes.text(data["window"], 1.0, " window", color=GREY, fontsize=7, transform=axes.get_xaxis_transform(), va="top")
+        axes.set_xscale("log")
+        axes.set_xlabel("position, frames (750 a minute)")
+        axes.set_title(stream, fontsize=9)
+    figure.axes[0].set_ylabel("loss, nats a token")
+    figure.axes[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def inner_loss_figure(data: dict[str, Any]) -> Figure:
+    """The three inner losses of each TTT layer against position, smoothed, as in figure 5 of the TTT paper (arXiv:2407.04620)."""
+    layers = data["layers"]
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.5 * rows), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axes, (layer, curves) in zip(grid, layers.items()):
+        for colour, key, label in ((GREY, "initial", "ℓ(W₀; xₜ)"), (ORANGE, "before", "ℓ(Wₜ₋₁; xₜ)"), (BLUE, "after", "ℓ(Wₜ; xₜ)")):
+            axes.plot(curves["position"], curves[key], color=colour, linewidth=1.2, label=label)
+        axes.set_title(f"layer {layer}, drift {curves['drift'][-1]:.2g}, gate {curves['gate']['mean_abs']:.2g}", fontsize=8)
+        axes.set_xlabel("token t")
+    for axes in grid[len(layers) :]:
+        axes.remove()
+    grid[0].set_ylabel("inner loss")
+    grid[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def zero_shot_figure(data: dict[str, Any]) -> Figure:
+    """Accuracy bars with intervals, the published rows as marks, chance as a line."""
+    tasks = data["tasks"]
+    figure = Figure(figsize=(1.6 + 1.3 * max(len(tasks), 2), 3.2), layout="constrained")
+    axes = figure.subplots()
+    values = np.array([100.0 * task["accuracy"] for task in tasks.values()])
+    spread = np.array([[100.0 * bound for bound in task["interval"]] for task in tasks.values()]).T  # [2, tasks]
+    axes.bar(range(len(tasks)), values, 0.6, color=SKY, label="this model", zorder=1)
+    axes.errorbar(range(len(tasks)), values, np.abs(spread - values), fmt="none", color="black", linewidth=1, capsize=3)
+    for index, (name, row) in enumerate(data["published"].items()):
+        points = [(i, row[task]) for i, task in enumerate(tasks) if row.get(task) is not None]
+        if points:
+            axes.scatter(
+                *zip(*points), marker=MARKS[index % 7], s=22, color=(BLUE, ORANGE, GREEN, PURPLE, RED)[index % 5], label=name, zorder=3
+            )
+    axes.axhline(50, color=GREY, linestyle="--", linewidth=1, label="chance")
+    axes.set_xticks(range(len(tasks)), list(tasks), rotation=20 if len(tasks) > 3 else 0)
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def training_figure(data: dict[str, Any]) -> Figure:
+    """Training curves: a panel for each group of series {name: {"step": [...], "value": [...]}}."""
+    panels = data["panels"]
+    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
+    for axes, (title, series) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
+        for index, (name, curve) in enumerate(series.items()):
+            axes.plot(curve["step"], curve["value"], color=PALETTE[index % 7], linewidth=1.2, label=name)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        if len(series) > 1:
+            axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "recall": recall_figure,
+    "long_context": long_context_figure,
+    "inner_loss": inner_loss_figure,
+    "zero_shot": zero_shot_figure,
+    "training": training_figure,
+}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def drawable(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, part) of everything in a result file that has a picture: the file itself, or each of its tasks."""
+    if results.get("kind") in FIGURES:
+        yield name, results
+    for task, part in results.get("tasks", {}).items() if "kind" not in results else ():
+        if part.get("kind") in FIGURES:
+            yield task, part
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """A result file; a trainer's log (one JSON object a line) becomes a "training" result."""
+    source = Path(path)
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file")
+    text = source.read_text(encoding="utf-8")
+    try:
+        if source.suffix == ".jsonl":
+            return training_result([json.loads(line) for line in text.splitlines() if line.strip()])
+        results = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not JSON ({error})") from None
+    if not isinstance(results, dict):
+        raise ValueError(f"{source}: must hold one JSON object, it holds a {type(results).__name__}")
+    return results
+
+
+def training_result(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every number logged against "step", in panels by what its name says: losses together, each other number alone."""
+    panels: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name == "step" or "step" not in record or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            curve = panels.setdefault("loss" if "loss" in name else name, {}).setdefault(name, {"step": [], "value": []})
+            curve["step"].append(record["step"])
+            curve["value"].append(value)
+    if not panels:
+        raise ValueError("the log holds no numbers with a step; it cannot be drawn")
+    return {"kind": "training", "panels": panels}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", nargs="+", help="result files (results.json, recall.json, a training log.jsonl)")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the pictures (default: beside each file)")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in args.results:
+        path = Path(name)
+        parts = list(drawable(read_results(path), path.stem))
+        if not parts:
+            raise ValueError(f"{path}: holds nothing that can be drawn (kinds: {', '.join(FIGURES)})")
+        for part, data in parts:
+            for written in save(draw(data), (args.output or path.parent) / part):
+                print(written)
+    return 0

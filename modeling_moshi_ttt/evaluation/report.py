@@ -1,0 +1,109 @@
+"""A short HTML report of results.json that stands alone: tables, pictures inside, no scripts, no links out."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..common.files import atomic_write
+from .plots import draw, drawable, save
+from .zero_resource import comparison_table
+
+Section = dict[str, Any]
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def write_report(results: dict[str, Any], folder: str | Path) -> Path:
+    """Draw every part of `results` into `folder`/pictures and write `folder`/report.html with the pictures inside."""
+    root = Path(folder)
+    pictures: dict[str, str] = {}
+    for name, part in drawable(results, "results"):
+        png = save(draw(part), root / "pictures" / name)[0]
+        pictures[name] = base64.b64encode(png.read_bytes()).decode()
+    sections = {}
+    for name, part in results["tasks"].items():
+        table = TABLES.get(part.get("kind"))
+        sections[name] = (table(part) if table else {}) | {"picture": pictures.get(name)}
+    # names come from settings and file names: escape them all
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    target = root / "report.html"
+    atomic_write(target, template.render(results=results, sections={k: _EMPTY | v for k, v in sections.items()}))
+    return target
+
+
+_EMPTY: Section = {"note": "", "head": [], "rows": [], "picture": None}
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _interval(bounds: list[float] | None, scale: float = 1.0, digits: int = 3) -> str:
+    return "–" if bounds is None else f"{scale * bounds[0]:.{digits}f} to {scale * bounds[1]:.{digits}f}"
+
+
+def zero_shot_section(part: dict[str, Any]) -> Section:
+    """This model beside the published rows; then, in the note, how it was scored, with the intervals and groups of each task."""
+    tasks = part["tasks"]
+    table = comparison_table({name: task["accuracy"] for name, task in tasks.items()})
+    rows = [[row["name"], *[_percent(row[name]) for name in tasks]] for row in table]
+    rows.insert(1, ["95% interval", *[_interval(task["interval"], 100, 1) for task in tasks.values()]])
+    for name, task in tasks.items():
+        for group, result in task["groups"].items():
+            rows.append([f"{name}: {group} ({result['items']})", *[_percent(100 * result["accuracy"]) if n == name else "" for n in tasks]])
+    scored = part["scoring"]
+    note = f"Accuracy in percent; {scored['reduction']} of the weighted log-likelihood; " + ", ".join(
+        f"{key} {scored[key]}" for key in ("text", "user", "semantic_weight", "acoustic_weight", "text_weight")
+    )
+    return {"head": ["", *tasks], "rows": rows, "note": note}
+
+
+def long_context_section(part: dict[str, Any]) -> Section:
+    """What TTT gains beyond the window over each control: mean difference of the losses, interval, p value."""
+    rows = []
+    for condition, streams in part["gains"].items():
+        for stream, test in streams.items():
+            p = "–" if test["p"] is None else f"{test['p']:.3g}"
+            rows.append([f"{condition} − TTT, {stream}", f"{test['mean']:.4f}", _interval(test["interval"], digits=4), p, test["pairs"]])
+    note = f"Loss beyond the window of {part['window']} frames, in nats; positive: TTT is better. Paired over {part['unit']}."
+    return {"head": ["", "difference", "95% interval", "p", "pairs"], "rows": rows, "note": note}
+
+
+def inner_loss_section(part: dict[str, Any]) -> Section:
+    """Mean of the three inner losses of each layer, drift and gate."""
+    rows = []
+    for layer, curves in part["layers"].items():
+        means = [sum(curves[key]) / len(curves[key]) for key in ("initial", "before", "after")]
+        rows.append(
+            [f"layer {layer}", *[f"{mean:.4f}" for mean in means], f"{curves['drift'][-1]:.3g}", f"{curves['gate']['mean_abs']:.3g}"]
+        )
+    head = ["", "ℓ(W₀; xₜ)", "ℓ(Wₜ₋₁; xₜ)", "ℓ(Wₜ; xₜ)", "drift ‖W − W₀‖", "mean |tanh α|"]
+    return {"head": head, "rows": rows, "note": f"{part['recordings']} recordings, mini-batch {part['mini_batch_size']}."}
+
+
+def dialogue_section(part: dict[str, Any]) -> Section:
+    """The reference recordings beside what the model said over the same user."""
+    names = list(part["reference"])
+    rows = [[name, *[_number(part[side].get(name)) for side in ("reference", "model") if side in part]] for name in names]
+    return {
+        "head": ["", *[side for side in ("reference", "model") if side in part]],
+        "rows": rows,
+        "note": f"{part['recordings']} recordings.",
+    }
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], Section]] = {
+    "zero_shot": zero_shot_section,
+    "long_context": long_context_section,
+    "inner_loss": inner_loss_section,
+    "dialogue": dialogue_section,
+}
