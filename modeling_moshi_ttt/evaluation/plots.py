@@ -22,7 +22,13 @@ from ..common.files import atomic_write
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
 MARKS = ("o", "s", "^", "D", "v", "P", "X")  # shapes as well as colours, for prints in grey
-STYLE = {"svg.hashsalt": "moshi-ttt", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "moshi-ttt",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 FRAMES_PER_MINUTE = 750
 
 
@@ -137,9 +143,9 @@ def zero_shot_figure(data: dict[str, Any]) -> Figure:
     for index, (name, row) in enumerate(data["published"].items()):
         points = [(i, row[task]) for i, task in enumerate(tasks) if row.get(task) is not None]
         if points:
-            axes.scatter(
-                *zip(*points), marker=MARKS[index % 7], s=22, color=(BLUE, ORANGE, GREEN, PURPLE, RED)[index % 5], label=name, zorder=3
-            )
+            at, height = zip(*points)
+            colour = (BLUE, ORANGE, GREEN, PURPLE, RED)[index % 5]
+            axes.scatter(at, height, marker=MARKS[index % 7], s=22, color=colour, label=name, zorder=3)
     axes.axhline(50, color=GREY, linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(tasks)), list(tasks), rotation=20 if len(tasks) > 3 else 0)
     axes.set_ylabel("accuracy, %")

@@ -1,0 +1,100 @@
+"""Pictures from JSON alone, and the report that stands alone."""
+
+import argparse
+import json
+import re
+
+import pytest
+
+from modeling_moshi_ttt.evaluation import plots, report
+
+CURVE = {"position": [16.0, 64.0, 256.0], "loss": [5.0, 4.0, 3.5], "low": [4.8, 3.9, 3.4], "high": [5.2, 4.1, 3.6], "frames": [16, 64, 256]}
+TASK = {"accuracy": 0.6, "interval": [0.5, 0.7], "items": 5, "pairs": 10, "chance": 0.5}
+PARTS = {
+    "remembers": {
+        "kind": "recall", "window": 16, "chance": 0.02,
+        "runs": [{"name": name, "results": [{"pairs": p, "distance": d, "accuracy": 0.5} for p in (4, 8) for d in (24, 96)]} for name in ("none", "linear")],
+    },
+    "books": {
+        "kind": "long_context", "window": 64, "streams": ["text", "semantic"], "unit": "recordings",
+        "conditions": {"TTT": {"text": CURVE, "semantic": CURVE}, "gate 0": {"text": CURVE, "semantic": CURVE | {"low": [None] * 3, "high": [None] * 3}}},
+        "gains": {"gate 0": {"text": {"mean": 0.1, "interval": [0.05, 0.2], "p": 0.01, "pairs": 9}, "semantic": {"mean": 0.1, "interval": None, "p": None, "pairs": 1}}},
+    },
+    "inside": {
+        "kind": "inner_loss", "mini_batch_size": 4, "recordings": 2,
+        "layers": {str(i): {"position": [1, 2], "initial": [2.0, 2.0], "before": [1.5, 1.0], "after": [1.2, 0.8], "drift": [0.1, 0.2], "gate": {"mean_abs": 0.1}} for i in range(5)},
+    },
+    "zero": {
+        "kind": "zero_shot", "published": {"TWIST-7B": {"swuggy": 73.5}}, "tasks": {"swuggy": TASK | {"groups": {"oov": TASK}}},
+        "scoring": {"reduction": "mean", "text": "absent", "user": "absent", "semantic_weight": 100.0, "acoustic_weight": 1.0, "text_weight": 0.0},
+    },
+    "talk": {"kind": "dialogue", "recordings": 1, "reference": {"overlap, share": 0.1}, "model": {"overlap, share": None}},
+}  # fmt: skip
+RESULTS = {"model": {"name": "<b>tiny</b>", "fingerprint": "f" * 64, "ttt": {"ttt_layers": [1]}}, "written": "today", "tasks": PARTS}
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "talk"])
+def test_every_kind_is_drawn_as_png_and_svg(name, tmp_path):
+    png, svg = plots.save(plots.draw(PARTS[name]), tmp_path / name)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    text = svg.read_text()
+    assert "<svg" in text
+    again = plots.save(plots.draw(PARTS[name]), tmp_path / "again")[1]
+    assert re.sub(r"\s", "", again.read_text()) == re.sub(r"\s", "", text)
+
+
+def test_the_window_is_marked_and_intervals_are_optional():
+    figure = plots.draw(PARTS["books"])
+    left, right = figure.axes
+    assert any(list(line.get_xdata()) == [64, 64] for line in left.lines)
+    assert (len(left.collections), len(right.collections)) == (2, 1)
+
+
+def test_the_heat_map_holds_the_numbers():
+    figure = plots.draw(PARTS["remembers"])
+    assert figure.axes[0].images[0].get_array().tolist() == [[50.0, 50.0], [50.0, 50.0]]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["none", "linear"]
+
+
+def test_what_cannot_be_drawn_is_named():
+    with pytest.raises(ValueError, match=r"'recal' cannot be drawn; did you mean 'recall'"):
+        plots.draw({"kind": "recal"})
+    with pytest.raises(ValueError, match="lacks 'runs'"):
+        plots.draw({"kind": "recall", "window": 16})
+    with pytest.raises(ValueError, match="no numbers with a step"):
+        plots.training_result([{"loss": 3.0}])
+
+
+def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "log.jsonl").write_text(
+        "\n".join(json.dumps({"step": i, "train/loss": 3 - i / 10, "train/text_loss": 1.0, "lr": 1e-4}) for i in range(5))
+    )
+    parser = argparse.ArgumentParser()
+    plots.configure(parser)
+    assert (
+        plots.run(parser.parse_args([str(tmp_path / "results.json"), str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "out")])) == 0
+    )
+    written = capsys.readouterr().out.split()
+    assert len(written) == 2 * (len(PARTS) - 1) + 2
+    assert (tmp_path / "out" / "log.svg").is_file()
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(ValueError, match="nothing that can be drawn"):
+        plots.run(parser.parse_args([str(tmp_path / "empty.json")]))
+    with pytest.raises(ValueError, match="no such file"):
+        plots.run(parser.parse_args([str(tmp_path / "gone.json")]))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        plots.run(parser.parse_args([str(tmp_path / "broken.json")]))
+
+
+def test_the_report_stands_alone_and_escapes_names(tmp_path):
+    path = report.write_report(RESULTS, tmp_path)
+    text = path.read_text()
+    assert text.count("data:image/png;base64,") == len(PARTS) - 1
+    assert "&lt;b&gt;tiny&lt;/b&gt;" in text
+    assert "<b>tiny" not in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "73.5" in text
+    assert "60.0" in text
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir())[0] == "books.png"
