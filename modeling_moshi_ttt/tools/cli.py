@@ -1,0 +1,88 @@
+"""The console script `moshi-ttt`: one command, one module, imported only when it is asked for."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+from ..version import __version__
+
+# name: (module with configure(parser) and run(args) -> exit code, one line of help)
+COMMANDS = {
+    "prepare": ("modeling_moshi_ttt.training.prepare", "turn stereo recordings with word times into training tokens"),
+    "annotate": ("modeling_moshi_ttt.training.annotate", "write word times beside recordings that have a transcript"),
+    "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
+    "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
+    "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
+    "plot": ("modeling_moshi_ttt.evaluation.plot", "draw the curves of a run or of an evaluation"),
+    "convert": ("modeling_moshi_ttt.tools.convert_checkpoint", "convert checkpoints from and to Kyutai's and transformers' layouts"),
+    "verify": ("modeling_moshi_ttt.tools.verify", "check a checkpoint: files, weights, shapes, numbers, and its loss on the probe"),
+    "push": ("modeling_moshi_ttt.tools.push", "put a checkpoint on the Hugging Face Hub, with its card and its code"),
+    "pull": ("modeling_moshi_ttt.tools.pull", "fetch a checkpoint from the Hub, check it and say what it holds"),
+}
+FAILED, INTERRUPTED = 2, 130
+DEBUG = "MOSHI_TTT_DEBUG"
+
+
+def _overview() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {name:<10} {help_line}" for name, (_, help_line) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="moshi-ttt",
+        description="Moshi with Test-Time-Training layers.",
+        epilog=f"commands:\n{lines}\n\n`moshi-ttt COMMAND --help` explains one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moshi-ttt {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below")
+    return parser
+
+
+def _load(module_name: str) -> ModuleType:
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(_missing_package(error)) from error
+
+
+def _missing_package(error: ModuleNotFoundError) -> str:
+    return f"this command needs the package {error.name!r}; install it with: pip install 'moshi-ttt[train,eval]'"
+
+
+def _run(module_name: str, name: str, arguments: Sequence[str]) -> int:
+    """Parse the command's own arguments and run it."""
+    module = _load(module_name)
+    parser = argparse.ArgumentParser(
+        prog=f"moshi-ttt {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.configure(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return int(module.run(options) or 0)
+    except ModuleNotFoundError as error:
+        raise ValueError(_missing_package(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    A mistake in what the user gave (ValueError, OSError) is one line on stderr and exit code 2; MOSHI_TTT_DEBUG=1 shows the whole trace.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = _overview().parse_args(argv[:1]).command
+    module_name, _ = COMMANDS[name]
+    try:
+        return _run(module_name, name, argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The console script: lazy commands, one line for a mistake, the whole trace on request."""
+
+import subprocess
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+
+from modeling_moshi_ttt.tools import cli
+
+MODULE = "moshi_ttt_test_command"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command `try` whose run() is what a test sets."""
+    module = ModuleType(MODULE, "Try something.")
+    module.configure = lambda parser: parser.add_argument("--times", type=int, default=1)
+    module.run = lambda args: args.times
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    monkeypatch.setitem(cli.COMMANDS, "try", (MODULE, "try something"))
+    return module
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_the_command_gets_its_arguments_and_gives_the_exit_code(command):
+    assert cli.main(["try", "--times", "3"]) == 3
+    command.run = lambda args: None
+    assert cli.main(["try"]) == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("`steps=-1` must be at least 1."), FileNotFoundError("no/such/file: there is none.")])
+def test_a_users_mistake_is_one_line(command, capsys, monkeypatch, error):
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    command.run = raising(error)
+    assert cli.main(["try"]) == cli.FAILED
+    assert capsys.readouterr().err == f"error: {error}\n"
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(type(error)):
+        cli.main(["try"])
+
+
+def test_a_mistake_of_the_program_is_not_hidden(command):
+    command.run = raising(KeyError("bug"))
+    with pytest.raises(KeyError):
+        cli.main(["try"])
+
+
+def test_an_absent_package_is_named_with_its_cure(command, capsys):
+    command.run = lambda args: import_module("no_such_package_anywhere")
+    assert cli.main(["try"]) == cli.FAILED
+    assert "'no_such_package_anywhere'" in (message := capsys.readouterr().err)
+    assert "pip install 'moshi-ttt[train,eval]'" in message
+
+
+def test_interruption_is_quiet(command, capsys):
+    command.run = raising(KeyboardInterrupt())
+    assert cli.main(["try"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and help_line in text for name, (_, help_line) in cli.COMMANDS.items())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["pusj"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'pusj'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_exists_and_explains_itself(name, capsys):
+    module = import_module(cli.COMMANDS[name][0])
+    assert callable(module.run)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: moshi-ttt {name}" in capsys.readouterr().out
+
+
+def test_help_imports_no_heavy_package():
+    code = "import sys; from modeling_moshi_ttt.tools import cli\ntry: cli.main(['--version'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'matplotlib'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
