@@ -191,6 +191,6 @@ def _row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.devic
             raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows")
         return rows
     rows = rows.to(torch.int64).reshape(-1)
-    if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < batch_size):
+    if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < batch_size):
         raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")
     return torch.zeros(batch_size, dtype=torch.bool, device=device).index_fill(0, rows, True)
