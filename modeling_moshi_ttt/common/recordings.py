@@ -88,7 +88,12 @@ def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
         items = data
     else:
         raise ValueError(f'{path}: words must be {{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], …]}}.')
-    words = [_word(path, i, item) for i, item in enumerate(items)]
+    return parse_words(path, items)
+
+
+def parse_words(path: str | os.PathLike[str], items: list[Any]) -> tuple[Word, ...]:
+    """Words in either layout, sorted by start; ValueError names `path` and the word that is wrong."""
+    words = [_word(Path(path), i, item) for i, item in enumerate(items)]
     return tuple(sorted(words, key=lambda word: word[1][0]))
 
 

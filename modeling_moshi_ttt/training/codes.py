@@ -1,0 +1,106 @@
+"""Mimi codes on disk: every recording is encoded once, kept under the hash of its sound and of the codec, and read in slices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..common.audio import read_audio
+from ..common.files import atomic_write, sha256
+from ..common.recordings import Recording
+
+# Part of every key: raise it when the way of encoding changes.
+LAYOUT = "codes-1"
+
+
+def codec_fingerprint(processor: Any) -> str:
+    """Sixteen hexadecimal digits that change when the codec's weights or its frame layout change."""
+    digest = hashlib.sha256(LAYOUT.encode())
+    codec = processor.audio_tokenizer
+    for name, tensor in sorted(codec.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor.item()).encode())
+    digest.update(str(processor.num_codebooks).encode())
+    return digest.hexdigest()[:16]
+
+
+class CodesCache:
+    """Codes `[2, K, T]` int16 of recordings (Moshi's channel, then the user's), one safetensors file each.
+
+    Args:
+        folder: where the files go; one folder below it for each codec.
+        processor: MoshiTTTProcessor, whose codec encodes what is missing.
+    """
+
+    def __init__(self, folder: str | Path, processor: Any):
+        self.processor = processor
+        self.folder = Path(folder) / codec_fingerprint(processor)
+        self._hashes_path = self.folder / "hashes.json"
+        self._hashes = self._read_hashes()
+
+    def _read_hashes(self) -> dict[str, list[Any]]:
+        try:
+            return dict(json.loads(self._hashes_path.read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}  # only a shortcut: hashes are worked out anew
+
+    def path(self, recording: Recording) -> Path:
+        """The file of a recording's codes, whether it exists or not; the sound is hashed again only when its size or date changed."""
+        sound = recording.path.resolve()
+        stat = sound.stat()
+        known = self._hashes.get(str(sound))
+        if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
+            known = self._hashes[str(sound)] = [stat.st_size, stat.st_mtime_ns, sha256(sound)]
+        return self.folder / f"{known[2]}.safetensors"
+
+    def has(self, recording: Recording) -> bool:
+        """Whether whole codes of this recording are there; a damaged file counts as missing."""
+        try:
+            return code_frames(self.path(recording)) > 0
+        except (OSError, SafetensorError, KeyError):
+            return False
+
+    def encode(self, recording: Recording) -> Path:
+        """Encode one recording and write its codes; ValueError names a file that cannot be read."""
+        samples = read_audio(recording.path, self.processor.sampling_rate)
+        codes = encode_stereo(self.processor, samples, recording.path)
+        atomic_write(self.path(recording), save({"codes": codes}))
+        return self.path(recording)
+
+    def prepare(self, recordings: Iterable[Recording], problems: list[str]) -> Iterator[Path | None]:
+        """Encode what is missing; yields each recording's file, or None when it went to `problems`."""
+        for recording in recordings:
+            try:
+                yield self.path(recording) if self.has(recording) else self.encode(recording)
+            except (ValueError, FileNotFoundError) as error:
+                problems.append(str(error))
+                yield None
+        atomic_write(self._hashes_path, json.dumps(self._hashes))
+
+
+def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
+    """Codes [2, K, T] int16 of stereo samples [2, n]; ValueError for another number of channels."""
+    if samples.shape[0] != 2:
+        raise ValueError(f"{name}: the recording has {samples.shape[0]} channels; it must have two, Moshi left and the user right.")
+    codes = processor.encode_audio(samples)
+    return np.asarray(codes, dtype=np.int16)
+
+
+def code_frames(path: Path) -> int:
+    """Number of frames in a file of codes, from its header alone."""
+    with safe_open(path, framework="numpy") as file:
+        return int(file.get_slice("codes").get_shape()[-1])
+
+
+def read_codes(path: Path, start: int, frames: int) -> np.ndarray:
+    """Codes [2, K, frames] from `start` on; only these are read."""
+    with safe_open(path, framework="numpy") as file:
+        return file.get_slice("codes")[:, :, start : start + frames]

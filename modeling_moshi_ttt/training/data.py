@@ -1,0 +1,243 @@
+"""Batches from cached codes: aligned frames, labels where something is to be learned, and the rows that start anew.
+
+Shapes: B rows of a micro-batch, T frames, K codebooks a channel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..common.recordings import Recording
+from .codes import CodesCache, code_frames, read_codes
+from .lanes import EMPTY, Lanes, Plan, ShuffledWindows, WeightedOrder, Window
+from .run_config import DataSettings
+from .sources import read_sources
+
+FRAME_RATE = 12.5
+ZERO = -1
+NOT_TRAINED = -100
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One recording ready to be read: its codes on disk, its text stream [T] int32 (all -1 where nothing was aligned)."""
+
+    name: str
+    codes: Path
+    frames: int
+    text: np.ndarray
+
+
+@dataclass
+class PreparedSet:
+    """Recordings of all sources, in order, with the sources' sizes and weights."""
+
+    recordings: list[Prepared]
+    sizes: list[int]
+    weights: list[float]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [recording.frames for recording in self.recordings]
+
+
+@dataclass
+class Batch:
+    """One micro-batch: what the model's forward takes, the rows that start anew, and each row's number in the whole step."""
+
+    input_ids: torch.Tensor  # [B, T]
+    moshi_audio_codes: torch.Tensor  # [B, K, T]
+    user_audio_codes: torch.Tensor  # [B, K, T]
+    text_labels: torch.Tensor  # [B, T]
+    audio_labels: torch.Tensor  # [B, K, T]
+    attention_mask: torch.Tensor  # [B, T]
+    reset: torch.Tensor  # [B] bool
+    names: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Batch(**moved, names=self.names)
+
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        """Keyword arguments of the model's forward; the mask is left out where every frame is there."""
+        names = ("input_ids", "moshi_audio_codes", "user_audio_codes", "text_labels", "audio_labels")
+        mask = None if bool(self.attention_mask.all()) else self.attention_mask
+        return {**{name: getattr(self, name) for name in names}, "attention_mask": mask}
+
+    @property
+    def frames(self) -> int:
+        """Frames that are there, without padding."""
+        return int(self.attention_mask.sum())
+
+
+def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progress: Any = iter) -> PreparedSet:
+    """Read sources, encode what is not in the cache, and make the text streams.
+
+    Args:
+        sources: "path:weight,path:weight".
+        cache: where the codes are kept.
+        progress: wraps the list of recordings, as tqdm does.
+
+    Raises:
+        ValueError: bad files, all of them in one message, unless settings.on_bad_files is "skip"; or nothing is left.
+    """
+    problems: list[str] = []
+    found = read_sources(sources, settings.allow_outside, settings.require_words, problems)
+    everything = [recording for source in found for recording in source.recordings]
+    paths = dict(zip(map(id, everything), cache.prepare(progress(everything), problems)))
+    prepared: list[Prepared] = []
+    sizes: list[int] = []
+    for source in found:
+        before = len(prepared)
+        for recording in source.recordings:
+            path = paths[id(recording)]
+            ready = None if path is None else _prepare_one(recording, path, cache, problems)
+            prepared += [] if ready is None else [ready]
+        sizes.append(len(prepared) - before)
+    report = "\n".join(f"  {problem}" for problem in problems)
+    if problems and settings.on_bad_files == "stop":
+        raise ValueError(f"{len(problems)} bad files (data.on_bad_files: skip goes on without them):\n{report}")
+    empty = [source.name for source, size in zip(found, sizes) if size == 0]
+    if empty:
+        raise ValueError(f"Nothing can be used in {', '.join(empty)}.\n{report}".rstrip())
+    if problems:
+        print(f"{len(problems)} bad files are left out:\n{report}", flush=True)
+    return PreparedSet(prepared, sizes, [source.weight for source in found])
+
+
+def _prepare_one(recording: Recording, path: Path, cache: CodesCache, problems: list[str]) -> Prepared | None:
+    frames = code_frames(path)
+    if recording.words is None:
+        text = np.full(frames, ZERO, dtype=np.int32)
+    else:
+        try:
+            text = np.asarray(cache.processor.text_stream(recording.words, frames), dtype=np.int32)
+        except ValueError as error:
+            problems.append(f"{recording.path}: {error}")
+            return None
+    return Prepared(recording.path.stem, path, frames, text)
+
+
+class WindowReader(Dataset):
+    """Turns the windows of one micro-batch into a Batch; picklable, so that workers can do it."""
+
+    def __init__(self, recordings: Sequence[Prepared], delays: Sequence[int], num_codebooks: int):
+        self.recordings, self.delays, self.num_codebooks = list(recordings), list(delays)[:num_codebooks], num_codebooks
+
+    def __getitem__(self, windows: Sequence[Window]) -> Batch:  # type: ignore[override]
+        frames = max(max(window.frames for window in windows), 1)
+        rows, k = len(windows), self.num_codebooks
+        text = torch.full((rows, frames), ZERO, dtype=torch.long)
+        codes = torch.full((rows, 2 * k, frames), ZERO, dtype=torch.long)
+        mask = torch.zeros(rows, frames, dtype=torch.long)
+        labels = torch.full((rows, k, frames), NOT_TRAINED, dtype=torch.long)
+        for row, window in enumerate(windows):
+            if window.frames == 0:
+                continue
+            recording, there = self.recordings[window.recording], window.frames
+            stereo = read_codes(recording.codes, window.start, there)  # [2, K, T]
+            text[row, :there] = torch.from_numpy(recording.text[window.start : window.start + there].astype(np.int64))
+            codes[row, :, :there] = torch.from_numpy(stereo.reshape(2 * k, there).astype(np.int64))
+            mask[row, :there] = 1
+            labels[row, :, :there] = codes[row, :k, :there]
+            if window.last:
+                # nothing comes after the window in which a delayed codebook's last frames would be predicted
+                for codebook, delay in enumerate(self.delays):
+                    labels[row, codebook, max(there - delay, 0) :] = NOT_TRAINED
+        text_labels = text.masked_fill(text < 0, NOT_TRAINED)
+        reset = torch.tensor([window.reset for window in windows])
+        names = [self.recordings[w.recording].name if w.recording >= 0 else "" for w in windows]
+        return Batch(text, codes[:, :k], codes[:, k:], text_labels, labels, mask, reset, names)
+
+
+@dataclass
+class Step:
+    """What one rank does in one step: for each micro-batch the windows one after another, and the place in the data after it."""
+
+    micro_batches: list[list[Batch]]
+    state: dict[str, Any]
+
+
+class Loader:
+    """Gives each rank its steps, in the order of a plan.
+
+    Args:
+        plan: over all rows of a step, row r of micro-batch m of rank p being `(p * accumulation + m) * batch_size + r`.
+        reader: makes batches of windows.
+        batch_size, accumulation, turns: rows of a micro-batch, micro-batches of a step, windows one after another in a micro-batch.
+        rank: which slice of the rows to take.
+        workers: processes that read ahead; 0 reads in this one.
+    """
+
+    def __init__(self, plan: Plan, reader: WindowReader, batch_size: int, accumulation: int, turns: int, rank: int, workers: int = 0):
+        self.plan, self.reader = plan, reader
+        self.batch_size, self.accumulation, self.turns, self.rank, self.workers = batch_size, accumulation, turns, rank, workers
+
+    def __iter__(self) -> Iterator[Step]:
+        states: deque[dict[str, Any]] = deque()
+        batches = iter(self._batches(states))
+        while True:
+            step: list[list[Batch]] = []
+            try:
+                for _ in range(self.accumulation):
+                    step.append([next(batches) for _ in range(self.turns)])
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "worker" not in str(error):
+                    raise
+                raise OSError(f"A data worker died ({error}). The same command goes on from the last checkpoint; data.workers=0 reads in the main process.") from None
+            yield Step(step, states.popleft())
+
+    def _batches(self, states: deque[dict[str, Any]]) -> Any:
+        if self.workers == 0:
+            return (self.reader[windows] for windows in self._windows(states))
+        return DataLoader(
+            self.reader, sampler=_Once(self._windows(states)), batch_size=None, num_workers=self.workers, multiprocessing_context="spawn"
+        )
+
+    def _windows(self, states: deque[dict[str, Any]]) -> Iterator[list[Window]]:
+        while True:
+            turns = [self.plan.turn() for _ in range(self.turns)]
+            given = [turn for turn in turns if turn is not None]
+            if not given:
+                return
+            rows = len(given[0])
+            states.append(self.plan.state_dict())
+            for micro in range(self.accumulation):
+                first = (self.rank * self.accumulation + micro) * self.batch_size
+                for turn in turns:
+                    yield ([EMPTY] * rows if turn is None else turn)[first : first + self.batch_size]
+
+
+class _Once:
+    """A sampler over an iterator that is read once."""
+
+    def __init__(self, windows: Iterator[list[Window]]):
+        self.windows = windows
+
+    def __iter__(self) -> Iterator[list[Window]]:
+        return self.windows
+
+
+def make_plan(data: PreparedSet, settings: DataSettings, rows: int, window: int, seed: int) -> Plan:
+    """The endless plan of training: lanes where memory is carried, shuffled windows where it is not."""
+    if settings.carry == "none":
+        return ShuffledWindows(data.lengths, data.sizes, data.weights, seed, rows, window)
+    return Lanes(data.lengths, WeightedOrder(data.sizes, data.weights, seed), rows, window)
+
+
+def evaluation_plan(data: PreparedSet, settings: DataSettings, rows: int, window: int) -> Plan:
+    """Every recording once and in order."""
+    if settings.carry == "none":
+        return ShuffledWindows(data.lengths, data.sizes, data.weights, None, rows, window, epochs=1)
+    return Lanes(data.lengths, WeightedOrder(data.sizes, data.weights, None, epochs=1), rows, window)

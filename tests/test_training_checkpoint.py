@@ -1,0 +1,104 @@
+"""Checkpoints are whole or not there, and damage never loads in silence."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
+
+
+def snapshot(value):
+    tensors = {"a": torch.full((300,), float(value)), "b": torch.arange(6).reshape(2, 3).T}
+    return Snapshot({"step": value, "lanes": [1, 2]}, {"model": tensors, "optimizer": {"m": torch.ones(2, 2)}}, {"lane": torch.ones(4) * value})
+
+
+def folder_with(path, steps, **kwargs):
+    folder = CheckpointFolder(path, **kwargs)
+    for step in steps:
+        folder.save(step, snapshot(step))
+    return folder
+
+
+def test_round_trip(tmp_path):
+    folder = folder_with(tmp_path, [5])
+    back = folder.load(folder.newest(), ("model", "optimizer"))
+    assert back.state == {"step": 5, "lanes": [1, 2]}
+    assert torch.equal(back.shared["model"]["b"], torch.arange(6).reshape(2, 3).T)
+    assert torch.equal(back.own["lane"], torch.ones(4) * 5)
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in range(1, 7):
+        folder.save(step, snapshot(step), best=2 if step >= 2 else None)
+    assert folder.steps() == [2, 5, 6]
+    assert all(not p.name.startswith(".") for p in tmp_path.iterdir())
+
+
+def damages(path):
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    yield "truncated", whole[: len(whole) // 2]
+    yield "emptied", b""
+    yield "bit-flipped", bytes(flipped)
+    yield "removed", None
+
+
+def test_every_damage_to_every_file_is_seen(tmp_path, caplog):
+    folder = folder_with(tmp_path / "run", [1, 2])
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    names = sorted(p.name for p in folder.path(2).iterdir())
+    assert names == ["manifest.json", "model.safetensors", "optimizer.safetensors", "rank-0.safetensors", "state.json"]
+    for name in names:
+        for kind, data in damages(folder.path(2) / name):
+            target = folder.path(2) / name
+            target.unlink() if data is None else target.write_bytes(data)
+            caplog.clear()
+            assert folder.newest() == folder.path(1), (name, kind)
+            assert "torn or altered" in caplog.text, (name, kind)
+            shutil.copyfile(tmp_path / "whole" / "checkpoint-00000002" / name, target)
+            assert folder.newest() == folder.path(2)
+
+
+def test_all_torn_is_an_error_and_none_is_none(tmp_path):
+    folder = folder_with(tmp_path, [1])
+    (folder.path(1) / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match="None of the 1 checkpoints"):
+        folder.newest()
+    assert CheckpointFolder(tmp_path / "none").newest() is None
+
+
+def test_a_full_disk_leaves_the_old_ones(tmp_path, monkeypatch):
+    folder = folder_with(tmp_path, [1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("modeling_moshi_ttt.training.checkpoint.save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            folder.save(2, snapshot(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert folder.newest() == folder.path(1)
+    # and what a kill in the middle of a save leaves behind does no harm
+    (tmp_path / ".checkpoint-00000003.tmp").mkdir()
+    (tmp_path / ".checkpoint-00000003.tmp" / "model.safetensors").write_bytes(b"half")
+    assert folder.newest() == folder.path(1)
+    folder.save(3, snapshot(3))
+    assert folder.newest() == folder.path(3)
+
+
+def test_random_state_round_trip():
+    def draw():
+        return torch.rand(3).tolist(), random.random(), np.random.rand(), np.random.randn()
+
+    draw()
+    tensors, state = random_state()
+    expected = draw()
+    set_random_state(tensors, json.loads(json.dumps(state)))
+    assert draw() == expected
