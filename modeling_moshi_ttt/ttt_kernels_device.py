@@ -1,0 +1,104 @@
+"""What the Triton kernels of both TTT mixers share: norms, GELU and their derivatives, and how a program finds its data.
+
+The file imports without Triton; `triton` is then None and the functions below are never called.
+Letters: b tokens of a mini-batch (BT: padded to a power of two >= 16), D head width, F hidden width, N mini-batches, H heads, B rows.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # the torch scan serves machines without Triton
+    triton = None
+
+    class tl:  # type: ignore[no-redef]
+        """Stands in for the annotations below."""
+
+        constexpr = int
+
+    def jit(function):
+        return function
+
+
+@jit
+def normalize(z, eps, D: tl.constexpr):
+    """(z - mean) / sqrt(biased variance + eps) over the last axis of z [BT, D]; also the reciprocal root [BT]."""
+    centred = z - (tl.sum(z, 1) / D)[:, None]
+    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
+    return centred * scale[:, None], scale
+
+
+@jit
+def normalize_backward(d_normal, normal, scale, D: tl.constexpr):
+    """Gradient to z of `normalize`, given the gradient to its result."""
+    mean = tl.sum(d_normal, 1) / D
+    slope = tl.sum(d_normal * normal, 1) / D
+    return scale[:, None] * (d_normal - mean[:, None] - normal * slope[:, None])
+
+
+@jit
+def inner_gradient(z, target, gamma, beta, eps, D: tl.constexpr):
+    """Gradient of 1/2 |norm(z) gamma + beta - target|^2 to z [BT, D]; also norm(z), its scale and the residual, for the backward."""
+    normal, scale = normalize(z, eps, D)
+    residual = normal * gamma[None, :] + beta[None, :] - target
+    return normalize_backward(residual * gamma[None, :], normal, scale, D), normal, scale, residual
+
+
+@jit
+def inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D: tl.constexpr):
+    """From the gradient to `inner_gradient`'s result: gradients to z, to the residual (minus the target's), to gamma and beta [D]."""
+    outer = residual * gamma[None, :]
+    d_inner = scale[:, None] * d_grad
+    mean = tl.sum(d_inner, 1) / D
+    slope = tl.sum(d_inner * normal, 1) / D
+    d_outer = d_inner - mean[:, None] - normal * slope[:, None]
+    d_residual = d_outer * gamma[None, :]
+    correlation = tl.sum(outer * normal, 1) / D
+    d_normal = d_residual * gamma[None, :] - d_inner * correlation[:, None] - outer * slope[:, None]
+    d_scale = tl.sum(d_grad * grad, 1) / D
+    d_z = normalize_backward(d_normal, normal, scale, D) - (scale * d_scale)[:, None] * normal
+    return d_z, d_residual, tl.sum(d_outer * residual + d_residual * normal, 0), tl.sum(d_residual, 0)
+
+
+@jit
+def gelu(x):
+    """tanh-GELU, written x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@jit
+def gelu_slopes(x):
+    """tanh-GELU with its first and second derivative."""
+    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    p = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    t = s * (1.0 - s)
+    return x * s, s + x * t * p, t * (2.0 * p + x * ((1.0 - 2.0 * s) * p * p + 0.4281288976356015 * x))
+
+
+@jit
+def tile_offsets(stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets [ROWS, COLUMNS] of a tile whose rows lie `stride` elements apart."""
+    return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+
+
+@jit
+def load_tokens(pointer, start, H, TOKENS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
+    """One mini-batch of one head as float32 [BT, D], zeros behind its TOKENS tokens; `start` is its first (token, head) pair."""
+    inside = tl.arange(0, BT)[:, None] < TOKENS
+    return tl.load(pointer + start * D + tile_offsets(H * D, BT, D), mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def store_tokens(pointer, value, start, H, TOKENS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
+    """The inverse of `load_tokens`, in the dtype behind the pointer."""
+    inside = tl.arange(0, BT)[:, None] < TOKENS
+    tl.store(pointer + start * D + tile_offsets(H * D, BT, D), value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@jit
+def add_to(pointer, value, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """Add `value` [SIZE] to the WIDTH numbers of this program's own: no other program touches them, so no atomics."""
+    at = tl.arange(0, SIZE)
+    old = tl.load(pointer + at, mask=at < WIDTH, other=0.0)
+    tl.store(pointer + at, old + value, mask=at < WIDTH)
