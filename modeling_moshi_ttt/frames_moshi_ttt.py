@@ -1,0 +1,141 @@
+"""From the aligned frames a caller holds to the delayed steps the model runs on.
+
+Shapes: B rows, T frames, K Moshi's codebooks, S = 1 + K + K_user streams (text, Moshi's codebooks, the user's), M the largest delay.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .delay_pattern import delay
+
+ZERO = -1
+IGNORED = -100
+
+
+class AlignedFrames(NamedTuple):
+    """Checked frames and labels, valid frames to the left of padding in every row."""
+
+    codes: torch.Tensor  # [B, S, T]
+    text_labels: torch.Tensor | None  # [B, T]
+    audio_labels: torch.Tensor | None  # [B, K, T]
+    mask: torch.Tensor | None  # [B, T] bool
+    order: torch.Tensor | None  # [B, T] where each frame came from, when padding had to move; else None
+
+
+class DelayedSteps(NamedTuple):
+    """What goes into each step, and what comes out of it."""
+
+    inputs: torch.Tensor  # [B, S, T]
+    outputs: torch.Tensor  # [B, 1 + K, T] text and Moshi's codes as the step should give them
+    text_labels: torch.Tensor | None  # [B, T]
+    audio_labels: torch.Tensor | None  # [B, K, T]
+
+
+def initial_tokens(config: Any, device: torch.device | str | None = None) -> torch.Tensor:
+    """`[S, M + 1]`: what stands before the first frame of each stream."""
+    ids = torch.tensor([config.vocab_size, *[config.audio_vocab_size] * len(config.audio_delays)], device=device)
+    return ids[:, None].expand(-1, max(config.delays) + 1)
+
+
+def align(
+    config: Any,
+    input_ids: torch.Tensor | None,
+    moshi_audio_codes: torch.Tensor | None,
+    user_audio_codes: torch.Tensor | None,
+    text_labels: torch.Tensor | None = None,
+    audio_labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> AlignedFrames:
+    """Check what a caller gives and join it; streams that are None are absent (-1).
+
+    Raises:
+        ValueError: nothing given, an empty batch, wrong shapes or codebooks, unequal lengths, codes or labels out of range.
+    """
+    codes = _join(config, input_ids, moshi_audio_codes, user_audio_codes)
+    rows, _, frames = codes.shape
+    for name, labels, shape, card in (
+        ("text_labels", text_labels, (rows, frames), config.vocab_size),
+        ("audio_labels", audio_labels, (rows, config.num_codebooks, frames), config.audio_vocab_size),
+    ):
+        if labels is not None:
+            _check_shape(name, labels, shape)
+            _check_range(name, labels, IGNORED, card)
+    if attention_mask is None:
+        return AlignedFrames(codes, text_labels, audio_labels, None, None)
+    _check_shape("attention_mask", attention_mask, (rows, frames))
+    mask = attention_mask.bool()
+    if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        return AlignedFrames(codes, text_labels, audio_labels, mask, None)
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    moved = (None if x is None else take_frames(x, order, x.dim() - 1) for x in (codes, text_labels, audio_labels, mask))
+    return AlignedFrames(*moved, order=order)
+
+
+def delay_frames(
+    config: Any, frames: AlignedFrames, code_history: torch.Tensor | None, label_history: torch.Tensor | None
+) -> DelayedSteps:
+    """Apply the delay pattern.
+
+    Args:
+        code_history: `[B, S, M + 1]` the frames before these; None at the start of the recordings.
+        label_history: `[B, K, M]` the audio labels before these; None likewise.
+    """
+    own = 1 + config.num_codebooks
+    if code_history is None:
+        code_history = initial_tokens(config, frames.codes.device).expand(frames.codes.shape[0], -1, -1)
+    # Step t predicts the delayed column t from the delayed columns before it.
+    inputs = delay(frames.codes, [d + 1 for d in config.delays], code_history)
+    outputs = delay(frames.codes[:, :own], config.delays[:own], code_history[:, :own])
+    text_labels, audio_labels = frames.text_labels, frames.audio_labels
+    if audio_labels is not None:
+        if label_history is None:
+            label_history = audio_labels.new_full((*audio_labels.shape[:2], max(config.delays)), IGNORED)
+        audio_labels = delay(audio_labels, config.delays[1:own], label_history)
+    if frames.mask is not None:  # a step of padding predicts nothing
+        text_labels = None if text_labels is None else text_labels.masked_fill(~frames.mask, IGNORED)
+        audio_labels = None if audio_labels is None else audio_labels.masked_fill(~frames.mask[:, None], IGNORED)
+    return DelayedSteps(inputs, outputs, text_labels, audio_labels)
+
+
+def take_frames(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    """Gather frames `order` `[B, T]` along dimension `dim` of `x` `[B, ..., T, ...]`."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = order.shape
+    return x.gather(dim, order.view(shape).expand_as(x))
+
+
+def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, user: torch.Tensor | None) -> torch.Tensor:
+    given = next((x for x in (text, moshi, user) if x is not None), None)
+    if given is None:
+        raise ValueError("nothing to hear: give at least one of `input_ids`, `moshi_audio_codes` and `user_audio_codes`.")
+    rows, frames = given.shape[0], given.shape[-1]
+    if rows == 0 or frames == 0:
+        raise ValueError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
+    streams = []
+    for name, codes, count, card in (
+        ("input_ids", None if text is None else text[:, None] if text.dim() == 2 else text, 1, config.vocab_size),
+        ("moshi_audio_codes", moshi, config.num_codebooks, config.audio_vocab_size),
+        ("user_audio_codes", user, config.num_user_codebooks, config.audio_vocab_size),
+    ):
+        if codes is None:
+            codes = given.new_full((rows, count, frames), ZERO)
+        _check_shape(name, codes, (rows, count, frames))
+        _check_range(name, codes, ZERO, card)
+        streams.append(codes)
+    return torch.cat(streams, dim=1)
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape} like the other streams'.")
+
+
+def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> None:
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`{name}` has dtype {tokens.dtype}; token ids are int64.")
+    if torch.compiler.is_compiling() or tokens.device.type == "meta" or tokens.numel() == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < lowest or high >= card:
+        raise ValueError(f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none.")

@@ -1,0 +1,263 @@
+"""Talking frame by frame: a stream hears one frame of the user and answers with one of its own, for as long as the conversation lasts.
+
+Shapes: B rows, K Moshi's codebooks, K_user the user's, M the largest delay.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import ModelOutput
+
+from .cache_moshi_ttt import MoshiTTTCache
+from .delay_pattern import delay
+
+UNGENERATED = -2
+ZERO = -1
+
+
+class MoshiTTTFrame(NamedTuple):
+    """One complete frame of 80 ms, text and audio of the same instant. Where `valid` is False (the row's delay still fills) tokens are -2."""
+
+    text: torch.Tensor  # [B]
+    audio_codes: torch.Tensor  # [B, K]
+    valid: torch.Tensor  # [B] bool
+
+
+@dataclass
+class MoshiTTTGenerateOutput(ModelOutput):
+    """What `generate` gives.
+
+    Args:
+        sequences: `[B, T]` text tokens, one a frame.
+        audio_codes: `[B, K, T]` Moshi's codes of the same frames.
+    """
+
+    sequences: torch.Tensor | None = None
+    audio_codes: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen from logits. `top_k` 0 leaves all in; `do_sample` False takes the likeliest."""
+
+    do_sample: bool = True
+    temperature: float = 0.8
+    text_temperature: float = 0.7
+    top_k: int = 250
+    text_top_k: int = 25
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        for name in ("temperature", "text_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be greater than 0; for the likeliest token set `do_sample=False`.")
+        for name in ("top_k", "text_top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be 0 (no limit) or more.")
+
+    def text(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[B, V]` -> `[B]`."""
+        return self._choose(logits, self.text_temperature, self.text_top_k)
+
+    def audio(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[B, card]` -> `[B]`."""
+        return self._choose(logits, self.temperature, self.top_k)
+
+    def _choose(self, logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        scores = logits.float() / temperature
+        if 0 < top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)[:, 0]
+
+
+class MoshiTTTStream:
+    """A batch of live conversations with one model. All their memory is here and in `past_key_values`; the model keeps nothing.
+
+    As in Kyutai's LMGen, the first call runs on initial tokens alone: the user's codes it is given are not heard, and those of call s
+    are heard where training puts frame `s - 1`. The first M calls return no complete frame.
+
+    Args:
+        model: `MoshiTTTForConditionalGeneration`.
+        batch_size: rows.
+        sampling: how tokens are chosen.
+    """
+
+    def __init__(self, model: Any, batch_size: int, sampling: Sampling):
+        self.model, self.sampling = model, sampling
+        self.past_key_values: MoshiTTTCache = model.new_cache(batch_size)
+        config, device = model.config, model.device
+        self._delays = torch.tensor(config.delays, device=device)
+        self._own = 1 + config.num_codebooks
+        depth = max(config.delays) + 1
+        self._calls = torch.zeros(batch_size, dtype=torch.long, device=device)
+        # Raw tokens of the last M + 1 calls, newest last: what was said [B, 1 + K, M + 1] and heard [B, K_user, M + 1].
+        self._said = torch.full((batch_size, self._own, depth), UNGENERATED, device=device)
+        self._heard = torch.full((batch_size, config.num_user_codebooks, depth), ZERO, device=device)
+
+    @property
+    def batch_size(self) -> int:
+        return self._calls.shape[0]
+
+    def step(self, user_codes: torch.Tensor) -> MoshiTTTFrame:
+        """Hear one frame of the user, `[B, K_user]` codes or -1 for none, and return the newest complete frame, M calls back.
+
+        Raises:
+            ValueError: wrong shape, or codes out of range.
+        """
+        return self._step(user_codes, torch.full_like(self._said[..., 0], UNGENERATED))
+
+    @torch.no_grad()
+    def _step(self, user_codes: torch.Tensor, forced: torch.Tensor) -> MoshiTTTFrame:
+        """As [`step`]; tokens of 0 or more in `forced` `[B, 1 + K]`, in delayed time, are said as they are."""
+        self._check(user_codes)
+        self._heard = torch.cat([self._heard[..., 1:], user_codes.to(self._heard)[..., None]], dim=-1)
+        logits, hidden_states = self.model.step_frame(self._inputs(), self.past_key_values)
+        text = torch.where(forced[:, 0] >= 0, forced[:, 0], self.sampling.text(logits))
+        audio = self.model.depth_decoder.decode(hidden_states, text, forced[:, 1:], self.sampling.audio)
+        said = torch.cat([text[:, None], audio], dim=1)
+        self._said = torch.cat([self._said[..., 1:], said[..., None]], dim=-1)
+        valid = self._calls >= self._said.shape[-1] - 1
+        self._calls = self._calls + 1
+        # A frame's token of delay d was said d calls after its text: index d of the last M + 1 calls.
+        frame = self._said.gather(2, self._delays[: self._own].expand(self.batch_size, -1)[..., None])[..., 0]
+        frame = frame.masked_fill(~valid[:, None], UNGENERATED)
+        return MoshiTTTFrame(frame[:, 0], frame[:, 1:], valid)
+
+    def _inputs(self) -> torch.Tensor:
+        """`[B, S]`: what this call's step runs on, initial tokens where a stream's delay has not passed."""
+        own = self._said[..., -1]
+        late = (self._heard.shape[-1] - 1 - self._delays[self._own :]).expand(self.batch_size, -1)
+        heard = self._heard.gather(2, late[..., None])[..., 0]
+        tokens = torch.cat([own, heard], dim=1)
+        begun = self._calls[:, None] > self._delays
+        return torch.where(begun, tokens, self.past_key_values.initial_tokens[:, 0])
+
+    def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
+        """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed."""
+        self.past_key_values.reset(rows)
+        chosen = slice(None) if rows is None else torch.as_tensor(rows, device=self._calls.device)
+        self._calls, self._said, self._heard = self._calls.clone(), self._said.clone(), self._heard.clone()
+        self._calls[chosen], self._said[chosen], self._heard[chosen] = 0, UNGENERATED, ZERO
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole stream as tensors by name, ready for safetensors, the generator's state with it."""
+        tensors = {"calls": self._calls, "said": self._said, "heard": self._heard}
+        if self.sampling.generator is not None:
+            tensors["generator"] = self.sampling.generator.get_state()
+        return tensors | {f"past_key_values.{name}": tensor for name, tensor in self.past_key_values.state_dict().items()}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on exactly where [`state_dict`] was taken.
+
+        Raises:
+            ValueError: an entry is missing, or of another batch size.
+        """
+        missing = {"calls", "said", "heard"} - set(tensors)
+        if missing:
+            raise ValueError(f"the saved stream lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
+        if tensors["said"].shape != self._said.shape or tensors["heard"].shape != self._heard.shape:
+            raise ValueError(f"the saved stream has shapes {tuple(tensors['said'].shape)}, this one {tuple(self._said.shape)}; make it alike.")
+        prefix = "past_key_values."
+        self.past_key_values.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self._calls, self._said, self._heard = tensors["calls"], tensors["said"], tensors["heard"]
+        if self.sampling.generator is not None and "generator" in tensors:
+            self.sampling.generator.set_state(tensors["generator"])
+
+    def _check(self, user_codes: torch.Tensor) -> None:
+        shape, card = self._heard.shape[:2], self.model.config.audio_vocab_size
+        if user_codes.shape != shape:
+            raise ValueError(f"`user_codes` has shape {tuple(user_codes.shape)}; one frame is [B, K] = {tuple(shape)}.")
+        if user_codes.numel() and not (ZERO <= int(user_codes.min()) and int(user_codes.max()) < card):
+            raise ValueError(f"`user_codes` goes from {int(user_codes.min())} to {int(user_codes.max())}; codes are -1 (none) to {card - 1}.")
+
+
+class MoshiTTTGenerationMixin:
+    """Streaming and generation for a model with `config`, `device`, `embed`, `decoder`, `depth_decoder` and `new_cache`."""
+
+    def new_stream(
+        self,
+        batch_size: int = 1,
+        do_sample: bool = True,
+        temperature: float = 0.8,
+        text_temperature: float = 0.7,
+        top_k: int = 250,
+        text_top_k: int = 25,
+        generator: torch.Generator | None = None,
+    ) -> MoshiTTTStream:
+        """Begin `batch_size` conversations.
+
+        Args:
+            do_sample: False takes the likeliest token each time.
+            temperature, top_k: of the audio codes; `top_k` 0 leaves all in.
+            text_temperature, text_top_k: of the text.
+            generator: source of randomness, on the model's device.
+
+        Raises:
+            ValueError: a temperature not above 0, a negative top_k, an empty batch.
+        """
+        return MoshiTTTStream(self, batch_size, Sampling(do_sample, temperature, text_temperature, top_k, text_top_k, generator))
+
+    def step_frame(self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the temporal transformer on delayed tokens `[B, S]`: text logits `[B, V]` and hidden states `[B, E]`."""
+        logits, outputs = self.decoder(self.embed(tokens[..., None]), past_key_values=past_key_values)
+        return logits[:, 0], outputs.last_hidden_state[:, 0]
+
+    @torch.no_grad()
+    def generate(
+        self: Any,
+        input_ids: torch.Tensor | None = None,
+        moshi_audio_codes: torch.Tensor | None = None,
+        user_audio_codes: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        **sampling: Any,
+    ) -> MoshiTTTGenerateOutput:
+        """Listen to the user's codes and answer: a loop over [`MoshiTTTStream.step`].
+
+        Args:
+            input_ids: `[B, P]`, text of the first P frames, said as given.
+            moshi_audio_codes: `[B, K, P]`, Moshi's codes of those frames.
+            user_audio_codes: `[B, K_user, T]` from the first frame on; after its end the user's stream is absent.
+            max_new_tokens: frames to generate after the P given; as many as `user_audio_codes` still has when None.
+            sampling: as in [`new_stream`].
+
+        Returns:
+            P + `max_new_tokens` complete frames, those given included.
+
+        Raises:
+            ValueError: no input, no number of frames, or shapes that do not fit.
+        """
+        text, moshi, user = _prompt(self.config, input_ids, moshi_audio_codes, user_audio_codes)
+        given = text.shape[-1]
+        frames = user.shape[-1] if max_new_tokens is None else given + max_new_tokens
+        if frames <= 0:
+            raise ValueError("nothing to generate: give `user_audio_codes` longer than the prompt, or `max_new_tokens`.")
+        own, depth = self.config.delays[: 1 + self.config.num_codebooks], max(self.config.delays)
+        prompt = torch.cat([text[:, None], moshi], dim=1)  # [B, 1 + K, P]
+        ahead = prompt.new_full((*prompt.shape[:2], frames + depth), UNGENERATED)
+        forced = delay(torch.cat([prompt, ahead], dim=-1), own, ahead[..., :depth])[..., : frames + depth]
+        # The first call hears nothing, so frame s - 1 of the user goes into call s.
+        heard = user.new_full((*user.shape[:2], frames + depth), ZERO)
+        count = min(user.shape[-1], frames + depth - 1)
+        heard[..., 1 : 1 + count] = user[..., :count]
+        stream = self.new_stream(prompt.shape[0], **sampling)
+        said = [stream._step(heard[..., s], forced[..., s]) for s in range(frames + depth)][depth:]
+        return MoshiTTTGenerateOutput(torch.stack([f.text for f in said], -1), torch.stack([f.audio_codes for f in said], -1))
+
+
+def _prompt(
+    config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, user: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Text `[B, P]`, Moshi's codes `[B, K, P]` and the user's `[B, K_user, T]`, absent ones filled in."""
+    given = next((x for x in (text, moshi, user) if x is not None), None)
+    if given is None:
+        raise ValueError("nothing to start from: give `user_audio_codes`, or a prompt in `input_ids` and `moshi_audio_codes`.")
+    length = next((x.shape[-1] for x in (text, moshi) if x is not None), 0)
+    text = given.new_full((given.shape[0], length), UNGENERATED) if text is None else text
+    moshi = given.new_full((given.shape[0], config.num_codebooks, length), UNGENERATED) if moshi is None else moshi
+    user = given.new_full((given.shape[0], config.num_user_codebooks, 0), ZERO) if user is None else user
+    if text.shape[-1] != moshi.shape[-1]:
+        raise ValueError(f"`input_ids` has {text.shape[-1]} frames and `moshi_audio_codes` {moshi.shape[-1]}; a prompt has as many of both.")
+    return text, moshi, user

@@ -1,0 +1,396 @@
+"""Moshi with Test-Time-Training layers.
+
+The temporal transformer takes one step of 80 ms at a time: the sum of the embeddings of a text token, Moshi's K codes and the user's
+codes, each late by its codebook's delay. Chosen layers carry a TTT layer between attention and MLP. The depth decoder then predicts
+the K codes of the step one by one.
+
+Shapes: B rows, T frames, E width, S = 1 + K + K_user streams (text, Moshi's codebooks, the user's), V text vocabulary.
+Leaf modules and parameter names are transformers' Moshi's (models/moshi), so its checkpoints load as they are.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiGatingMLP, MoshiRMSNorm
+from transformers.utils import ModelOutput
+
+from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
+from .cache_moshi_ttt import KeyValues, MoshiTTTCache
+from .configuration_moshi_ttt import MoshiTTTConfig
+from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
+from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
+from .generation_moshi_ttt import MoshiTTTGenerationMixin
+from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy
+from .ttt_layer import TTTMLP, TTTLayer, TTTLinear
+from .ttt_state import TTTState
+
+TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
+
+
+@dataclass
+class MoshiTTTModelOutput(ModelOutput):
+    """What the temporal transformer gives.
+
+    Args:
+        last_hidden_state: `[B, T, E]`, normalised.
+        past_key_values: the streams' memory after these frames.
+        hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
+        inner_losses: the inner losses of each TTT layer by its number, when asked for.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: MoshiTTTCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    inner_losses: dict[int, Any] | None = None
+
+
+@dataclass
+class MoshiTTTOutput(ModelOutput):
+    """What Moshi-TTT gives.
+
+    Args:
+        loss: `text_loss + audio_loss`, of those whose labels were given.
+        text_loss, audio_loss: weighted mean cross-entropies in nats.
+        logits: `[B, T, V]`; step t predicts text frame t.
+        audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
+        last_hidden_state, past_key_values, hidden_states, inner_losses: as in [`MoshiTTTModelOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    audio_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    audio_logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: MoshiTTTCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    inner_losses: dict[int, Any] | None = None
+
+
+class LayerOutput(NamedTuple):
+    """A layer's output `[B, T, E]`, all its keys and values, and what became of its TTT memory."""
+
+    hidden_states: torch.Tensor
+    key_values: KeyValues
+    ttt_state: TTTState | None
+    inner_losses: Any | None
+
+
+class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a gated TTT layer where the configuration asks for one, then the MLP; each behind a norm, each added to its input."""
+
+    def __init__(self, config: MoshiTTTConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MoshiTTTAttention(config, layer_idx)
+        self.mlp = MoshiGatingMLP(config)
+        self.input_layernorm = MoshiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MoshiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.ttt: TTTLayer | None = None
+        if layer_idx in config.ttt_layers:
+            self.ttt_layernorm = MoshiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.ttt = TTT_MIXERS[config.ttt_mixer](config, layer_idx)
+            self.gating_alpha = nn.Parameter(torch.full((config.hidden_size,), float(config.ttt_gate_init)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        frames: Frames,
+        past: KeyValues | None = None,
+        ttt_state: TTTState | None = None,
+        output_inner_losses: bool = False,
+    ) -> LayerOutput:
+        """`[B, T, E]` -> `[B, T, E]`, with the layer's memory in and out by argument."""
+        attended, key_values = self.self_attn(self.input_layernorm(hidden_states), frames, past)
+        hidden_states = hidden_states + attended
+        inner_losses = None
+        if self.ttt is not None:
+            if ttt_state is not None and frames.fresh is not None:
+                ttt_state = ttt_state.reset(frames.fresh, self.ttt.initial_state(1))
+            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask)
+            inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
+            remembered, ttt_state = self.ttt(*inputs)
+            hidden_states = hidden_states + torch.tanh(self.gating_alpha) * remembered
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses)
+
+
+class MoshiTTTPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and what transformers needs to know of the family."""
+
+    config: MoshiTTTConfig
+    config_class = MoshiTTTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    output_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # The window and the per-row memory need an explicit mask, which flash attention does not take.
+    _supports_flash_attn = False
+    _no_split_modules = ["MoshiTTTDecoderLayer", "DepthDecoderLayer"]
+    # A plain Moshi checkpoint carries Mimi, which here belongs to the processor.
+    _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\."]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TTTLayer):
+            module.reset_ttt_parameters(self.config.initializer_range)
+        elif isinstance(module, MoshiTTTDecoderLayer) and module.ttt is not None:
+            init.constant_(module.gating_alpha, float(self.config.ttt_gate_init))
+        elif isinstance(module, MoshiFlexibleLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+
+class MoshiTTTModel(MoshiTTTPreTrainedModel):
+    """The temporal transformer: embedded steps in, hidden states out."""
+
+    def __init__(self, config: MoshiTTTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)
+        self.layers = nn.ModuleList(MoshiTTTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MoshiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: MoshiTTTCache | None = None,
+        output_hidden_states: bool = False,
+        output_inner_losses: bool = False,
+    ) -> MoshiTTTModelOutput:
+        """Run frames through all layers.
+
+        Args:
+            inputs_embeds: `[B, T, E]`.
+            attention_mask: `[B, T]`, ones then zeros in each row: padding stands on the right.
+            past_key_values: the memory that goes in; it is brought up to date.
+            output_hidden_states: also return the input of every layer.
+            output_inner_losses: also return the inner losses of every TTT layer.
+        """
+        mask = None if attention_mask is None else attention_mask.bool()
+        lengths = None if mask is None else mask.sum(dim=1)
+        frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values)
+        hidden_states, seen, outputs = inputs_embeds, [inputs_embeds], []
+        for i, layer in enumerate(self.layers):
+            memory = past_key_values.layers[i] if past_key_values is not None else None
+            past, state = (memory.past, memory.ttt_state) if memory is not None else (None, None)
+            output = layer(hidden_states, frames=frames, past=past, ttt_state=state, output_inner_losses=output_inner_losses)
+            hidden_states = output.hidden_states
+            seen.append(hidden_states)
+            # Without a memory nobody reads keys, values and states again.
+            outputs.append(output if memory is not None else LayerOutput(hidden_states, None, None, output.inner_losses))
+        if past_key_values is not None:
+            past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
+        return MoshiTTTModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            hidden_states=tuple(seen) if output_hidden_states else None,
+            inner_losses={i: outputs[i].inner_losses for i in self.config.ttt_layers} if output_inner_losses else None,
+        )
+
+    def _frames(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None, past: MoshiTTTCache | None
+    ) -> tuple[Frames, torch.Tensor]:
+        """What the layers need to know of these frames, and the positions of all keys `[B, S + T]`."""
+        rows, num_frames, _ = inputs_embeds.shape
+        window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
+        if past is not None:
+            past.check(rows, len(self.layers), list(self.config.ttt_layers))
+            positions, key_positions = past.window(num_frames, lengths)
+        else:
+            positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
+            key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
+        plainly_causal = past is None and mask is None and num_frames <= window and implementation == "sdpa"
+        visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
+        rotary = rotary_embedding(positions, self.config, dtype)
+        fresh = past.fresh if past is not None else None
+        return Frames(rotary, visible, positions.expand(rows, -1), mask, fresh), key_positions
+
+
+class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
+    """The temporal transformer with its text head, as transformers nests them."""
+
+    def __init__(self, config: MoshiTTTConfig):
+        super().__init__(config)
+        self.model = MoshiTTTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, inputs_embeds: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, MoshiTTTModelOutput]:
+        """Text logits `[B, T, V]`, and the output of [`MoshiTTTModel`], which the other arguments go to."""
+        outputs = self.model(inputs_embeds, **kwargs)
+        return self.lm_head(outputs.last_hidden_state), outputs
+
+
+class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerationMixin):
+    """Moshi with TTT layers: trains on aligned frames, talks frame by frame through [`new_stream`].
+
+    Frames go in aligned in time, as the processor makes them; the model delays and shifts them itself. With `past_key_values` they
+    continue the streams it holds, so that a recording in windows gives what it gives in one piece.
+
+    Args of `forward`:
+        input_ids: `[B, T]` text tokens; -1 is the zero token. All -1 when None.
+        moshi_audio_codes: `[B, K, T]` Moshi's codes, or -1. All -1 when None.
+        user_audio_codes: `[B, K_user, T]` the user's codes, or -1. All -1 when None.
+        text_labels: `[B, T]`; -100 or -1 is not trained. Usually `input_ids` itself.
+        audio_labels: `[B, K, T]`; -100 or -1 is not trained. Usually `moshi_audio_codes` itself.
+        attention_mask: `[B, T]`, 1 for frames that are there. The others change no memory and are not trained.
+        past_key_values: the memory of the streams; it is brought up to date in place.
+        use_cache: return the memory after these frames; outside training `config.use_cache` when None.
+        num_items_in_batch:
+            What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
+            tensor of two (the sum of [`loss_weights`] of its parts), or as one number the frames of the whole.
+        output_hidden_states: also return the hidden states before each layer and after the last.
+        output_inner_losses: also return the TTT layers' inner losses.
+        return_dict: False gives a plain tuple of what is not None.
+
+    Raises:
+        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model.
+    """
+
+    # The loss is a mean already; `Trainer` then divides by the accumulation steps as it should.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MoshiTTTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.ModuleList(nn.Embedding(config.audio_vocab_size + 1, config.hidden_size) for _ in config.audio_delays)
+        self.decoder = MoshiTTTForCausalLM(config)
+        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.lm_head = new_embeddings
+
+    def new_cache(self, batch_size: int = 1) -> MoshiTTTCache:
+        """An empty memory for `batch_size` streams."""
+        return MoshiTTTCache(self.config, batch_size, device=self.device)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The input of the temporal transformer: delayed tokens `[B, S, T]` -> summed embeddings `[B, T, E]`; -1 adds exactly 0."""
+        audio = sum(embed_or_zero(table, tokens[:, 1 + k]) for k, table in enumerate(self.embed_tokens))
+        return audio + embed_or_zero(self.decoder.model.embed_tokens, tokens[:, 0])
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        moshi_audio_codes: torch.LongTensor | None = None,
+        user_audio_codes: torch.LongTensor | None = None,
+        text_labels: torch.LongTensor | None = None,
+        audio_labels: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: MoshiTTTCache | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool = False,
+        output_inner_losses: bool = False,
+        return_dict: bool = True,
+    ) -> MoshiTTTOutput | tuple:
+        """Predict every frame from the frames before it (arguments and errors: see the class)."""
+        frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
+        past = past_key_values
+        if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
+            past = self.new_cache(frames.codes.shape[0])
+        steps = self._delay(frames, past)
+        logits, outputs = self.decoder(
+            self.embed(steps.inputs),
+            attention_mask=frames.mask,
+            past_key_values=past,
+            output_hidden_states=output_hidden_states,
+            output_inner_losses=output_inner_losses,
+        )
+        audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
+        result = MoshiTTTOutput(logits=logits, audio_logits=audio_logits, **outputs)
+        result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, num_items_in_batch)
+        losses = [loss for loss in (result.text_loss, result.audio_loss) if loss is not None]
+        result.loss = sum(losses) if losses else None
+        if past is not None:
+            past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
+        if frames.order is not None:
+            _put_back(result, frames.order.argsort(dim=1))
+        return result if return_dict else result.to_tuple()
+
+    def loss_weights(
+        self,
+        text_labels: torch.LongTensor,
+        audio_labels: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: MoshiTTTCache | None = None,
+    ) -> torch.Tensor:
+        """The (text, audio) weights that [`forward`] divides its losses by, `[2]` float32, known before it runs.
+
+        Summed over micro-batches and ranks they are the `num_items_in_batch` of each part.
+        """
+        text = text_labels.clamp(min=-1)
+        frames = align(self.config, text, audio_labels.clamp(min=-1), None, text_labels, audio_labels, attention_mask)
+        steps = self._delay(frames, past_key_values)
+        return torch.stack([weights.sum() for weights in self._weights(steps) if weights is not None])
+
+    def _delay(self, frames: AlignedFrames, past: MoshiTTTCache | None) -> DelayedSteps:
+        if past is None:
+            return delay_frames(self.config, frames, None, None)
+        past.check(frames.codes.shape[0], self.config.num_hidden_layers, list(self.config.ttt_layers))
+        return delay_frames(self.config, frames, past.codes, past.labels)
+
+    def _audio_logits(self, hidden_states: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced logits `[B, K, T, card]` of the steps' codes in `outputs` `[B, 1 + K, T]`."""
+        tokens = outputs.transpose(1, 2).flatten(0, 1)  # [B T, 1 + K]
+        logits = self.depth_decoder(hidden_states.flatten(0, 1), tokens[:, 0], tokens[:, 1:])  # [K, B T, card]
+        return logits.unflatten(1, hidden_states.shape[:2]).transpose(0, 1)
+
+    def _weights(self, steps: DelayedSteps) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Loss weights of the text labels `[B, T]` and of the audio labels `[B, K, T]`."""
+        config, text, audio = self.config, steps.text_labels, steps.audio_labels
+        return (
+            None if text is None else text_weights(text, config.text_padding_ids, config.text_padding_weight),
+            None if audio is None else audio_weights(audio, config.semantic_loss_weight),
+        )
+
+    def _losses(
+        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, num_items_in_batch: torch.Tensor | int | None
+    ) -> list[torch.Tensor | None]:
+        """Text and audio loss; None where there are no labels."""
+        losses: list[torch.Tensor | None] = []
+        labels = (steps.text_labels, steps.audio_labels)
+        for i, (scores, targets, weights) in enumerate(zip((logits, audio_logits), labels, self._weights(steps))):
+            if targets is None or weights is None:
+                losses.append(None)
+                continue
+            total, weight = weighted_cross_entropy(scores, targets, weights)
+            losses.append(mean_loss(total, weight if num_items_in_batch is None else self._whole_weight(num_items_in_batch, i).to(weight)))
+        return losses
+
+    def _whole_weight(self, num_items_in_batch: torch.Tensor | int, stream: int) -> torch.Tensor:
+        """What a stream's loss sum is divided by: its weight in the whole batch, or what that many frames weigh."""
+        whole = torch.as_tensor(num_items_in_batch)
+        if whole.numel() == 2:
+            return whole.flatten()[stream]
+        if whole.numel() != 1:
+            raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
+        return whole * (1.0 if stream == 0 else self.config.semantic_loss_weight + self.config.num_codebooks - 1)
+
+
+def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
+    """Bring outputs of packed frames back to where the caller's frames stood."""
+    result.logits = take_frames(result.logits, order, 1)
+    result.audio_logits = take_frames(result.audio_logits, order, 2)
+    result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
+    if result.hidden_states is not None:
+        result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)

@@ -1,0 +1,349 @@
+"""MoshiTTTProcessor: recordings and words in, aligned frames out, and back to sound and text.
+
+Letters: B rows, T frames of 80 ms, n samples, K codebooks.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BatchFeature, MimiModel, ProcessorMixin
+
+from .mimi_stream import MimiStream, check_codes
+
+END_OF_PADDING = 0  # stands right before a word
+TEXT_PADDING = 3  # nobody speaks, or the word's tokens are all said
+ABSENT = -1  # the zero token: embeds to zero and is not trained
+WORD_START = "\u2581"
+MAIN_SPEAKER = "SPEAKER_MAIN"
+
+
+def text_stream(
+    words: Sequence[tuple[Sequence[int], float]],
+    n_frames: int,
+    frame_rate: float = 12.5,
+    keep_and_shift: bool = False,
+    padding: int = TEXT_PADDING,
+    end_of_padding: int = END_OF_PADDING,
+) -> list[int]:
+    """Spreads the tokens of timed words over frames, by moshi-finetune's rules (interleaver.build_token_stream).
+
+    words: (token ids, start in seconds) in order of start. Every frame takes one token. A word that begins while another is still being
+    written replaces what is left of it, or waits behind it when `keep_and_shift`. The padding before a word ends in `end_of_padding`.
+    Returns n_frames ids. Of words past the last frame nothing remains.
+    """
+    stream = [padding] * n_frames
+    pending: list[int] = []
+    following = 0
+    for t in range(n_frames):
+        while following < len(words) and words[following][1] * frame_rate < t + 1:
+            tokens = list(words[following][0])
+            pending = pending + tokens if keep_and_shift else tokens
+            following += 1
+        if pending:
+            if t > 0 and stream[t - 1] == padding:
+                stream[t - 1] = end_of_padding
+            stream[t] = pending.pop(0)
+    return stream
+
+
+def resample(audio: Tensor, from_rate: int, to_rate: int, half_width: int = 32) -> Tensor:
+    """Band-limited change of rate of float audio [..., n] -> [..., ceil(n · to / from)].
+
+    A sinc under a Kaiser window, cut at 0.97 of the lower Nyquist frequency, as one strided convolution with a filter for each phase.
+    """
+    if from_rate < 1 or to_rate < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
+        raise ValueError(f"rates are {from_rate} and {to_rate}; they must be whole numbers of Hz, at least 1.")
+    if from_rate == to_rate:
+        return audio
+    common = math.gcd(int(from_rate), int(to_rate))
+    down, up = int(from_rate) // common, int(to_rate) // common
+    cut = 0.97 * min(down, up)
+    width = math.ceil(half_width * down / cut)
+    phases = torch.arange(0, -up, -1, dtype=torch.float64)[:, None] / up
+    times = (phases + torch.arange(-width, width + down, dtype=torch.float64) / down) * cut  # [up, taps]
+    window = torch.special.i0(9.0 * (1 - (times / half_width).clamp(-1, 1) ** 2).sqrt()) / torch.special.i0(torch.tensor(9.0))
+    filters = torch.sinc(times) * window * (times.abs() <= half_width) * cut / down
+    flat = F.pad(audio.reshape(-1, 1, audio.shape[-1]), (width, width + down))
+    out = F.conv1d(flat, filters[:, None].to(audio), stride=down)  # [rows, up, n / down]
+    out = out.transpose(1, 2).reshape(flat.shape[0], -1)[:, : math.ceil(audio.shape[-1] * up / down)]
+    return out.reshape(*audio.shape[:-1], -1)
+
+
+class MoshiTTTProcessor(ProcessorMixin):
+    """Turns recordings and timed words into aligned frames for MoshiTTT, and frames back into sound and text.
+
+    feature_extractor: Mimi's EncodecFeatureExtractor. tokenizer: a fast tokenizer whose pieces begin words with "\u2581". audio_tokenizer:
+    a MimiModel, or the Hub name of one ("kyutai/mimi"). num_codebooks: how many of its codebooks the model speaks.
+
+    `save_pretrained` writes everything into one folder, the codec under `audio_tokenizer/`; `from_pretrained` (also AutoProcessor's)
+    reads it back.
+    """
+
+    CODEC_FOLDER = "audio_tokenizer"
+    LONGEST_PIECE = 125  # frames encoded or decoded at once; memory does not grow with the recording
+
+    def __init__(self, feature_extractor: Any, tokenizer: Any, audio_tokenizer: Any = None, num_codebooks: int = 8) -> None:
+        if isinstance(audio_tokenizer, str):
+            audio_tokenizer = MimiModel.from_pretrained(audio_tokenizer)
+        super().__init__(feature_extractor, tokenizer)
+        self.num_codebooks = num_codebooks
+        self.audio_tokenizer = audio_tokenizer  # set here, for ProcessorMixin admits only the codecs that it lists
+        if audio_tokenizer is not None:
+            audio_tokenizer.eval()
+            self._check_codec(audio_tokenizer)
+
+    def _check_codec(self, codec: MimiModel) -> None:
+        config = codec.config
+        if config.sampling_rate != self.feature_extractor.sampling_rate:
+            raise ValueError(
+                f"audio_tokenizer works at {config.sampling_rate} Hz, feature_extractor at {self.feature_extractor.sampling_rate} Hz; "
+                "take both from one checkpoint."
+            )
+        if not 1 <= self.num_codebooks <= config.num_quantizers:
+            raise ValueError(f"num_codebooks is {self.num_codebooks}; the audio_tokenizer has 1 to {config.num_quantizers}.")
+
+    @property
+    def codec(self) -> MimiModel:
+        """The audio tokenizer; ValueError when this processor was made without one."""
+        if self.audio_tokenizer is None:
+            raise ValueError('this processor has no audio_tokenizer; load one with from_pretrained(..., audio_tokenizer="kyutai/mimi").')
+        return self.audio_tokenizer
+
+    @property
+    def sampling_rate(self) -> int:
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples a frame: 1920."""
+        return self.codec.config.frame_size
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second: 12.5."""
+        return self.sampling_rate / self.frame_size
+
+    # Sound and words to frames
+
+    def __call__(
+        self,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        words: Sequence | None = None,
+        *,
+        chunk_start: float = 0.0,
+        chunk_end: float | None = None,
+        mono_is: str = "moshi",
+        main_speaker: str = MAIN_SPEAKER,
+        keep_and_shift: bool = False,
+    ) -> BatchFeature:
+        """Aligned frames of one recording or a list of them.
+
+        audio: float [n] or [channels, n] in [−1, 1]; left channel Moshi, right channel the user. A mono recording is Moshi's or the user's
+        by `mono_is` ("moshi" | "user"); the other stream is then absent (−1). words: (word, start, end, speaker) or moshi-finetune's
+        [word, [start, end], speaker], in seconds from the recording's start; for a list of recordings one such list each. Words of
+        `main_speaker` make the text stream; without words (None) it is absent; an empty list means that nobody speaks.
+        chunk_start, chunk_end: the window, in seconds; without an end, to the recording's end. Frames past it are absent in every stream.
+
+        Returns input_ids [B, T], moshi_audio_codes and user_audio_codes [B, K, T], text_labels [B, T] and audio_labels [B, K, T] (−100
+        where absent, hence not trained), and, only when rows differ in length, attention_mask [B, T].
+
+        Raises ValueError for audio that is empty, not finite, not float or of more than two channels, for words with end < start or times
+        that are no numbers, and for text that the tokenizer cannot encode.
+        """
+        if audio is None:
+            raise ValueError("audio is missing; give samples as float [n] or [channels, n].")
+        single = not isinstance(audio, (list, tuple))
+        recordings = [audio] if single else list(audio)
+        spoken = [words] if single else (list(words) if words is not None else [None] * len(recordings))
+        if not recordings or len(recordings) != len(spoken):
+            raise ValueError(f"audio holds {len(recordings)} recordings and words {len(spoken)} lists; give as many of each, at least one.")
+        if mono_is not in ("moshi", "user"):
+            raise ValueError(f"mono_is is {mono_is!r}; it says whose voice a mono recording is: 'moshi' or 'user'.")
+        waves = [self._window(self._wave(one, sampling_rate), chunk_start, chunk_end) for one in recordings]
+        lengths = [math.ceil(wave.shape[-1] / self.frame_size) for wave in waves]
+        total = max(lengths) if chunk_end is None else math.ceil((chunk_end - chunk_start) * self.frame_rate - 1e-6)
+        moshi, user = self._codes(waves, lengths, total, mono_is)
+        window = (chunk_start, chunk_start + total / self.frame_rate if chunk_end is None else chunk_end)
+        rows = [
+            self._text(one, length, total, window, main_speaker, keep_and_shift) for one, length in zip(spoken, lengths, strict=True)
+        ]
+        return self._features(torch.tensor(rows), moshi, user, lengths, total)
+
+    @staticmethod
+    def _features(text: Tensor, moshi: Tensor, user: Tensor, lengths: list[int], total: int) -> BatchFeature:
+        data = {"input_ids": text, "moshi_audio_codes": moshi, "user_audio_codes": user}
+        data["text_labels"] = text.masked_fill(text == ABSENT, -100)
+        data["audio_labels"] = moshi.masked_fill(moshi == ABSENT, -100)
+        if min(lengths) < total:
+            data["attention_mask"] = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
+        return BatchFeature(data)
+
+    def _wave(self, audio: Any, sampling_rate: int | None) -> Tensor:
+        """Checked and resampled audio, float32 [1 or 2, n]."""
+        if sampling_rate is None or sampling_rate != int(sampling_rate) or sampling_rate < 1:
+            raise ValueError(f"sampling_rate is {sampling_rate}; say how many samples a second the audio has, as 24000 or 44100.")
+        if not isinstance(audio, (np.ndarray, Tensor)):
+            raise ValueError(f"audio is a {type(audio).__name__}; give a numpy array or a tensor, [n] or [channels, n].")
+        wave = torch.as_tensor(audio)
+        if not wave.is_floating_point():
+            raise ValueError(f"audio is {wave.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
+        wave = wave.detach().cpu().float()
+        if wave.dim() == 1:
+            wave = wave[None]
+        if wave.dim() != 2:
+            raise ValueError(f"audio has shape {tuple(wave.shape)}; it must be [n] or [channels, n].")
+        if wave.numel() == 0:
+            raise ValueError(f"audio is empty (shape {tuple(wave.shape)}); give at least one sample.")
+        if wave.shape[0] > 2:
+            raise ValueError(f"audio has {wave.shape[0]} channels (shape {tuple(wave.shape)}); it must have 1 or 2, as [channels, n].")
+        if not torch.isfinite(wave).all():
+            raise ValueError("audio holds NaN or infinite samples; repair the recording first.")
+        return resample(wave, int(sampling_rate), self.sampling_rate)
+
+    def _window(self, wave: Tensor, start: float, end: float | None) -> Tensor:
+        length = wave.shape[-1] / self.sampling_rate
+        if not 0 <= start < length:
+            raise ValueError(f"chunk_start is {start} s; it must lie within the recording of {length:.3f} s.")
+        if end is not None and not start < end < math.inf:
+            raise ValueError(f"chunk_end is {end} s; it must be after chunk_start ({start} s).")
+        last = None if end is None else round(end * self.sampling_rate)
+        return wave[:, round(start * self.sampling_rate) : last]
+
+    def _codes(self, waves: list[Tensor], lengths: list[int], total: int, mono_is: str) -> tuple[Tensor, Tensor]:
+        """Codes of both sides, long [B, K, total] each, −1 where there is no sound."""
+        sides = torch.full((2, len(waves), self.num_codebooks, total), ABSENT)
+        for row, (wave, length) in enumerate(zip(waves, lengths, strict=True)):
+            codes = self.encode_audio(wave)  # [1 or 2, K, length]
+            if len(codes) == 2:
+                sides[:, row, :, :length] = codes
+            else:
+                sides[0 if mono_is == "moshi" else 1, row, :, :length] = codes[0]
+        return sides[0], sides[1]
+
+    def encode_audio(self, audio: Tensor) -> Tensor:
+        """Sound at the codec's rate, float [B, n] -> codes, long [B, K, ceil(n / 1920)]; the last frame is filled up with silence."""
+        features = self.feature_extractor(list(audio.float().cpu().numpy()), sampling_rate=self.sampling_rate, return_tensors="pt")
+        wave = features["input_values"][:, 0]  # [B, n]
+        wave = F.pad(wave, (0, -wave.shape[-1] % self.frame_size))
+        stream = self.new_audio_stream(len(wave))
+        pieces = [stream.encode_frames(piece) for piece in wave.split(self.LONGEST_PIECE * self.frame_size, dim=-1)]
+        return torch.cat(pieces, -1).cpu()
+
+    def _text(
+        self,
+        words: Sequence | None,
+        length: int,
+        total: int,
+        window: tuple[float, float],
+        main_speaker: str,
+        keep_and_shift: bool,
+    ) -> list[int]:
+        """One row of the text stream: `length` frames of text, absent from there to `total`."""
+        if words is None:
+            return [ABSENT] * total
+        chosen = []
+        for index, word in enumerate(words):
+            text, start, end, speaker = parse_word(index, word)
+            if speaker == main_speaker and start < end and window[0] <= start < window[1]:
+                chosen.append((self.encode_word(text), start - window[0]))
+        chosen.sort(key=lambda word: word[1])
+        spoken = [word for word in chosen if word[0]]
+        return text_stream(spoken, length, self.frame_rate, keep_and_shift) + [ABSENT] * (total - length)
+
+    def encode_word(self, word: str) -> list[int]:
+        """Token ids of one word by itself, none for a blank one; ValueError naming a word that the tokenizer does not know how to write."""
+        if not word.strip():
+            return []
+        ids = self.tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
+        if self.tokenizer.unk_token_id in ids:
+            raise ValueError(f"words hold {word!r}, which the tokenizer cannot encode; spell it with characters that it knows.")
+        special = {END_OF_PADDING, TEXT_PADDING, *self.tokenizer.all_special_ids}
+        if special & set(ids):
+            raise ValueError(f"words hold {word!r}, which reads as a special token; spell it otherwise.")
+        return ids
+
+    # Frames to sound and words
+
+    def decode_audio(self, codes: Tensor) -> Tensor:
+        """Codes, long [B, K, T] -> sound at 24 kHz, float [B, T · 1920]. ValueError for absent (−1), incomplete (−2) or unknown codes."""
+        codes = torch.as_tensor(codes)
+        check_codes(codes, self.codec.config.codebook_size, self.codec.config.num_quantizers)
+        stream = self.new_audio_stream(len(codes))
+        return torch.cat([stream.decode_frames(piece) for piece in codes.split(self.LONGEST_PIECE, dim=-1)], -1)
+
+    def decode_text(self, ids: Any) -> str:
+        """The text of one stream of frames [T], without padding."""
+        return self.tokenizer.decode([token for _, token in self._said(ids)], skip_special_tokens=True).strip()
+
+    def words(self, ids: Any) -> list[tuple[str, float]]:
+        """The words of one stream of frames [T], each with the time in seconds at which it starts."""
+        found: list[tuple[list[int], int]] = []
+        for t, token in self._said(ids):
+            if not found or str(self.tokenizer.convert_ids_to_tokens(token)).startswith(WORD_START):
+                found.append(([], t))
+            found[-1][0].append(token)
+        spelled = [(self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), t / self.frame_rate) for tokens, t in found]
+        return [(word, start) for word, start in spelled if word]
+
+    def _said(self, ids: Any) -> list[tuple[int, int]]:
+        """(frame, token) of every frame that holds text."""
+        row = torch.as_tensor(ids)
+        if row.dim() != 1 or row.is_floating_point():
+            raise ValueError(f"ids are {row.dtype} {tuple(row.shape)}; give one row of token ids, [frames].")
+        if row.numel() and int(row.max()) >= len(self.tokenizer):
+            raise ValueError(f"ids hold {int(row.max())}; the tokenizer knows 0 to {len(self.tokenizer) - 1}.")
+        return [(t, token) for t, token in enumerate(row.tolist()) if token not in (END_OF_PADDING, TEXT_PADDING) and token >= 0]
+
+    def new_audio_stream(self, batch_size: int = 1) -> MimiStream:
+        """Live encoding and decoding of batch_size streams, 80 ms at a time."""
+        return MimiStream(self.codec, batch_size, self.num_codebooks)
+
+    # On disk
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Everything into one folder; the codec's weights go to its sub-folder `audio_tokenizer`."""
+        if self.audio_tokenizer is not None:
+            self.audio_tokenizer.save_pretrained(f"{save_directory}/{self.CODEC_FOLDER}")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
+        codec, self.audio_tokenizer = self.audio_tokenizer, None
+        try:
+            output = super().to_dict()
+        finally:
+            self.audio_tokenizer = codec
+        output.pop("audio_tokenizer", None)
+        return output if codec is None else {**output, "audio_tokenizer_folder": self.CODEC_FOLDER}
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As the base class has it, with the codec loaded from its sub-folder of the same repository and revision."""
+        own = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only", "force_download") if key in kwargs}
+        subfolder = kwargs.get("subfolder", "")
+        processor_dict, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        folder = processor_dict.pop("audio_tokenizer_folder", None)
+        if folder is not None and "audio_tokenizer" not in rest:
+            folder = f"{subfolder}/{folder}" if subfolder else folder
+            processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **own)
+        return processor_dict, rest
+
+
+def parse_word(index: int, word: Any) -> tuple[str, float, float, str]:
+    """(text, start, end, speaker) of a word in either layout; ValueError naming its number and what is wrong with it."""
+    try:
+        text, start, end, speaker = word if len(word) == 4 else (word[0], *word[1], word[2])
+        start, end = float(start), float(end)
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise ValueError(f"words[{index}] is {word!r}; it must be (word, start, end, speaker) with times in seconds.") from None
+    if not (isinstance(text, str) and math.isfinite(start) and math.isfinite(end)):
+        raise ValueError(f"words[{index}] is {word!r}; the word must be a string and its times finite seconds.")
+    if end < start:
+        raise ValueError(f"words[{index}] is {word!r}; it ends at {end} s, before its start at {start} s. Mend the alignment.")
+    return text, start, end, speaker
