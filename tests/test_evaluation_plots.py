@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from modeling_moshi_ttt.evaluation import plots, report
+from modeling_moshi_ttt.evaluation import plot, plots, report
 
 CURVE = {"position": [16.0, 64.0, 256.0], "loss": [5.0, 4.0, 3.5], "low": [4.8, 3.9, 3.4], "high": [5.2, 4.1, 3.6], "frames": [16, 64, 256]}
 TASK = {"accuracy": 0.6, "interval": [0.5, 0.7], "items": 5, "pairs": 10, "chance": 0.5}
@@ -62,7 +62,7 @@ def test_what_cannot_be_drawn_is_named():
     with pytest.raises(ValueError, match="lacks 'runs'"):
         plots.draw({"kind": "recall", "window": 16})
     with pytest.raises(ValueError, match="no numbers with a step"):
-        plots.training_result([{"loss": 3.0}])
+        plot.training_result([{"loss": 3.0}])
 
 
 def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
@@ -71,21 +71,21 @@ def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
         "\n".join(json.dumps({"step": i, "train/loss": 3 - i / 10, "train/text_loss": 1.0, "lr": 1e-4}) for i in range(5))
     )
     parser = argparse.ArgumentParser()
-    plots.configure(parser)
+    plot.configure(parser)
     assert (
-        plots.run(parser.parse_args([str(tmp_path / "results.json"), str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "out")])) == 0
+        plot.run(parser.parse_args([str(tmp_path / "results.json"), str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "out")])) == 0
     )
     written = capsys.readouterr().out.split()
     assert len(written) == 2 * (len(PARTS) - 1) + 2
     assert (tmp_path / "out" / "log.svg").is_file()
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(ValueError, match="nothing that can be drawn"):
-        plots.run(parser.parse_args([str(tmp_path / "empty.json")]))
+        plot.run(parser.parse_args([str(tmp_path / "empty.json")]))
     with pytest.raises(ValueError, match="no such file"):
-        plots.run(parser.parse_args([str(tmp_path / "gone.json")]))
+        plot.run(parser.parse_args([str(tmp_path / "gone.json")]))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
-        plots.run(parser.parse_args([str(tmp_path / "broken.json")]))
+        plot.run(parser.parse_args([str(tmp_path / "broken.json")]))
 
 
 def test_the_report_stands_alone_and_escapes_names(tmp_path):

@@ -1,14 +1,12 @@
 """Pictures of results, drawn from JSON alone (PNG and SVG), in colours that colour-blind readers tell apart (Okabe and Ito).
 
-`moshi-ttt plot results.json` draws every part of a file; `draw` gives the matplotlib figure of one part by its "kind".
+`draw` gives the matplotlib figure of one result by its "kind"; `moshi-ttt plot` is the command around it.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,9 +175,6 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
 }
 
 
-# ---------------------------------------------------------------- the command
-
-
 def drawable(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, part) of everything in a result file that has a picture: the file itself, or each of its tasks."""
     if results.get("kind") in FIGURES:
@@ -187,52 +182,3 @@ def drawable(results: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str
     for task, part in results.get("tasks", {}).items() if "kind" not in results else ():
         if part.get("kind") in FIGURES:
             yield task, part
-
-
-def read_results(path: str | Path) -> dict[str, Any]:
-    """A result file; a trainer's log (one JSON object a line) becomes a "training" result."""
-    source = Path(path)
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file")
-    text = source.read_text(encoding="utf-8")
-    try:
-        if source.suffix == ".jsonl":
-            return training_result([json.loads(line) for line in text.splitlines() if line.strip()])
-        results = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
-    if not isinstance(results, dict):
-        raise ValueError(f"{source}: must hold one JSON object, it holds a {type(results).__name__}")
-    return results
-
-
-def training_result(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every number logged against "step", in panels by what its name says: losses together, each other number alone."""
-    panels: dict[str, dict[str, Any]] = {}
-    for record in records:
-        for name, value in record.items():
-            if name == "step" or "step" not in record or isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            curve = panels.setdefault("loss" if "loss" in name else name, {}).setdefault(name, {"step": [], "value": []})
-            curve["step"].append(record["step"])
-            curve["value"].append(value)
-    if not panels:
-        raise ValueError("the log holds no numbers with a step; it cannot be drawn")
-    return {"kind": "training", "panels": panels}
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", nargs="+", help="result files (results.json, recall.json, a training log.jsonl)")
-    parser.add_argument("--output", type=Path, default=None, help="folder of the pictures (default: beside each file)")
-
-
-def run(args: argparse.Namespace) -> int:
-    for name in args.results:
-        path = Path(name)
-        parts = list(drawable(read_results(path), path.stem))
-        if not parts:
-            raise ValueError(f"{path}: holds nothing that can be drawn (kinds: {', '.join(FIGURES)})")
-        for part, data in parts:
-            for written in save(draw(data), (args.output or path.parent) / part):
-                print(written)
-    return 0

@@ -1,0 +1,156 @@
+"""Recall beyond the attention window: what was heard longer ago than the window must come back as text.
+
+A sequence holds P key-value pairs as user audio codes (a frame for the key, a frame for its value), noise for longer than the window, then
+the keys again in another order. One frame after each key the text stream must give its value. Window attention alone cannot know it.
+
+Shapes: B rows, P pairs, T frames.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .statistics import bootstrap_interval
+
+KEYS, VALUES, NOISE = 50, 50, 28
+FIRST_TEXT = 4  # text ids 0 to 3 keep Moshi's meanings: padding, end of padding, ...
+CHANCE = 1 / VALUES
+
+
+@dataclass(frozen=True)
+class Batch:
+    """User codes [B, 1, T], and text labels [B, T]: the value's text id one frame after each repeated key, -100 elsewhere."""
+
+    user_audio_codes: Tensor
+    text_labels: Tensor
+
+
+def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator) -> Batch:
+    """`rows` fresh sequences; `distance` frames of noise lie between the last value and the first repeated key."""
+    if not 1 <= pairs <= KEYS or distance < 0:
+        raise ValueError(f"pairs is {pairs} and distance {distance}; pairs must be 1 to {KEYS} and distance at least 0")
+    keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # [B, P], no key twice
+    values = torch.randint(VALUES, (rows, pairs), generator=generator)
+    told = torch.stack([keys, KEYS + values], dim=-1).flatten(1)  # [B, 2 P]
+    noise = KEYS + VALUES + torch.randint(NOISE, (rows, distance), generator=generator)
+    order = torch.rand(rows, pairs, generator=generator).argsort(1)
+    silence = torch.full((rows, 1), -1)  # the frame in which the last answer is given
+    codes = torch.cat([told, noise, keys.gather(1, order), silence], dim=1)
+    labels = torch.full_like(codes, -100)
+    labels[:, -pairs:] = FIRST_TEXT + values.gather(1, order)
+    return Batch(codes[:, None], labels)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to train: `mixer` None is window attention alone."""
+
+    mixer: str | None = "linear"
+    mini_batch_size: int = 16
+    base_lr: float | None = None  # None: 16 for linear, 4 for mlp
+
+    @property
+    def name(self) -> str:
+        return "window attention alone" if self.mixer is None else f"TTT-{self.mixer}, b = {self.mini_batch_size}"
+
+
+def make_model(variant: Variant, window: int = 16, seed: int = 0) -> MoshiTTTForConditionalGeneration:
+    """A Moshi-TTT of two layers, width 64 and one codebook a side; without TTT the same model with `ttt_layers=[]`."""
+    torch.manual_seed(seed)
+    base_lr = variant.base_lr or {"linear": 16.0, "mlp": 4.0}[variant.mixer or "linear"]
+    config = MoshiTTTConfig(
+        vocab_size=FIRST_TEXT + VALUES,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        ffn_dim=256,
+        sliding_window=window,
+        audio_vocab_size=KEYS + VALUES + NOISE,
+        num_codebooks=1,
+        num_user_codebooks=1,
+        depth_decoder_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "ffn_dim": 32},
+        ttt_layers=[] if variant.mixer is None else "all",
+        ttt_mixer=variant.mixer or "linear",
+        ttt_num_heads=2,
+        ttt_mini_batch_size=variant.mini_batch_size,
+        ttt_base_lr=base_lr,
+        # an open gate: from 0.1 the layer is found too, after three times as many steps
+        ttt_gate_init=1.0,
+    )
+    return MoshiTTTForConditionalGeneration(config)
+
+
+@dataclass
+class TrainSettings:
+    """How a variant is trained. Training ends early, after `cool_down` steps, once the running accuracy passes `enough`."""
+
+    steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warm_up: int = 50
+    cool_down: int = 100
+    enough: float = 0.985
+    seconds: float = 600.0  # the cool-down starts after this long at the latest
+    pairs: tuple[int, ...] = (4, 8)
+    distances: tuple[int, int] = (24, 40)  # lowest and highest; longer ones are never trained
+    seed: int = 0
+
+
+def train(model: Any, settings: TrainSettings, report: Callable[[int, float, float], object] = lambda *_: None) -> dict[str, float]:
+    """Train on text answers alone; returns the steps taken, the seconds, and the last running accuracy."""
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    model.train()
+    started, running, step, last = time.monotonic(), 0.0, 0, settings.steps
+    while step < last:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min((step + 1) / settings.warm_up, (last - step) / settings.cool_down, 1.0)
+        pairs = settings.pairs[int(torch.randint(len(settings.pairs), (), generator=generator))]
+        distance = int(torch.randint(settings.distances[0], settings.distances[1] + 1, (), generator=generator))
+        loss, accuracy = _answers(model, make_batch(settings.batch_size, pairs, distance, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        running = 0.95 * running + 0.05 * float(accuracy.float().mean())
+        if running > settings.enough or time.monotonic() - started > settings.seconds:
+            last = min(last, step + settings.cool_down)
+        report(step, float(loss.detach()), running)
+    model.eval()
+    return {"steps": step, "seconds": time.monotonic() - started, "running_accuracy": running}
+
+
+def _answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The text loss, and which answers [B, P] were right."""
+    output = model(user_audio_codes=batch.user_audio_codes, text_labels=batch.text_labels, use_cache=False)
+    asked = batch.text_labels >= 0
+    right = output.logits.argmax(-1)[asked] == batch.text_labels[asked]
+    return output.text_loss, right.view(len(asked), -1)
+
+
+@torch.no_grad()
+def measure(model: Any, pairs: int, distance: int, rows: int = 512, seed: int = 1234) -> dict[str, Any]:
+    """Accuracy on fresh sequences, the same for every model, with a bootstrap interval over sequences."""
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    rights = []
+    for start in range(0, rows, 128):
+        batch = make_batch(min(128, rows - start), pairs, distance, generator)
+        rights.append(_answers(model, batch)[1].double().mean(1))
+    accuracy = torch.cat(rights)
+    interval = list(bootstrap_interval(accuracy.numpy(), seed))
+    return {"pairs": pairs, "distance": distance, "accuracy": float(accuracy.mean()), "interval": interval, "sequences": rows}
+
+
+def measure_all(model: Any, pairs: Sequence[int], distances: Sequence[int], rows: int = 512) -> list[dict[str, Any]]:
+    return [measure(model, p, d, rows) for p in pairs for d in distances]

@@ -1,0 +1,227 @@
+"""Log-likelihood of code sequences under Moshi-TTT, batched with padding that changes nothing.
+
+What counts is explicit: which streams go in (text and user absent, or given), and the weight of each codebook in the score. Per-codebook
+sums are kept, so that every weighting, and both the sum and the mean per token, come from one pass.
+
+Shapes: B rows, K codebooks of Moshi, U codebooks of the user, T frames (12.5 a second), V text vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.signal import resample_poly
+from torch import Tensor
+
+from ..delay_pattern import delay, undelay
+
+ABSENT = -1
+
+
+class CodeSequence(NamedTuple):
+    """One recording as aligned codes. A stream that is None is absent: its embedding is exactly zero, and it is not scored."""
+
+    moshi: Tensor  # [K, T] int64
+    user: Tensor | None = None  # [U, T]
+    text: Tensor | None = None  # [T]
+
+
+@dataclass(frozen=True)
+class ScoreWeights:
+    """Weight of a token's log-likelihood by its stream. The default scores Moshi's audio alone, semantic to acoustic 100 : 1."""
+
+    semantic: float = 100.0
+    acoustic: float = 1.0
+    text: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = (self.semantic, self.acoustic, self.text)
+        if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) == 0:
+            raise ValueError(
+                f"score weights are semantic {values[0]}, acoustic {values[1]}, text {values[2]}; they must be >= 0 and not all 0"
+            )
+
+
+UNWEIGHTED = ScoreWeights(1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class StreamSums:
+    """Sums of log-likelihoods in nats, and numbers of tokens, of one recording: [text, codebook 0, 1, …]."""
+
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    def score(self, weights: ScoreWeights = ScoreWeights(), mean: bool = True) -> float:
+        """The weighted sum of log-likelihoods; with `mean` divided by the sum of the weights of the tokens scored."""
+        factors = [weights.text, weights.semantic, *[weights.acoustic] * (len(self.sums) - 2)]
+        total = math.fsum(w * s for w, s in zip(factors, self.sums))
+        weight = math.fsum(w * n for w, n in zip(factors, self.tokens))
+        if weight == 0:
+            raise ValueError(f"no token has a weight: tokens of text and codebooks are {self.tokens}, their weights {factors}")
+        score = total / weight if mean else total
+        if not math.isfinite(score):
+            raise ValueError(f"the log-likelihood is {score}; the model's numbers are broken, and no score is made of them")
+        return score
+
+
+class TokenLogProbs(NamedTuple):
+    """Log-likelihood of every token in frame time, and which of them were predicted: [B, 1 + K, T], row 0 text."""
+
+    values: Tensor  # float32 (float64 for a float64 model); 0 where not predicted
+    predicted: Tensor  # bool
+
+
+@torch.no_grad()
+def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
+    """One forward pass over recordings of any lengths, padded on the right.
+
+    A row's padding is masked, so that neither attention nor TTT memory sees it. The last `delay` frames of a delayed codebook are not
+    predicted by Moshi, with padding as without.
+    """
+    check_sequences(model.config, batch)
+    lengths = torch.tensor([sequence.moshi.shape[-1] for sequence in batch], device=model.device)  # [B]
+    inputs = collate(model.config, batch, model.device)
+    frames = int(lengths.max())
+    if int(lengths.min()) < frames:
+        inputs["attention_mask"] = (torch.arange(frames, device=model.device) < lengths[:, None]).long()
+    output = model(**inputs, use_cache=False)
+    delays = [0, *model.config.audio_delays[: model.config.num_codebooks]]
+    targets = torch.cat([inputs["input_ids"][:, None], inputs["moshi_audio_codes"]], dim=1)  # [B, 1 + K, T]
+    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ABSENT))
+    logprobs = undelay(_gather(output.logits, output.audio_logits, delayed), delays, 0.0)
+    # a step past the row's end is no step of the row: what it predicts does not count
+    steps = torch.arange(frames, device=model.device) + torch.tensor(delays, device=model.device)[:, None]  # [1 + K, T]
+    predicted = (steps < lengths[:, None, None]) & (targets >= 0)
+    return TokenLogProbs(logprobs.masked_fill(~predicted, 0.0), predicted)
+
+
+def _gather(logits: Tensor, audio_logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, K, T, card]."""
+    known = targets.clamp(min=0)
+    streams = [logits, *audio_logits.unbind(1)]
+    parts = []
+    for s, stream in enumerate(streams):
+        stream = stream if stream.dtype == torch.float64 else stream.float()
+        chosen = stream.gather(-1, known[:, s, :, None]).squeeze(-1)
+        parts.append(chosen - stream.logsumexp(-1))
+    return torch.stack(parts, dim=1).masked_fill(targets < 0, 0.0)  # [B, 1 + K, T]
+
+
+def collate(config: Any, batch: Sequence[CodeSequence], device: torch.device | str) -> dict[str, Tensor]:
+    """Recordings of any lengths as the model's inputs, padded with absent tokens on the right."""
+    frames = max(sequence.moshi.shape[-1] for sequence in batch)
+    inputs = {
+        "input_ids": torch.full((len(batch), frames), ABSENT, dtype=torch.long),
+        "moshi_audio_codes": torch.full((len(batch), config.num_codebooks, frames), ABSENT, dtype=torch.long),
+        "user_audio_codes": torch.full((len(batch), config.num_user_codebooks, frames), ABSENT, dtype=torch.long),
+    }
+    for row, sequence in enumerate(batch):
+        for name, stream in zip(inputs, (sequence.text, sequence.moshi, sequence.user)):
+            if stream is not None:
+                inputs[name][row, ..., : stream.shape[-1]] = stream.cpu()
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def check_sequences(config: Any, batch: Sequence[CodeSequence]) -> None:
+    """Raise a ValueError that names the recording and what does not fit."""
+    if not batch:
+        raise ValueError("no sequences to score")
+    for number, sequence in enumerate(batch):
+        frames = sequence.moshi.shape[-1]
+        shapes = {"moshi": (config.num_codebooks, frames), "user": (config.num_user_codebooks, frames), "text": (frames,)}
+        for name, shape in shapes.items():
+            stream = getattr(sequence, name)
+            if stream is not None and tuple(stream.shape) != shape:
+                raise ValueError(f"sequence {number}: {name} has shape {tuple(stream.shape)}, it must be {shape}")
+        if frames == 0:
+            raise ValueError(f"sequence {number}: holds no frames; the audio is shorter than one frame of 80 ms")
+
+
+def score_sequences(
+    model: Any, sequences: Sequence[CodeSequence], batch_size: int = 16, progress: Callable[[int], object] = lambda done: None
+) -> list[StreamSums]:
+    """Per-stream sums of every recording, in order; those of like length share a batch, so that little is padded."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].moshi.shape[-1])
+    results: dict[int, StreamSums] = {}
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        logprobs = token_log_probs(model, [sequences[i] for i in rows])
+        sums, tokens = logprobs.values.double().sum(-1).tolist(), logprobs.predicted.sum(-1).tolist()
+        results |= {i: StreamSums(tuple(s), tuple(n)) for i, s, n in zip(rows, sums, tokens)}
+        progress(len(rows))
+    return [results[i] for i in range(len(sequences))]
+
+
+class SpeechScorer:
+    """Scores waveforms: slamkit's contract, `log_likelihood(wavs, lens, mean_nll) -> [B]`, so that its metrics can call a Moshi-TTT.
+
+    Args:
+        model: `MoshiTTTForConditionalGeneration`.
+        encode: list of mono float32 arrays at 24 kHz -> list of codes [K, T], as the processor gives them.
+        user: "absent" (the zero token), or "silence": what the codec makes of silence of the same length.
+        text: "absent", or a text id that stands in every frame (Moshi's padding is 3); neither is scored.
+        sample_rate: of the waveforms that come in; they are resampled to 24 kHz.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encode: Callable[[list[np.ndarray]], list[Tensor]],
+        weights: ScoreWeights = ScoreWeights(),
+        user: str = "absent",
+        text: str | int = "absent",
+        batch_size: int = 16,
+        sample_rate: int = 24000,
+    ) -> None:
+        if user not in ("absent", "silence"):
+            raise ValueError(f"user is {user!r}; it must be 'absent' or 'silence'")
+        if text != "absent" and not (isinstance(text, int) and 0 <= text < model.config.vocab_size):
+            raise ValueError(f"text is {text!r}; it must be 'absent' or a text id below {model.config.vocab_size}")
+        self.model, self.encode, self.weights, self.user, self.text = model, encode, weights, user, text
+        self.batch_size, self.sample_rate = batch_size, sample_rate
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def sequences(self, waves: Sequence[np.ndarray]) -> list[CodeSequence]:
+        """Mono waves [N] at 24 kHz as code sequences; the wave is Moshi's own voice."""
+        codes = self.encode(list(waves))
+        silences: list[Tensor | None] = [None] * len(codes)
+        if self.user == "silence":
+            longest = self.encode([np.zeros(max(len(wave) for wave in waves), np.float32)])[0]
+            # the codec is causal: silence of a shorter file is the beginning of a longer one's
+            silences = [longest[: self.model.config.num_user_codebooks, : code.shape[-1]] for code in codes]
+        texts = [None if self.text == "absent" else torch.full(code.shape[-1:], int(self.text)) for code in codes]
+        return [CodeSequence(code, silence, text) for code, silence, text in zip(codes, silences, texts)]
+
+    def score_waves(self, waves: Sequence[np.ndarray]) -> list[StreamSums]:
+        """Per-stream sums of mono waves [N] at 24 kHz; given text is an input only, and not scored."""
+        scored = score_sequences(self.model, self.sequences(waves), self.batch_size)
+        return [StreamSums((0.0, *found.sums[1:]), (0, *found.tokens[1:])) for found in scored]
+
+    def log_likelihood(self, wavs: Tensor, lens: Tensor | None = None, mean_nll: bool = True) -> Tensor:
+        """Log-likelihood [B] of zero-padded waves [B, N], the first `lens` [B] samples of each; mean per token (weighted), or the sum."""
+        if wavs.dim() != 2:
+            raise ValueError(f"wavs has shape {tuple(wavs.shape)}; it must be [B, N]")
+        ends = [wavs.shape[1]] * len(wavs) if lens is None else [int(end) for end in lens]
+        if len(ends) != len(wavs) or not all(0 < end <= wavs.shape[1] for end in ends):
+            raise ValueError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
+        waves = [self._resample(wave[:end].float().cpu().numpy()) for wave, end in zip(wavs, ends)]
+        scores = [found.score(self.weights, mean_nll) for found in self.score_waves(waves)]
+        return torch.tensor(scores, device=wavs.device)
+
+    def _resample(self, wave: np.ndarray) -> np.ndarray:
+        if self.sample_rate == 24000:
+            return wave
+        common = math.gcd(24000, self.sample_rate)
+        return resample_poly(wave, 24000 // common, self.sample_rate // common).astype(np.float32)
