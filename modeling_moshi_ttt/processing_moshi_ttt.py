@@ -3,6 +3,7 @@
 Letters: B rows, T frames of 80 ms, n samples, K codebooks.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -314,12 +315,9 @@ class MoshiTTTProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
-        codec, self.audio_tokenizer = self.audio_tokenizer, None
-        try:
-            output = super().to_dict()
-        finally:
-            self.audio_tokenizer = codec
-        output.pop("audio_tokenizer", None)
+        without = copy.copy(self)
+        codec = without.__dict__.pop("audio_tokenizer")
+        output = super(MoshiTTTProcessor, without).to_dict()
         return output if codec is None else {**output, "audio_tokenizer_folder": self.CODEC_FOLDER}
 
     @classmethod
