@@ -66,9 +66,11 @@ class _Scan(torch.autograd.Function):
         for first in range(0, complete.shape[1], group_size):
             if keep and first:
                 starts += [w.clone() for w in weights]
-            group, shared = _load(inputs, complete, slice(first, first + group_size), eps)
-            answers = [inner(step, shared, weights, weights)[0] for step in group.steps()]
-            outputs.append(_to_frames(_normed(torch.stack(answers), shared)[0], inputs[0].shape) + inputs[0][:, first : first + group_size])
+            place = slice(first, first + group_size)
+            group, shared = _load(inputs, complete, place, eps)
+            answers = torch.stack([inner(step, shared, weights, True)[0] for step in group.steps()])
+            unit, _ = _normalise(answers, eps)
+            outputs.append(_to_frames(group.q + unit * shared.norm_weight + shared.norm_bias, inputs[0].shape))
         if keep:
             ctx.save_for_backward(complete, *inputs, *starts)
             ctx.group_size, ctx.eps, ctx.count = group_size, eps, len(inputs)
@@ -87,42 +89,54 @@ def _backward(
     inputs: tuple[Tensor, ...], starts: list[Tensor], complete: Tensor, d_outputs: tuple[Tensor, ...], group_size: int, eps: float
 ) -> list[Tensor]:
     """Gradients of all inputs, the groups of mini-batches taken from the last to the first."""
-    shape, dtype, kinds = inputs[0].shape, inputs[7].dtype, len(inputs) - 7
-    inner, inner_backward = (_linear, _linear_backward) if kinds == 2 else (_mlp, _mlp_backward)
-    d_weights = tuple(d.reshape(w.flatten(0, 1).shape).clone() for d, w in zip(d_outputs[1:], inputs[7:]))
-    d_tokens: list[tuple[Tensor, ...]] = []
-    d_shared = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs[4:7]]
+    shape, kinds = inputs[0].shape, len(inputs) - 7
+    d_weights = tuple(d.flatten(0, 1).clone() for d in d_outputs[1:])
+    d_tokens, d_shared = [], [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
     for first in reversed(range(0, complete.shape[1], group_size)):
         place = slice(first, first + group_size)
         group, shared = _load(inputs, complete, place, eps)
         number = first // group_size * kinds
         weights = tuple(starts[number - kinds : number]) if first else tuple(w.flatten(0, 1) for w in inputs[7:])
-        steps, before, kept, answers = list(group.steps()), [], [], []
-        for step in steps:
-            before.append(weights)
-            answer, weights, memory = inner(step, shared, weights, None)
-            answers.append(answer)
-            kept.append(memory)
-        grads = _Gradients.like(group, shared)
-        d_out = _from_frames(d_outputs[0][:, place].to(dtype))
-        d_answers = _normed_backward(torch.stack(answers), d_out, shared, grads)
-        grads.kq[:, :, group.size :] += d_out  # the residual
-        for i in reversed(range(len(steps))):
-            inner_backward(steps[i], shared, before[i], kept[i], d_answers[i], d_weights, grads.step(i))
-        _read_backward(group, shared, grads, d_shared[0])
-        d_tokens.append(_token_gradients(grads, shape))
-        for total, d in zip(d_shared[1:], (grads.norm_weight, grads.norm_bias)):
-            total += d.view(shape[0], *total.shape).sum(0)
-    tokens = [torch.cat(pieces[::-1], 1) for pieces in zip(*d_tokens)]
+        grads = _Gradients.empty(group, shared)
+        _group_backward(group, shared, weights, _from_frames(d_outputs[0][:, place]), d_weights, grads)
+        d_tokens.append(grads.of_tokens(shape))
+        for total, d in zip(d_shared, (grads.token_weight[None], grads.norm_weight, grads.norm_bias)):
+            total += d.view(-1, *total.shape).sum(0)
+    tokens = (torch.cat(pieces[::-1], 1) for pieces in zip(*d_tokens))
     found = [*tokens, *d_shared, *(d.view(w.shape) for d, w in zip(d_weights, inputs[7:]))]
     return [d.to(x.dtype) for d, x in zip(found, inputs)]
+
+
+def _group_backward(
+    group: _Step, shared: _Shared, weights: Weights, d_out: Tensor, d_weights: Weights, grads: _Gradients
+) -> None:
+    """Run a group again and then backwards; d_weights is, and becomes, the gradient at its end and at its start."""
+    inner, inner_backward = (_linear, _linear_backward) if len(weights) == 2 else (_mlp, _mlp_backward)
+    steps, before, kept, answers = list(group.steps()), [], [], []
+    for step in steps:
+        before.append(weights)
+        answer, weights, memory = inner(step, shared, weights, False)
+        answers.append(answer)
+        kept.append(memory)
+    unit, rstd = _normalise(torch.stack(answers), shared.eps)
+    grads.norm_weight.add_((d_out * unit).sum((0, 2)))
+    grads.norm_bias.add_(d_out.sum((0, 2)))
+    d_answers = _project(d_out * shared.norm_weight, unit) * rstd
+    for i in reversed(range(len(steps))):
+        inner_backward(steps[i], shared, before[i], kept[i], d_answers[i], d_weights, grads.step(i))
+        before.pop(), kept.pop()  # as memory is short, nothing is kept longer than it is needed
+    grads.token_weight.add_((grads.read * group.dots).tril().sum((0, 1, 3)))
+    d_dots = grads.read * shared.table
+    grads.kq[:, :, : group.size] += d_dots.mT @ group.q
+    grads.kq[:, :, group.size :] += d_out  # the residual
+    grads.kq[:, :, group.size :] += d_dots @ group.k
 
 
 # --- the tokens of a group -------------------------------------------------------------------------------------------------------------
 
 
 class _Shared(NamedTuple):
-    token_weight: Tensor  # [b, b]: row t holds w_t up to column t, then zeros
+    table: Tensor  # [b, b]: row t holds w_t up to column t, then zeros
     norm_weight: Tensor  # [M, 1, D]
     norm_bias: Tensor  # [M, 1, D]
     eps: float
@@ -135,7 +149,7 @@ class _Step(NamedTuple):
     target: Tensor  # [M, b, D]
     rate: Tensor  # [M, b, 1]
     dots: Tensor  # [M, b, b]: q_t . k_s + 1
-    end: Tensor  # [M, 1, 1]: w_{b-1}, or 0 where the mini-batch is not complete
+    closes: Tensor  # [M, 1, 1]: 1, or 0 where the mini-batch is not complete
 
     @property
     def size(self) -> int:
@@ -154,61 +168,200 @@ class _Step(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Gradients of a group's tokens, filled in place mini-batch by mini-batch, and the sums for the norm's weight and bias."""
+    """Gradients of a group: what belongs to tokens is written once, the last three are sums."""
 
-    kq: Tensor  # shapes as in _Step
-    target: Tensor
-    rate: Tensor
-    dots: Tensor
-    end: Tensor
+    kq: Tensor  # [n, M, 2 b, D]
+    target: Tensor  # [n, M, b, D]
+    rate: Tensor  # [n, M, b, 1]
     read: Tensor  # [n, M, b, b], of w_t dots_ts
+    token_weight: Tensor  # [b]
     norm_weight: Tensor  # [M, D]
     norm_bias: Tensor  # [M, D]
 
     @classmethod
-    def like(cls, group: _Step, shared: _Shared) -> _Gradients:
-        norms = (torch.zeros_like(x.squeeze(1)) for x in (shared.norm_weight, shared.norm_bias))
-        return cls(*(torch.zeros_like(x) for x in group), torch.zeros_like(group.dots), *norms)
+    def empty(cls, group: _Step, shared: _Shared) -> _Gradients:
+        written = (torch.empty_like(x) for x in (group.kq, group.target, group.rate, group.dots))
+        return cls(*written, *(torch.zeros_like(x) for x in (shared.table[0], shared.norm_weight[:, 0], shared.norm_bias[:, 0])))
 
     def step(self, i: int) -> _Gradients:
-        return _Gradients(*(x[i] for x in self[:6]), *self[6:])
+        return _Gradients(*(x[i] for x in self[:4]), *self[4:])
+
+    def of_tokens(self, shape: torch.Size) -> tuple[Tensor, ...]:
+        """dq, dk, dv `[B, n, b, H, D]` and dlr `[B, n, b, H]`."""
+        d_k, d_q = self.kq.chunk(2, 2)
+        d_q, d_k, d_v, d_lr = (_to_frames(x, shape) for x in (d_q, d_k - self.target, self.target, self.rate))
+        return d_q, d_k, d_v, d_lr.squeeze(-1)
 
 
 def _load(inputs: tuple[Tensor, ...], complete: Tensor, place: slice, eps: float) -> tuple[_Step, _Shared]:
     q, k, v, lr, token_weight, norm_weight, norm_bias, W1 = inputs[:8]
     rows, heads, dtype = W1.shape[0], W1.shape[1], W1.dtype
-    q, k, v = (_from_frames(x[:, place].to(dtype)) for x in (q, k, v))
-    rate = _from_frames(lr[:, place, ..., None].to(dtype))
-    weight = token_weight.to(dtype)
-    end = (complete[:, place].t().repeat_interleave(heads, 1) * weight[-1])[..., None, None]  # [n, M, 1, 1]
+    q, k, v, rate = (_from_frames(x[:, place].to(dtype)) for x in (q, k, v, lr[..., None]))
+    closes = complete[:, place].t().repeat_interleave(heads, 1)[..., None, None].to(dtype)
     norm_weight, norm_bias = (x.to(dtype).repeat(rows, 1)[:, None] for x in (norm_weight, norm_bias))
-    table = weight[:, None].expand(-1, len(weight)).tril()
-    return _Step(torch.cat([k, q], 2), v - k, rate, q @ k.mT + 1, end), _Shared(table, norm_weight, norm_bias, eps)
+    table = token_weight.to(dtype)[:, None].expand(-1, len(token_weight)).tril()
+    return _Step(torch.cat([k, q], 2), v - k, rate, q @ k.mT + 1, closes), _Shared(table, norm_weight, norm_bias, eps)
 
 
 def _from_frames(x: Tensor) -> Tensor:
-    """`[B, n, b, H, ·]` as `[n, M, b, ·]`."""
+    """`[B, n, b, H, D]` as `[n, M, b, D]`."""
     return x.permute(1, 0, 3, 2, 4).reshape(x.shape[1], -1, x.shape[2], x.shape[4])
 
 
 def _to_frames(x: Tensor, shape: torch.Size) -> Tensor:
-    """`[n, M, b, ·]` as `[B, n, b, H, ·]`; `shape` gives B and H."""
-    return x.view(x.shape[0], shape[0], shape[3], *x.shape[2:]).permute(1, 0, 3, 2, 4)
+    """`[n, M, b, D]` as `[B, n, b, H, D]`; `shape` gives B and H."""
+    return x.unflatten(1, (shape[0], shape[3])).permute(1, 0, 3, 2, 4)
 
 
-def _read_backward(group: _Step, shared: _Shared, grads: _Gradients, d_token_weight: Tensor) -> None:
-    """From dread and dend to the dot products, the queries, the keys and the token weights, for the whole group at once."""
-    d_token_weight += (grads.read * group.dots).tril().sum((0, 1, 3))
-    # `end` is w_{b-1} times 0 or 1; the ratio is taken from the sign, so that w_{b-1} = 0 keeps its gradient
-    d_token_weight[-1] += (grads.end * group.end).sum()
-    d_dots = grads.read * shared.token_weight
-    grads.kq[:, :, group.size :] += d_dots @ group.k
-    grads.kq[:, :, : group.size] += d_dots.mT @ group.q
+# --- one mini-batch --------------------------------------------------------------------------------------------------------------------
+# Each gives the answers f(q) of its tokens, the weights after it (the same tensors changed, when in_place), and what its backward needs.
+# Each backward writes or adds to `grads`, and turns d_weights from the gradient of the weights after into that of the weights before.
 
 
-def _token_gradients(grads: _Gradients, shape: torch.Size) -> tuple[Tensor, ...]:
-    """dq, dk, dv `[B, n, b, H, D]` and dlr `[B, n, b, H]`."""
-    b = grads.rate.shape[2]
-    d_k = grads.kq[:, :, :b] - grads.target
-    d_q, d_k, d_v, d_lr = (_to_frames(x, shape) for x in (grads.kq[:, :, b:].contiguous(), d_k, grads.target, grads.rate))
-    return d_q, d_k, d_v, d_lr.squeeze(-1)
+class _Learned(NamedTuple):
+    """The inner gradient of the tokens and its parts, all `[M, b, D]` but rstd."""
+
+    unit: Tensor
+    rstd: Tensor  # [M, b, 1]
+    error: Tensor  # LN(z) - target
+    gradient: Tensor
+    step: Tensor  # lr times gradient
+
+
+def _linear(step: _Step, shared: _Shared, weights: Weights, in_place: bool) -> tuple[Tensor, Weights, Any]:
+    W1, b1 = weights
+    z = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, D]
+    learned = _learn(z[:, : step.size], step, shared)
+    answer = torch.baddbmm(z[:, step.size :], step.dots * shared.table, learned.step, alpha=-1)
+    moved = learned.step * (step.closes * shared.table[-1, -1])
+    return answer, _move(W1, b1, step.k, moved, in_place), (learned, moved)
+
+
+def _linear_backward(
+    step: _Step, shared: _Shared, weights: Weights, memory: Any, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+) -> None:
+    (W1, _), (d_W1, d_b1), (learned, moved) = weights, d_weights, memory
+    torch.bmm(-d_answer, learned.step.mT, out=grads.read)
+    d_step, d_k = _move_backward(step, shared, step.k, learned.step, moved, d_W1, d_b1, grads)
+    d_step.baddbmm_((step.dots * shared.table).mT, d_answer, alpha=-1)
+    d_z = torch.cat([_learn_backward(learned, d_step, step, shared, grads), d_answer], 1)  # [M, 2 b, D]
+    torch.bmm(d_z, W1.mT, out=grads.kq)
+    grads.kq[:, : step.size] += d_k
+    d_W1.baddbmm_(step.kq.mT, d_z)
+    d_b1 += d_z.sum(1, keepdim=True)
+
+
+def _mlp(step: _Step, shared: _Shared, weights: Weights, in_place: bool) -> tuple[Tensor, Weights, Any]:
+    W1, b1, W2, b2 = weights
+    z1 = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, F]
+    zk = z1[:, : step.size]
+    xk = F.gelu(zk, approximate="tanh")
+    learned = _learn(torch.baddbmm(b2, xk, W2), step, shared)
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(zk), zk, approximate="tanh")
+    pulled = learned.step @ W2.mT  # [M, b, F]
+    step1 = pulled * slope
+    zq = torch.baddbmm(z1[:, step.size :], step.dots * shared.table, step1, alpha=-1)
+    xq = F.gelu(zq, approximate="tanh")
+    dots = xq @ xk.mT + 1  # [M, b, b]
+    answer = torch.baddbmm(b2, xq, W2).baddbmm_(dots * shared.table, learned.step, alpha=-1)
+    end = step.closes * shared.table[-1, -1]
+    moved1, moved2 = step1 * end, learned.step * end
+    after = (*_move(W1, b1, step.k, moved1, in_place), *_move(W2, b2, xk, moved2, in_place))
+    return answer, after, (learned, zk, xk, slope, pulled, step1, zq, xq, dots, moved1, moved2)
+
+
+def _mlp_backward(
+    step: _Step, shared: _Shared, weights: Weights, memory: Any, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+) -> None:
+    (W1, _, W2, _), (d_W1, d_b1, d_W2, d_b2) = weights, d_weights
+    learned, zk, xk, slope, pulled, step1, zq, xq, dots, moved1, moved2 = memory
+    # the reading of the second layer
+    d_read = -d_answer @ learned.step.mT  # [M, b, b]
+    grads.token_weight.add_((d_read * dots).tril_().sum((0, 2)))
+    d_dots = d_read.mul_(shared.table)
+    d_xq = (d_answer @ W2.mT).baddbmm_(d_dots, xk)  # [M, b, F]
+    # the weights at the end
+    d_step2, d_xk = _move_backward(step, shared, xk, learned.step, moved2, d_W2, d_b2, grads)
+    d_step1, d_k = _move_backward(step, shared, step.k, step1, moved1, d_W1, d_b1, grads)
+    d_step2.baddbmm_((dots * shared.table).mT, d_answer, alpha=-1)
+    d_xk.baddbmm_(d_dots.mT, xq)
+    # the reading of the first layer
+    d_zq = torch.ops.aten.gelu_backward(d_xq, zq, approximate="tanh")
+    torch.bmm(-d_zq, step1.mT, out=grads.read)
+    d_step1.baddbmm_((step.dots * shared.table).mT, d_zq, alpha=-1)
+    # the inner gradient: through its own backward pass, then through its forward pass
+    d_pulled = d_step1 * slope
+    d_step2.baddbmm_(d_pulled, W2)
+    d_z2 = _learn_backward(learned, d_step2, step, shared, grads)
+    d_xk.baddbmm_(d_z2, W2.mT)
+    d_zk = d_xk.mul_(slope).add_(d_step1.mul_(pulled).mul_(_gelu_curvature(zk)))
+    d_W2.baddbmm_(torch.cat([xk, xq, d_pulled], 1).mT, torch.cat([d_z2, d_answer, learned.step], 1))
+    d_b2 += (d_z2 + d_answer).sum(1, keepdim=True)
+    d_z1 = torch.cat([d_zk, d_zq], 1)
+    torch.bmm(d_z1, W1.mT, out=grads.kq)
+    grads.kq[:, : step.size] += d_k
+    d_W1.baddbmm_(step.kq.mT, d_z1)
+    d_b1 += d_z1.sum(1, keepdim=True)
+
+
+def _learn(z: Tensor, step: _Step, shared: _Shared) -> _Learned:
+    """Gradient of 1/2 ||LN(z) - target||^2 with respect to z `[M, b, D]`, and the step along it."""
+    unit, rstd = _normalise(z, shared.eps)
+    error = unit * shared.norm_weight + shared.norm_bias - step.target
+    gradient = _project(error * shared.norm_weight, unit) * rstd
+    return _Learned(unit, rstd, error, gradient, step.rate * gradient)
+
+
+def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Shared, grads: _Gradients) -> Tensor:
+    """dz; the gradients of the rate, the target, and the norm's weight and bias go to `grads`."""
+    unit, rstd, error, gradient, _ = learned
+    torch.sum(d_step * gradient, -1, keepdim=True, out=grads.rate)
+    d_gradient = step.rate * d_step
+    scaled = d_gradient * rstd
+    along = (scaled * unit).mean(-1, keepdim=True)
+    d_pull = scaled - scaled.mean(-1, keepdim=True) - unit * along  # of error times norm_weight, which is `pull`
+    d_error = d_pull * shared.norm_weight
+    pull = error * shared.norm_weight
+    d_unit = d_error * shared.norm_weight - scaled * (pull * unit).mean(-1, keepdim=True) - pull * along
+    torch.neg(d_error, out=grads.target)
+    grads.norm_weight.add_((d_pull * error + d_error * unit).sum(1))
+    grads.norm_bias.add_(d_error.sum(1))
+    return (_project(d_unit, unit) - unit * (d_gradient * gradient).mean(-1, keepdim=True)) * rstd
+
+
+def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, in_place: bool) -> Weights:
+    """The weights of one layer after the mini-batch: x holds its inputs `[M, b, ·]`."""
+    fall = moved.sum(1, keepdim=True)
+    if in_place:
+        return W.baddbmm_(x.mT, moved, alpha=-1), bias.sub_(fall)
+    return torch.baddbmm(W, x.mT, moved, alpha=-1), bias - fall
+
+
+def _move_backward(
+    step: _Step, shared: _Shared, x: Tensor, steps: Tensor, moved: Tensor, d_W: Tensor, d_bias: Tensor, grads: _Gradients
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `_move` for the steps and the layer's inputs."""
+    d_moved = torch.baddbmm(d_bias, x, d_W).neg_().mul_(step.closes)
+    grads.token_weight[-1] += (d_moved * steps).sum()
+    return d_moved.mul_(shared.table[-1, -1]), (moved @ d_W.mT).neg_()
+
+
+def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """z `[..., D]` at mean 0 and variance 1, and its inverse standard deviation."""
+    centred = z - z.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd, rstd
+
+
+def _project(d: Tensor, unit: Tensor) -> Tensor:
+    """d without its mean and its part along unit: times rstd, the backward of `_normalise`."""
+    return d - d.mean(-1, keepdim=True) - unit * (d * unit).mean(-1, keepdim=True)
+
+
+def _gelu_curvature(z: Tensor) -> Tensor:
+    """Second derivative of the tanh form of GELU."""
+    c, a = 0.7978845608028654, 0.044715  # sqrt(2 / pi)
+    square = z * z
+    t = torch.tanh((square * (c * a) + c) * z)
+    inner = square * (3 * c * a) + c
+    return (1 - t * t) * (inner + (3 * c * a) * square - t * z * inner * inner)
