@@ -81,6 +81,18 @@ class LayerOutput(NamedTuple):
     inner_losses: Any | None
 
 
+class TTTGate(nn.Module):
+    """`tanh(gating_alpha) * x`, a module of its own so that an adapter can hold its parameter as it holds the TTT layer's."""
+
+    def __init__(self, hidden_size: int, start: float):
+        super().__init__()
+        self.gating_alpha = nn.Parameter(torch.full((hidden_size,), float(start)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, E]` -> `[B, T, E]`, in the dtype of x."""
+        return torch.tanh(self.gating_alpha).to(x.dtype) * x
+
+
 class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
     """Attention, then a gated TTT layer where the configuration asks for one, then the MLP; each behind a norm, each added to its input."""
 
@@ -94,7 +106,12 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         if layer_idx in config.ttt_layers:
             self.ttt_layernorm = MoshiRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.ttt = TTT_MIXERS[config.ttt_mixer](config, layer_idx)
-            self.gating_alpha = nn.Parameter(torch.full((config.hidden_size,), float(config.ttt_gate_init)))
+            self.ttt_gate = TTTGate(config.hidden_size, config.ttt_gate_init)
+
+    @property
+    def gating_alpha(self) -> torch.Tensor:
+        """`[E]`, the gate of this layer's TTT layer before its tanh."""
+        return self.ttt_gate.gating_alpha
 
     def forward(
         self,
@@ -114,7 +131,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
             inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
             remembered, ttt_state = self.ttt(*inputs)
-            hidden_states = hidden_states + torch.tanh(self.gating_alpha) * remembered
+            hidden_states = hidden_states + self.ttt_gate(remembered)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return LayerOutput(hidden_states, key_values, ttt_state, inner_losses)
 
@@ -140,7 +157,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TTTLayer):
             module.reset_ttt_parameters(self.config.initializer_range)
-        elif isinstance(module, MoshiTTTDecoderLayer) and module.ttt is not None:
+        elif isinstance(module, TTTGate):
             init.constant_(module.gating_alpha, float(self.config.ttt_gate_init))
         elif isinstance(module, MoshiFlexibleLinear):
             init.normal_(module.weight, std=self.config.initializer_range)

@@ -184,7 +184,7 @@ def test_ttt_weights_keep_their_names(golden):
     ttt = {name: torch.randn(4) for name in ttt_names(config)}
     assert len(ttt) == len(TTT_NAMES["mlp"])
     assert "decoder.model.layers.1.ttt.W2" in ttt
-    assert "decoder.model.layers.1.gating_alpha" in ttt
+    assert "decoder.model.layers.1.ttt_gate.gating_alpha" in ttt
     here = kyutai_to_hf({**state, **ttt}, config)
     assert all(torch.equal(here[name], ttt[name]) for name in ttt)
     assert equal(hf_to_kyutai(here, config), {**state, **ttt})

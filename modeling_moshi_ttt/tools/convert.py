@@ -59,7 +59,7 @@ TTT_SHARED = (
     *(f"ttt.w{name}.{kind}" for name in "qkvo" for kind in ("weight", "bias")),
     *("ttt.learnable_ttt_lr_weight", "ttt.learnable_ttt_lr_bias", "ttt.learnable_token_weight"),
     *("ttt.ttt_norm_weight", "ttt.ttt_norm_bias", "ttt.post_norm.weight", "ttt.post_norm.bias"),
-    *("ttt.W1", "ttt.b1", "gating_alpha", "ttt_layernorm.weight"),
+    *("ttt.W1", "ttt.b1", "ttt_gate.gating_alpha", "ttt_layernorm.weight"),
 )
 TTT_NAMES = {"linear": TTT_SHARED, "mlp": (*TTT_SHARED, "ttt.W2", "ttt.b2")}
 
