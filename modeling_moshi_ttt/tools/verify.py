@@ -1,0 +1,200 @@
+"""Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, and the loss on its probe."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.files import MANIFEST, check_manifest
+from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .probe import compare, probe_loss, read_probe
+from .shards import PICKLES, TensorFiles
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
+MAX_PROBLEMS = 20
+
+
+@dataclass
+class Facts:
+    """What a checkpoint holds."""
+
+    kind: str  # "full" or "adapter"
+    parameters: dict[str, int] = field(default_factory=dict)  # by kind, see KINDS
+    dtypes: dict[str, int] = field(default_factory=dict)  # parameters by dtype
+    ttt_layers: list[int] = field(default_factory=list)
+    ttt_mixer: str = ""
+    base: str = ""
+    size: int = 0  # bytes of all files
+    probe: float | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values())
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.parameters.items() if count)
+        dtypes = ", ".join(f"{name} {count / max(self.total, 1):.0%}" for name, count in self.dtypes.items())
+        layers = ", ".join(map(str, self.ttt_layers)) or "none"
+        lines = [
+            f"{self.kind} checkpoint" + (f" on {self.base}" if self.base else "") + f", {human_size(self.size)}",
+            f"parameters: {self.total:,} ({kinds})",
+            f"TTT layers: {layers}" + (f" ({self.ttt_mixer})" if self.ttt_layers else ""),
+            f"dtype: {dtypes}",
+            "probe: none stored" if self.probe is None else f"probe: loss {self.probe:.6f}, as stored",
+        ]
+        return "\n".join(lines)
+
+
+def human_size(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def kind_of(name: str) -> str:
+    """Which part of the model a weight belongs to, for counting."""
+    if "lora_" in name:
+        return "lora"
+    if "gating_alpha" in name:
+        return "gates"
+    if ".ttt." in name or ".ttt_layernorm." in name:
+        return "ttt"
+    if "depth_decoder." in name:
+        return "depth"
+    if "lm_head" in name:
+        return "heads"
+    return "embeddings" if "embed_tokens" in name else "temporal"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError or FileNotFoundError names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def check_model_type(config: dict[str, Any], where: str) -> None:
+    """Refuse another kind of model, with a way on for those that can be converted."""
+    model_type = config.get("model_type")
+    if model_type == "moshi_ttt":
+        return
+    hint = "; turn it into one with: moshi-ttt convert SRC DST" if model_type in ("moshi", "hibiki") or "dep_q" in config else ""
+    raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
+
+
+def expected_shapes(config: MoshiTTTConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight the configuration calls for, without making any."""
+    with torch.device("meta"):
+        model = MoshiTTTForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def weight_problems(files: TensorFiles, config: MoshiTTTConfig) -> list[str]:
+    """Missing, unknown, misshapen and non-finite weights, as sentences; every TTT weight that the configuration calls for is looked for."""
+    wanted, found = expected_shapes(config), files.shapes()
+    problems = [f"{name} is missing: the configuration calls for it" for name in wanted.keys() - found.keys()]
+    problems += [
+        f"{name} is unknown to this configuration" for name in found.keys() - wanted.keys() if not name.startswith("audio_encoder.")
+    ]
+    for name in wanted.keys() & found.keys():
+        if wanted[name] != found[name]:
+            problems.append(f"{name} has shape {list(found[name])}; the configuration asks for {list(wanted[name])}")
+    return sorted(problems) + finite_problems(files)
+
+
+def finite_problems(files: TensorFiles) -> list[str]:
+    problems = []
+    for name, tensor in files:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            problems.append(f"{name} holds {bad} values that are NaN or infinite")
+    return problems
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """What is wrong with the files as such: against the manifest where there is one, and pickles."""
+    problems = check_manifest(folder) if (folder / MANIFEST).is_file() else []
+    return problems + [f"{path.name} is a pickle: it will not be read" for path in sorted(folder.rglob("*")) if path.suffix in PICKLES]
+
+
+def refuse(problems: list[str], folder: Path) -> None:
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        raise ValueError("\n  ".join([f"{folder} is not a whole checkpoint:", *problems[:MAX_PROBLEMS], *more]))
+
+
+def count(facts: Facts, files: TensorFiles) -> None:
+    parameters: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for name, tensor in files:
+        if not name.startswith("audio_encoder."):
+            parameters[kind_of(name)] += tensor.numel()
+            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    facts.parameters = {kind: parameters[kind] for kind in KINDS if parameters[kind]}
+    facts.dtypes = dict(dtypes.most_common())
+
+
+def verify(folder: str | os.PathLike[str], run_probe: bool = True) -> Facts:
+    """Check a full checkpoint or an adapter and say what it holds.
+
+    Raises ValueError or FileNotFoundError that names every file and weight that is wrong (up to 20 of them).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder")
+    refuse(folder_problems(folder), folder)
+    if is_adapter(folder):
+        from .adapter import verify_adapter  # it needs PEFT
+
+        facts = verify_adapter(folder, run_probe)
+    else:
+        facts = _verify_full(folder, run_probe)
+    facts.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return facts
+
+
+def _verify_full(folder: Path, run_probe: bool) -> Facts:
+    raw = read_json(folder / "config.json")
+    check_model_type(raw, str(folder))
+    config = MoshiTTTConfig.from_pretrained(folder)
+    files = TensorFiles(folder)
+    refuse(weight_problems(files, config), folder)
+    facts = Facts("full", ttt_layers=list(config.ttt_layers), ttt_mixer=config.ttt_mixer)
+    count(facts, files)
+    stored = read_probe(folder) if run_probe else None
+    if stored is not None:
+        model = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        facts.probe = probe_loss(model, stored[0])
+        compare(stored[1], facts.probe, model.dtype)
+    return facts
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a checkpoint folder: full or adapter")
+    parser.add_argument("--no-probe", action="store_true", help="check files and weights only, without running the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(verify(args.folder, run_probe=not args.no_probe).describe())
+    print("all is well")
+    return 0
