@@ -1,0 +1,130 @@
+"""What is trained: frozen, lora, ttt, lora+ttt or full, by PEFT's own means, so that one adapter folder holds LoRA and TTT weights.
+
+LoRA (Hu et al. 2021) adapts the temporal transformer, and by choice the depth decoder and the embeddings; TTT layers, their norms and
+gates are trained whole, through PEFT's `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES
+from torch import nn
+
+from .run_config import LoraSettings
+
+MODES = ("frozen", "lora", "ttt", "lora+ttt", "full")
+TTT_MODULES = ["ttt", "ttt_layernorm", "ttt_gate"]
+TEMPORAL = r"decoder\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj\.linear|mlp\.fc[12])"
+EMBEDDINGS = r"(decoder\.model\.embed_tokens|embed_tokens\.\d+)"
+GATE = "gating_alpha"
+Kind = Literal["base", "lora", "ttt", "gate"]
+_TTT_NAME = re.compile(r"(^|\.)(ttt|ttt_layernorm|ttt_gate)\.")
+_INNER_LR = ("learnable_ttt_lr_weight", "learnable_ttt_lr_bias", "learnable_token_weight")
+_INNER_NORM_OR_BIAS = ("ttt_norm_weight", "ttt_norm_bias", "b1", "b2")
+
+
+def is_ttt_parameter(name: str) -> bool:
+    """Whether a parameter belongs to a TTT layer, its norm or its gate, whatever wrappers have put into its name."""
+    return bool(_TTT_NAME.search(name)) or GATE in name.split(".")
+
+
+def kind_of(name: str) -> Kind:
+    """Which table row and learning rate a parameter belongs to."""
+    if GATE in name.split("."):
+        return "gate"
+    if is_ttt_parameter(name):
+        return "ttt"
+    return "lora" if ".lora_" in name else "base"
+
+
+def lora_config(settings: LoraSettings, model: nn.Module) -> LoraConfig:
+    """PEFT's configuration for these settings.
+
+    Raises:
+        ValueError: dropout together with the depth decoder, whose 3-D weights PEFT adapts without it.
+    """
+    if settings.depth_decoder and settings.dropout:
+        raise ValueError(f"lora.dropout is {settings.dropout} with lora.depth_decoder; the depth decoder's weights need lora.dropout: 0.")
+    target = f"({TEMPORAL}|{EMBEDDINGS})" if settings.embeddings else TEMPORAL
+    depth = [name for name, p in model.named_parameters() if name.startswith("depth_decoder.layers.") and p.dim() == 3]
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank * settings.scaling,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=target,
+        target_parameters=depth if settings.depth_decoder else None,
+    )
+
+
+def apply(model: nn.Module, mode: str, lora: LoraConfig | None = None) -> Any:
+    """Mark what is trained; modes other than frozen and full return a PeftModel around `model`.
+
+    Args:
+        mode: "frozen", "lora", "ttt", "lora+ttt" or "full".
+        lora: needed by the modes with LoRA, refused by the others.
+
+    Raises:
+        ValueError: an unknown mode, one without its settings, or a TTT mode on a model without TTT layers.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, it must be one of {', '.join(MODES)}.")
+    if ("lora" in mode) != (lora is not None):
+        cure = "give a LoraConfig" if lora is None else "leave the LoraConfig out"
+        raise ValueError(f"mode is {mode!r}: {cure}.")
+    if "ttt" in mode and not any(is_ttt_parameter(name) for name, _ in model.named_parameters()):
+        raise ValueError(f"mode is {mode!r} but the model has no TTT layers; set model.ttt: {{ttt_layers: …}}.")
+    if mode in ("frozen", "full"):
+        model.requires_grad_(mode == "full")
+        return model
+    config = lora if lora is not None else LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+    if "ttt" in mode:
+        config.modules_to_save = list(TTT_MODULES)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()  # small steps vanish in 8 bits of mantissa
+    return adapted
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, ttt_lr: float | None, gate_lr: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer: base and LoRA, TTT weights, gates, each with its rate; no decay on norms, biases, gates and inner rates.
+
+    Raises:
+        ValueError: nothing is trainable.
+    """
+    rates = {"base": lr, "lora": lr, "ttt": lr if ttt_lr is None else ttt_lr, "gate": lr if gate_lr is None else gate_lr}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            groups.setdefault((kind_of(name), _decays(name, parameter)), []).append(parameter)
+    if not groups:
+        raise ValueError("Nothing is trainable (mode 'frozen'): there is nothing for an optimizer to do; choose lora, ttt, lora+ttt or full.")
+    return [
+        {"params": parameters, "lr": rates[kind], "weight_decay": weight_decay if decays else 0.0, "name": f"{kind}{'' if decays else ', no decay'}"}
+        for (kind, decays), parameters in groups.items()
+    ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    own = name.split(".")
+    exempt = parameter.dim() < 2 or GATE in own or any(part in _INNER_LR + _INNER_NORM_OR_BIAS for part in own)
+    return not exempt
+
+
+def parameter_table(model: nn.Module) -> str:
+    """Trainable and frozen parameters by kind, as lines of text. PEFT's frozen copies of TTT modules are not counted twice."""
+    counts = {kind: [0, 0] for kind in ("base", "lora", "ttt", "gate")}
+    for name, parameter in model.named_parameters():
+        if ".original_module." not in name:
+            counts[kind_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+    counts["all"] = [sum(pair[i] for pair in counts.values()) for i in range(2)]
+    lines = [f"{'parameters':<12}{'trainable':>16}{'frozen':>16}"]
+    lines += [f"{kind:<12}{trainable:>16,}{frozen:>16,}" for kind, (trainable, frozen) in counts.items()]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""What a run tells: metrics.jsonl, a progress bar, trackers, and the loss curve as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.files import atomic_write
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ValueError for a tracker that is unknown."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"trackers holds {name!r}; known are {', '.join(TRACKERS)}.")
+
+
+class MetricsFile:
+    """One JSON line a record in metrics.jsonl. After a resume, lines beyond the checkpoint's step are cut, so each step stands there once."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            atomic_write(path, "".join(line + "\n" for line in kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; a line is on its way to the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float("inf")]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that a kill has torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in GB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def plot_curve(metrics: Path, picture: Path) -> None:
+    """Draw text and audio loss over the steps, with the validation's points, into a PNG."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(metrics)
+    train = [r for r in records if "loss" in r]
+    checks = [r for r in records if "eval_loss" in r]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name in zip(axes, ("text_loss", "audio_loss")):
+        axis.plot([r["step"] for r in train], [r[name] for r in train], label="training", linewidth=1)
+        if checks:
+            axis.plot([r["step"] for r in checks], [r[f"eval_{name}"] for r in checks], "o-", label="held out", markersize=4)
+        axis.set(title=name.replace("_", " "), xlabel="step", ylabel="nats")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    temporary = picture.with_name(f".{picture.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+    os.replace(temporary, picture)

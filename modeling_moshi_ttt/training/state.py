@@ -1,0 +1,78 @@
+"""Trainable weights and optimizer moments as plain named tensors, out of and into any wrapper: one process, DDP or FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+Tensors = dict[str, torch.Tensor]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name, without what DDP puts before it."""
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> tuple[Tensors, Tensors]:
+    """Copies of all trainable weights, and of the optimizer's entries for them as "name|entry".
+
+    Every rank must call it; with `sharded` each gets its own part of sharded tensors, else each gets the whole.
+    """
+    weights: Tensors = {}
+    moments: Tensors = {}
+    for name, parameter in trainable(model).items():
+        weights[name] = _out(parameter.detach(), sharded)
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}|{entry}"] = _out(value if isinstance(value, torch.Tensor) else torch.tensor(value), sharded)
+    return weights, moments
+
+
+@torch.no_grad()
+def load_weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Tensors, moments: Tensors, sharded: bool) -> None:
+    """The way back.
+
+    Raises:
+        ValueError: names or shapes differ, so the checkpoint is of another model or mode.
+    """
+    parameters = trainable(model)
+    if set(parameters) != set(weights):
+        odd = sorted(set(parameters) ^ set(weights))[:3]
+        raise ValueError(f"The checkpoint's trainable weights are not this model's (for example {', '.join(odd)}); use the run's own settings.")
+    for name, parameter in parameters.items():
+        _into(parameter, weights[name], name, sharded)
+        entries = {key.split("|")[1]: value for key, value in moments.items() if key.split("|")[0] == name}
+        if entries:
+            optimizer.state[parameter] = {entry: _like(parameter, value, name, sharded) for entry, value in entries.items()}
+
+
+def full_state(model: nn.Module) -> Tensors:
+    """The whole state dict on the CPU, gathered from all ranks; every rank must call it."""
+    return {name.removeprefix("module."): _out(tensor.detach(), False) for name, tensor in model.state_dict().items()}
+
+
+def _out(tensor: torch.Tensor, sharded: bool) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local() if sharded else tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _into(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> None:
+    target.copy_(_like(target, value, name, sharded))
+
+
+def _like(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> Any:
+    """`value` placed as `target` is; scalars such as the optimizer's step stay as they are."""
+    if value.dim() == 0 and target.dim() != 0:
+        return value
+    if not isinstance(target, DTensor):
+        if value.shape != target.shape:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model.")
+        return value.to(target.device)
+    if sharded:
+        return DTensor.from_local(value.to(target.device), target.device_mesh, target.placements, shape=target.shape, stride=target.stride())
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

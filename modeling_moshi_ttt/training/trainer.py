@@ -1,0 +1,352 @@
+"""The training loop: losses divided by the weight of the whole step, finite steps only, checkpoints from which a run goes on to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..common.files import atomic_write
+from . import modes
+from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
+from .data import FRAME_RATE, Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan
+from .memory import LaneMemory
+from .noise import add_noise
+from .report import MetricsFile, peak_memory
+from .run_config import RunConfig
+from .schedule import rate_factor
+from .state import load_weights_and_moments, weights_and_moments
+
+logger = logging.getLogger(__name__)
+# Settings that may change when a run goes on: they do not touch a number of it.
+FREE_SETTINGS = ("run_dir", "trackers", "checkpoint.every", "checkpoint.keep", "data.workers", "data.cache", "data.batch_size", "data.accumulation")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything in it is plain and goes into the checkpoint."""
+
+    step: int = 0
+    bad_in_a_row: int = 0
+    bad_steps: int = 0
+    best_step: int | None = None
+    best_loss: float = float("inf")
+    place: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one model on one plan of windows.
+
+    Args:
+        run: all settings.
+        model: in its mode (see modes.apply), not yet prepared by accelerate.
+        train, held_out: prepared recordings; held_out may be None.
+        accelerator: as make_accelerator gives it.
+    """
+
+    def __init__(self, run: RunConfig, model: Any, train: PreparedSet, held_out: PreparedSet | None, accelerator: Accelerator):
+        self.run, self.accelerator, self.held_out = run, accelerator, held_out
+        self.run_dir = Path(run.run_dir)
+        self.bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.bare.config
+        self.window = max(round(run.data.window_seconds * FRAME_RATE), 1)
+        groups = modes.parameter_groups(model.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=run.optim.lr, betas=tuple(run.optim.betas))  # type: ignore[arg-type]
+        self.model, self.wrapped_optimizer = accelerator.prepare(model, optimizer)
+        self.optimizer = getattr(self.wrapped_optimizer, "optimizer", self.wrapped_optimizer)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size)
+        self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
+        self.reader = WindowReader(train.recordings, self.config.audio_delays, self.config.num_codebooks)
+        self.plan = make_plan(train, run.data, self.rows, self.window, run.seed)
+        self.folder = CheckpointFolder(
+            self.run_dir / "checkpoints", run.checkpoint.keep, accelerator.process_index, accelerator.wait_for_everyone
+        )
+        self.progress = Progress()
+        self.tokens_per_frame = 1 + self.config.num_codebooks
+
+    # ---- the loop
+
+    def fit(self) -> Progress:
+        """Train to the last step, from the newest checkpoint if there is one.
+
+        Raises:
+            ValueError: the run folder belongs to another configuration, or cannot be resumed with this number of processes.
+            FloatingPointError: too many steps in a row were not finite; the batch is saved in the run folder.
+        """
+        self._resume()
+        metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.progress.step) if self.accelerator.is_main_process else None
+        if self.progress.step == 0 and self.run.evaluate_start:
+            self._tell(metrics, {"step": 0, **self.evaluate()})
+        data = self.run.data
+        loader = Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, self.accelerator.process_index, data.workers)
+        steps = iter(loader)
+        bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
+        with bar:
+            while self.progress.step < self.run.optim.steps:
+                begin = time.perf_counter()
+                step = next(steps)
+                record = self._step(step, time.perf_counter() - begin, begin)
+                self._tell(metrics, record)
+                bar.set_postfix_str(f"loss {record['loss']:.3f} text {record['text_loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s")
+                bar.update()
+                self._after_step(metrics)
+        return self.progress
+
+    def _after_step(self, metrics: MetricsFile | None) -> None:
+        run, now = self.run, self.progress.step
+        last = now == run.optim.steps
+        if run.evaluate_every and (now % run.evaluate_every == 0 or last):
+            scores = self.evaluate()
+            self._tell(metrics, {"step": now, **scores})
+            if scores["eval_loss"] < self.progress.best_loss:
+                self.progress.best_loss, self.progress.best_step = scores["eval_loss"], now
+        keep_best = self.progress.best_step == now
+        if last or keep_best or (run.checkpoint.every and now % run.checkpoint.every == 0):
+            self.save()
+
+    def _step(self, step: Step, waited: float, begin: float) -> dict[str, Any]:
+        """One optimizer step over all micro-batches; returns its record."""
+        self.model.train()
+        device = self.accelerator.device
+        micro_batches = [[batch.to(device) for batch in micro] for micro in step.micro_batches]
+        factor = rate_factor(self.progress.step, self.run.optim)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * factor
+        weights = [self._enter_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
+        whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
+        losses = torch.zeros(2, device=device)
+        for micro, batches in enumerate(micro_batches):
+            with self._sync(last=micro == len(micro_batches) - 1):
+                losses += self._micro_batch(micro, batches, whole)
+        losses = self.accelerator.reduce(losses, "sum")
+        norm = self._clip()
+        finite = bool(torch.isfinite(losses).all() and torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.place = step.state
+        self._count(finite, micro_batches)
+        frames = sum(batch.frames for batches in micro_batches for batch in batches)
+        return self._record(losses, norm, factor, finite, frames, waited, begin)
+
+    def _enter_weights(self, micro: int, batches: list[Batch]) -> torch.Tensor:
+        return self.memory.loss_weights(micro, batches)
+
+    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
+        """Forward through windows that follow one another, then one backward; returns (text, audio) loss [2]."""
+        data, total, parts = self.run.data, None, torch.zeros(2, device=whole.device)
+        for turn, batch in enumerate(batches):
+            cache = self.memory.enter(micro, batch.reset)
+            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._generator(micro, turn))
+            output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole)
+            loss = data.text_weight * output.text_loss + output.audio_loss
+            total = loss if total is None else total + loss
+            parts += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
+        # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
+        self.accelerator.backward(total * self.accelerator.num_processes)
+        self.memory.leave(micro)
+        return parts
+
+    def _generator(self, micro: int, turn: int) -> torch.Generator:
+        """Noise that depends on the step and the place of the micro-batch alone, so that a resumed run repeats it."""
+        place = self.accelerator.process_index * self.run.data.accumulation + micro
+        seed = (((self.run.seed * 1_000_003 + self.progress.step) * 1_009 + place) * 101 + turn) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def _sync(self, last: bool) -> Any:
+        """Gradients travel between ranks in the last micro-batch only."""
+        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
+            self.model.set_requires_gradient_sync(last)
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _clip(self) -> torch.Tensor:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm: Any = torch.nn.utils.clip_grad_norm_(parameters, self.run.optim.clip)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _count(self, finite: bool, micro_batches: list[list[Batch]]) -> None:
+        """Count steps that were skipped; after too many in a row save the batch and stop."""
+        if finite:
+            self.progress.bad_in_a_row = 0
+            return
+        self.progress.bad_steps += 1
+        self.progress.bad_in_a_row += 1
+        self.memory.forget()  # what is remembered may not be finite either
+        logger.warning("Step %d was not finite and is skipped (%d in a row).", self.progress.step, self.progress.bad_in_a_row)
+        if self.progress.bad_in_a_row < self.run.optim.max_bad_steps:
+            return
+        path = self.run_dir / f"bad_batch-rank{self.accelerator.process_index}.safetensors"
+        tensors = {
+            f"{m}.{t}.{name}": value.cpu().contiguous()
+            for m, batches in enumerate(micro_batches)
+            for t, batch in enumerate(batches)
+            for name, value in vars(batch).items()
+            if isinstance(value, torch.Tensor)
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+        names = sorted({name for batches in micro_batches for batch in batches for name in batch.names})
+        raise FloatingPointError(
+            f"{self.progress.bad_in_a_row} steps in a row were not finite (optim.max_bad_steps); the batch of {', '.join(names)} is in {path}. "
+            "Lower optim.lr or look at these recordings."
+        )
+
+    def _record(
+        self, losses: torch.Tensor, norm: torch.Tensor, factor: float, finite: bool, frames: int, waited: float, begin: float
+    ) -> dict[str, Any]:
+        took = time.perf_counter() - begin
+        text, audio = losses.tolist()
+        return {
+            "step": self.progress.step,
+            "loss": text + audio,
+            "text_loss": text,
+            "audio_loss": audio,
+            "gradient_norm": float(norm),
+            "lr": self.run.optim.lr * factor,
+            "skipped": not finite,
+            "tokens_per_second": frames * self.tokens_per_frame * self.accelerator.num_processes / took,
+            "data_wait": waited / took,
+            "peak_memory_gb": peak_memory(self.accelerator.device),
+        }
+
+    def _tell(self, metrics: MetricsFile | None, record: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.write(record)
+        if self.run.trackers:
+            numbers = {name: float(value) for name, value in record.items() if name != "step"}
+            self.accelerator.log(numbers, step=record["step"])
+
+    # ---- validation
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Losses and text accuracy over all held-out recordings, each divided once by the weight of them all."""
+        if self.held_out is None:
+            raise ValueError("There is nothing to evaluate on: set data.evaluation to a manifest.")
+        self.model.eval()
+        data, device = self.run.data, self.accelerator.device
+        rows = data.batch_size * self.accelerator.num_processes
+        plan = evaluation_plan(self.held_out, data, rows, self.window)
+        reader = WindowReader(self.held_out.recordings, self.config.audio_delays, self.config.num_codebooks)
+        memory = LaneMemory(self.bare, data.carry, 1, data.batch_size)
+        totals = torch.zeros(6, dtype=torch.float64, device=device)
+        for step in Loader(plan, reader, data.batch_size, 1, 1, self.accelerator.process_index):
+            batch = step.micro_batches[0][0].to(device)
+            weights = memory.loss_weights(0, [batch])[0]
+            cache = memory.enter(0, batch.reset)
+            output = self.model(**batch.inputs(), past_key_values=cache, use_cache=cache is not None)
+            memory.leave(0)
+            losses = torch.stack([output.text_loss, output.audio_loss])
+            right, words = word_hits(output.logits, batch.text_labels, self.config.text_padding_ids)
+            totals += torch.cat([(losses * weights).double(), weights.double(), torch.stack([right, words]).double()])
+        text, audio, text_weight, audio_weight, right, words = self.accelerator.reduce(totals, "sum").clamp(min=0).tolist()
+        text, audio = text / max(text_weight, 1e-12), audio / max(audio_weight, 1e-12)
+        return {
+            "eval_loss": text + audio,
+            "eval_text_loss": text,
+            "eval_audio_loss": audio,
+            "eval_text_accuracy": right / max(words, 1),
+        }
+
+    # ---- checkpoints
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything that the run needs to go on."""
+        sharded = self.run.checkpoint.sharded
+        weights, moments = weights_and_moments(self.model, self.optimizer, sharded)
+        randoms, plain = random_state()
+        own = {**randoms, **{f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}}
+        shared = {"model": weights, "optimizer": moments}
+        if sharded:
+            own |= {f"model.{name}": tensor for name, tensor in weights.items()} | {f"optimizer.{name}": t for name, t in moments.items()}
+            shared = {}
+        state = {"progress": vars(self.progress), "random": plain, "world": self.accelerator.num_processes, "run": self.run.to_dict()}
+        return self.folder.save(self.progress.step, Snapshot(state, shared, own), self.progress.best_step)
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint; check that the folder belongs to this configuration."""
+        self._check_folder()
+        path = self.folder.newest()
+        if path is None:
+            return
+        snapshot = self.folder.load(path, ("model", "optimizer"))
+        self._check_world(snapshot.state)
+        sharded, own = self.run.checkpoint.sharded, snapshot.own
+        shared = snapshot.shared
+        if sharded:
+            shared = {part: _below(own, f"{part}.") for part in ("model", "optimizer")}
+        load_weights_and_moments(self.model, self.optimizer, shared["model"], shared["optimizer"], sharded)
+        if own:
+            self.memory.load_state_dict(_below(own, "memory."))
+            set_random_state(own, snapshot.state["random"])
+        self.progress = Progress(**snapshot.state["progress"])
+        self.plan.load_state_dict(self.progress.place)
+        logger.info("Going on from %s.", path)
+
+    def _check_world(self, state: dict[str, Any]) -> None:
+        saved, now = state["world"], self.accelerator.num_processes
+        if saved == now:
+            return
+        reasons = {
+            "the ranks' carried memories cannot be dealt out anew (data.carry)": self.run.data.carry != "none",
+            "sharded checkpoints hold one part a rank (checkpoint.sharded)": self.run.checkpoint.sharded,
+            "LoRA's dropout draws from each rank's own generator (lora.dropout)": self.run.lora is not None and self.run.lora.dropout > 0,
+            "noise is drawn for each micro-batch (data.own_noise, user_noise, text_noise)": _has_noise(self.run),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"The checkpoint was written by {saved} processes and there are {now}: {reason}. Resume with {saved} processes.")
+
+    def _check_folder(self) -> None:
+        """The folder's run_config.json must say what this run says, but for what touches no number."""
+        path = self.run_dir / "run_config.json"
+        now = _fixed(self.run.to_dict()) | {"rows of a step": self.rows}
+        if path.exists():
+            before = json.loads(path.read_text())["fixed"]
+            changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
+            if changed:
+                raise ValueError(f"{self.run_dir} belongs to another configuration: {'; '.join(changed)}. Use its settings, or another run_dir.")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))
+        self.accelerator.wait_for_everyone()
+
+
+def word_hits(logits: torch.Tensor, labels: torch.Tensor, padding_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many text labels [B, T] that are words the logits [B, T, V] put first, and how many there are."""
+    words = (labels >= 0) & ~torch.isin(labels, torch.tensor(padding_ids, device=labels.device))
+    return ((logits.argmax(dim=-1) == labels) & words).sum(), words.sum()
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _has_noise(run: RunConfig) -> bool:
+    return max(run.data.own_noise, run.data.user_noise, run.data.text_noise) > 0
+
+
+def _fixed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, without those that touch no number."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = prefix + key
+        if name in FREE_SETTINGS:
+            continue
+        if isinstance(value, dict):
+            flat |= _fixed(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
