@@ -16,6 +16,7 @@ from modeling_moshi_ttt.tools.convert import (
     ttt_names,
 )
 from modeling_moshi_ttt.tools.kyutai_config import kyutai_from_config
+from modeling_moshi_ttt.tools.verify import expected_shapes
 
 MOSHIKO = {
     "dim": 4096,
@@ -191,6 +192,13 @@ def test_ttt_weights_keep_their_names(golden):
     del ttt["decoder.model.layers.1.ttt.W2"]
     with pytest.raises(ValueError, match="missing: decoder.model.layers.1.ttt.W2"):
         kyutai_to_hf({**state, **ttt}, config)
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mlp"])
+def test_the_table_names_every_weight_of_the_model(golden, mixer):
+    config = config_from_kyutai(golden[1], ttt_layers="0,2", ttt_mixer=mixer)
+    named = [name for group in moshi_groups(config) for name in group.here] + ttt_names(config)
+    assert sorted(named) == sorted(expected_shapes(config))
 
 
 @pytest.mark.parametrize("name", ["emb.5.weight", "depformer.layers.1.gating.2.linear_in.weight", "transformer.layers.2.norm2.alpha"])

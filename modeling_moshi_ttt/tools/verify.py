@@ -179,7 +179,7 @@ def _verify_full(folder: Path, run_probe: bool) -> Facts:
     config = MoshiTTTConfig.from_pretrained(folder)
     files = TensorFiles(folder)
     refuse(weight_problems(files, config), folder)
-    facts = Facts("full", ttt_layers=list(config.ttt_layers), ttt_mixer=config.ttt_mixer)
+    facts = Facts("full", ttt_layers=[int(layer) for layer in config.ttt_layers], ttt_mixer=config.ttt_mixer)
     count(facts, files)
     stored = read_probe(folder) if run_probe else None
     if stored is not None:
