@@ -1,0 +1,159 @@
+"""Does it remember? Trains tiny Moshis with and without TTT to recall what was heard longer ago than their attention window, in minutes on
+a CPU, without data. Writes recall.json (resumed where it stopped) and the picture recall.png / recall.svg."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from ..common.files import atomic_write
+from ..common.settings import load_settings
+
+
+@dataclass
+class VariantSettings:
+    """One model: `mixer` none is window attention alone; `base_lr` null takes the default of the task."""
+
+    mixer: Literal["none", "linear", "mlp"] = "linear"
+    mini_batch_size: int = 16
+    base_lr: float | None = None
+
+
+def _variants() -> list[VariantSettings]:
+    return [VariantSettings("none"), *[VariantSettings(mixer, b) for mixer in ("linear", "mlp") for b in (16, 4, 1)]]  # type: ignore[arg-type]
+
+
+@dataclass
+class RecallSettings:
+    """What `moshi-ttt recall` runs; every field can be given as key=value."""
+
+    output: Path = Path("runs/recall")
+    window: int = 16
+    pairs: list[int] = field(default_factory=lambda: [4, 8])
+    distances: list[int] = field(default_factory=lambda: [24, 32, 48, 64, 96])
+    train_distances: list[int] = field(default_factory=lambda: [24, 40])
+    sequences: int = 512  # measured for each number of pairs and distance
+    steps: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    seconds: float = 600.0  # of training for each model, at the most
+    seed: int = 0
+    threads: int = 0  # 0: as many as torch takes by itself
+    variants: list[VariantSettings] = field(default_factory=_variants)
+
+    def __post_init__(self) -> None:
+        if not self.variants or not self.pairs or not self.distances:
+            raise ValueError("recall: variants, pairs and distances must each hold at least one entry")
+        if (
+            min(self.pairs) < 1
+            or min(self.distances) < 0
+            or len(self.train_distances) != 2
+            or self.train_distances[0] > self.train_distances[1]
+        ):
+            raise ValueError(
+                f"recall: pairs is {self.pairs}, distances {self.distances}, train_distances {self.train_distances}; "
+                "pairs must be >= 1, distances >= 0, train_distances a lowest and a highest"
+            )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "settings", nargs="*", default=[], help="an optional YAML file (configuration/evaluate/recall.yaml), then key=value pairs"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    path, overrides = split_settings(args.settings)
+    settings = load_settings(RecallSettings, path, overrides)
+    results = run_recall(settings)
+    for line in summary(results):
+        print(line)
+    print(settings.output / "recall.png")
+    return 0
+
+
+def split_settings(words: list[str]) -> tuple[str | None, list[str]]:
+    """(settings file or None, overrides) of a command line."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ValueError(f"give one settings file, not {len(files)}: {' '.join(files)}")
+    return (files[0] if files else None), [word for word in words if "=" in word]
+
+
+def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str, Any]:
+    """Train and measure every variant that recall.json does not hold yet; the file is whole after each."""
+    from .plots import draw, save
+
+    target = settings.output / "recall.json"
+    results = _resume(target, settings)
+    for variant in settings.variants:
+        if not any(done["variant"] == asdict(variant) for done in results["runs"]):
+            results["runs"].append(_run_variant(variant, settings, show_progress))
+            results["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+            atomic_write(target, json.dumps(results, indent=1) + "\n")
+    save(draw(results), settings.output / "recall")
+    return results
+
+
+def _resume(target: Path, settings: RecallSettings) -> dict[str, Any]:
+    """What is there of a run with these very settings, or an empty result."""
+    kept = {key: value for key, value in asdict(settings).items() if key not in ("output", "variants", "threads")}
+    if not target.is_file():
+        from .recall_task import CHANCE
+
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        about = {"hardware": f"CPU, {os.cpu_count()} cores", "command": command, "settings": kept}
+        return {"kind": "recall", "window": settings.window, "chance": CHANCE, "runs": [], **about}
+    results = json.loads(target.read_text(encoding="utf-8"))
+    if results.get("settings") != kept:
+        raise ValueError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
+    return results
+
+
+def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progress: bool) -> dict[str, Any]:
+    import torch
+    from tqdm import tqdm
+
+    from .recall_task import TrainSettings, Variant, make_model, measure_all, train
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    chosen = Variant(None if variant.mixer == "none" else variant.mixer, variant.mini_batch_size, variant.base_lr)
+    model = make_model(chosen, settings.window, settings.seed)
+    low, high = settings.train_distances
+    training = TrainSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seconds=settings.seconds,
+        pairs=tuple(settings.pairs),
+        distances=(low, high),
+        seed=settings.seed,
+    )
+    with tqdm(total=settings.steps, desc=chosen.name, disable=not show_progress) as bar:
+
+        def report(step: int, loss: float, accuracy: float) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}", recall=f"{100 * accuracy:.1f}%", refresh=False)
+
+        trained = train(model, training, report)
+    cells = measure_all(model, settings.pairs, settings.distances, settings.sequences)
+    return {"name": chosen.name, "variant": asdict(variant), "training": trained, "results": cells}
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """A line for each model and number of pairs."""
+    lines = []
+    for done in results["runs"]:
+        for pairs in sorted({cell["pairs"] for cell in done["results"]}):
+            cells = [cell for cell in done["results"] if cell["pairs"] == pairs]
+            shown = "  ".join(f"{cell['distance']}: {100 * cell['accuracy']:5.1f}%" for cell in cells)
+            lines.append(f"{done['name']:<24} {pairs} pairs   {shown}")
+    return lines
