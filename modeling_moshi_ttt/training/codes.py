@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from ..common.audio import read_audio
 from ..common.files import atomic_write, sha256
 from ..common.recordings import Recording
+from ..processing_moshi_ttt import ABSENT, MAIN_SPEAKER, parse_word, text_stream
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"
@@ -24,7 +25,7 @@ LAYOUT = "codes-1"
 def codec_fingerprint(processor: Any) -> str:
     """Sixteen hexadecimal digits that change when the codec's weights or its frame layout change."""
     digest = hashlib.sha256(LAYOUT.encode())
-    codec = processor.audio_tokenizer
+    codec = processor.codec
     for name, tensor in sorted(codec.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor.item()).encode())
@@ -90,8 +91,24 @@ def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
     """Codes [2, K, T] int16 of stereo samples [2, n]; ValueError for another number of channels."""
     if samples.shape[0] != 2:
         raise ValueError(f"{name}: the recording has {samples.shape[0]} channels; it must have two, Moshi left and the user right.")
-    codes = processor.encode_audio(samples)
-    return np.asarray(codes, dtype=np.int16)
+    codes = processor.encode_audio(torch.from_numpy(samples))
+    return codes.numpy().astype(np.int16)
+
+
+def recording_text(processor: Any, recording: Recording, frames: int) -> np.ndarray:
+    """The text stream [T] int32 of a whole recording, by moshi-finetune's rules; all -1 where nothing was aligned.
+
+    Raises:
+        ValueError: a word ends before it starts, or the tokenizer cannot encode it.
+    """
+    if recording.words is None:
+        return np.full(frames, ABSENT, dtype=np.int32)
+    spoken = []
+    for index, word in enumerate(recording.words):
+        text, start, end, speaker = parse_word(index, word)
+        if speaker == MAIN_SPEAKER and start < end:
+            spoken.append((processor.encode_word(text), start))
+    return np.array(text_stream([word for word in spoken if word[0]], frames, processor.frame_rate), dtype=np.int32)
 
 
 def code_frames(path: Path) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.recordings import Recording
-from .codes import CodesCache, code_frames, read_codes
+from .codes import CodesCache, code_frames, read_codes, recording_text
 from .lanes import EMPTY, Lanes, Plan, ShuffledWindows, WeightedOrder, Window
 from .run_config import DataSettings
 from .sources import read_sources
@@ -116,14 +116,11 @@ def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progres
 
 def _prepare_one(recording: Recording, path: Path, cache: CodesCache, problems: list[str]) -> Prepared | None:
     frames = code_frames(path)
-    if recording.words is None:
-        text = np.full(frames, ZERO, dtype=np.int32)
-    else:
-        try:
-            text = np.asarray(cache.processor.text_stream(recording.words, frames), dtype=np.int32)
-        except ValueError as error:
-            problems.append(f"{recording.path}: {error}")
-            return None
+    try:
+        text = recording_text(cache.processor, recording, frames)
+    except ValueError as error:
+        problems.append(f"{recording.path}: {error}")
+        return None
     return Prepared(recording.path.stem, path, frames, text)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
@@ -19,7 +21,7 @@ class LaneMemory:
         micro_batches, rows: how many caches, and their batch size.
     """
 
-    def __init__(self, model: torch.nn.Module, carry: Carry, micro_batches: int, rows: int):
+    def __init__(self, model: Any, carry: Carry, micro_batches: int, rows: int):
         self.model, self.carry, self.rows = model, carry, rows
         self.caches: list[MoshiTTTCache] = []
         if carry != "none":

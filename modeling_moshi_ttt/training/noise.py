@@ -7,6 +7,9 @@ next one's reason.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from .data import Batch
@@ -15,25 +18,25 @@ from .run_config import DataSettings
 TEXT_PADDING = 3
 
 
-def add_noise(batch: Batch, settings: DataSettings, entries: int, generator: torch.Generator) -> Batch:
+def add_noise(batch: Batch, settings: DataSettings, entries: int, seeds: list[tuple[int, ...]]) -> Batch:
     """The batch with a share of its frames replaced: codes by random ones below `entries`, words by padding.
 
     Args:
-        generator: on the CPU; the same seed gives the same noise, so that a resumed run repeats it.
+        seeds: one for each row, of the run, the step and the row's place in it: a resumed run repeats its noise, and so does one
+            with other numbers of processes and micro-batches.
     """
-    changed = dict(vars(batch))
-    for name, share in (("moshi_audio_codes", settings.own_noise), ("user_audio_codes", settings.user_noise)):
-        if share > 0:
-            changed[name] = _replace(getattr(batch, name), share, entries, generator)
-    if settings.text_noise > 0:
-        chosen = torch.rand(batch.input_ids.shape, generator=generator) < settings.text_noise
-        chosen = chosen.to(batch.input_ids.device) & (batch.input_ids >= 0)
-        changed["input_ids"] = batch.input_ids.masked_fill(chosen, TEXT_PADDING)
-    return Batch(**changed)
+    if max(settings.own_noise, settings.user_noise, settings.text_noise) == 0:
+        return batch
+    text, own, user = batch.input_ids.clone(), batch.moshi_audio_codes.clone(), batch.user_audio_codes.clone()
+    for row, seed in enumerate(seeds):
+        random = np.random.default_rng(seed)
+        for codes, share in ((own[row], settings.own_noise), (user[row], settings.user_noise)):  # [K, T]
+            _replace(codes, share, torch.from_numpy(random.integers(entries, size=codes.shape)), random)
+        _replace(text[row], settings.text_noise, torch.full(text[row].shape, TEXT_PADDING), random)
+    return replace(batch, input_ids=text, moshi_audio_codes=own, user_audio_codes=user)
 
 
-def _replace(codes: torch.Tensor, share: float, entries: int, generator: torch.Generator) -> torch.Tensor:
-    rows, _, frames = codes.shape
-    chosen = (torch.rand(rows, 1, frames, generator=generator) < share).to(codes.device)
-    random = torch.randint(entries, codes.shape, generator=generator).to(codes.device)
-    return torch.where(chosen & (codes >= 0), random, codes)
+def _replace(tokens: torch.Tensor, share: float, others: torch.Tensor, random: np.random.Generator) -> None:
+    """Put `others` [..., T] in place of a share of the frames of `tokens`, in place; absent tokens stay absent."""
+    chosen = torch.from_numpy(random.random(tokens.shape[-1]) < share).to(tokens.device)
+    tokens.copy_(torch.where(chosen & (tokens >= 0), others.to(tokens.device), tokens))

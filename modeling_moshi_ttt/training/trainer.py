@@ -122,7 +122,7 @@ class Trainer:
         factor = rate_factor(self.progress.step, self.run.optim)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * factor
-        weights = [self._enter_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
+        weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
         losses = torch.zeros(2, device=device)
         for micro, batches in enumerate(micro_batches):
@@ -140,15 +140,12 @@ class Trainer:
         frames = sum(batch.frames for batches in micro_batches for batch in batches)
         return self._record(losses, norm, factor, finite, frames, waited, begin)
 
-    def _enter_weights(self, micro: int, batches: list[Batch]) -> torch.Tensor:
-        return self.memory.loss_weights(micro, batches)
-
     def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
         """Forward through windows that follow one another, then one backward; returns (text, audio) loss [2]."""
         data, total, parts = self.run.data, None, torch.zeros(2, device=whole.device)
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
-            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._generator(micro, turn))
+            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn))
             output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole)
             loss = data.text_weight * output.text_loss + output.audio_loss
             total = loss if total is None else total + loss
@@ -158,11 +155,10 @@ class Trainer:
         self.memory.leave(micro)
         return parts
 
-    def _generator(self, micro: int, turn: int) -> torch.Generator:
-        """Noise that depends on the step and the place of the micro-batch alone, so that a resumed run repeats it."""
-        place = self.accelerator.process_index * self.run.data.accumulation + micro
-        seed = (((self.run.seed * 1_000_003 + self.progress.step) * 1_009 + place) * 101 + turn) % 2**63
-        return torch.Generator().manual_seed(seed)
+    def _seeds(self, micro: int, turn: int) -> list[tuple[int, ...]]:
+        """For each row, what its noise depends on: the run, the step, the row's place in the whole step, and the turn."""
+        first = (self.accelerator.process_index * self.run.data.accumulation + micro) * self.run.data.batch_size
+        return [(self.run.seed, self.progress.step, first + row, turn) for row in range(self.run.data.batch_size)]
 
     def _sync(self, last: bool) -> Any:
         """Gradients travel between ranks in the last micro-batch only."""
@@ -303,7 +299,6 @@ class Trainer:
             "the ranks' carried memories cannot be dealt out anew (data.carry)": self.run.data.carry != "none",
             "sharded checkpoints hold one part a rank (checkpoint.sharded)": self.run.checkpoint.sharded,
             "LoRA's dropout draws from each rank's own generator (lora.dropout)": self.run.lora is not None and self.run.lora.dropout > 0,
-            "noise is drawn for each micro-batch (data.own_noise, user_noise, text_noise)": _has_noise(self.run),
         }
         for reason, holds in reasons.items():
             if holds:
@@ -332,10 +327,6 @@ def word_hits(logits: torch.Tensor, labels: torch.Tensor, padding_ids: list[int]
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _has_noise(run: RunConfig) -> bool:
-    return max(run.data.own_noise, run.data.user_noise, run.data.text_noise) > 0
 
 
 def _fixed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

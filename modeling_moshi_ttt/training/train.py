@@ -1,0 +1,120 @@
+"""`moshi-ttt train`: a recipe, and what to change of it; the same as `accelerate launch examples/finetune.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ..common.files import atomic_folder, atomic_write, write_manifest
+from .run_config import RunConfig, load_run_config
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("recipe", help="a YAML file such as configuration/train/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 0 when the last step was reached."""
+    train(load_run_config(args.recipe, args.overrides))
+    return 0
+
+
+def train(config: RunConfig) -> Path:
+    """The whole way of one run: data, model, loop, final model, loss curve. The same call goes on where a killed one stopped.
+
+    Returns:
+        The folder `final` in the run folder: a whole model (mode full) or a PEFT adapter, and the processor.
+
+    Raises:
+        ValueError, OSError: settings, data or the run folder do not allow it; the message says what to change.
+        FloatingPointError: too many steps in a row were not finite.
+    """
+    from . import modes, setup
+
+    if config.mode == "frozen":
+        raise ValueError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_dir = Path(config.run_dir)
+    accelerator = setup.make_accelerator(config)
+    try:
+        train_set, held_out, processor = _load_data(config, accelerator)
+        model = setup.adapt(setup.build_model(config.model, config.seed), config)
+        if accelerator.is_main_process:
+            print(modes.parameter_table(model), flush=True)
+        if config.trackers:
+            accelerator.init_trackers("tracking", _flat(config.to_dict()))
+        from .trainer import Trainer
+
+        trainer = Trainer(config, model, train_set, held_out, accelerator)
+        trainer.fit()
+        if not _is_finished(run_dir, config.optim.steps):
+            _finish(trainer, processor, run_dir)
+        if config.trackers:
+            accelerator.end_training()
+        return run_dir / "final"
+    finally:
+        accelerator.wait_for_everyone()
+
+
+def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
+    """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
+    from tqdm import tqdm
+
+    from . import setup
+    from .codes import CodesCache
+    from .data import prepare_set
+
+    processor = setup.load_processor(config.model)
+    cache = CodesCache(config.data.cache or Path(config.run_dir) / "codes", processor)
+
+    def progress(items: Any) -> Any:
+        return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
+
+    with accelerator.main_process_first():
+        train_set = prepare_set(config.data.train, config.data, cache, progress)
+        held_out = None if config.data.evaluation is None else prepare_set(config.data.evaluation, config.data, cache, progress)
+    return train_set, held_out, processor
+
+
+def _is_finished(run_dir: Path, steps: int) -> bool:
+    """Whether `final` is there and belongs to the last step."""
+    try:
+        return int(json.loads((run_dir / "final" / "run.json").read_text())["step"]) == steps
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
+    """Write the final model or adapter, the processor and the loss curve; every rank must call it."""
+    from .report import plot_curve
+    from .state import full_state
+
+    accelerator = trainer.accelerator
+    state = full_state(trainer.model)
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(trainer.model)
+        with atomic_folder(run_dir / "final") as folder:
+            model.save_pretrained(folder, state_dict=state)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            atomic_write(folder / "run.json", json.dumps({"step": trainer.progress.step, "run": trainer.run.to_dict()}, indent=1))
+            write_manifest(folder)
+        plot_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
+    accelerator.wait_for_everyone()
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, as trackers take them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
+
