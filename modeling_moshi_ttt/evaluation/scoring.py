@@ -94,14 +94,14 @@ def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
     delays = [0, *model.config.audio_delays[: model.config.num_codebooks]]
     targets = torch.cat([inputs["input_ids"][:, None], inputs["moshi_audio_codes"]], dim=1)  # [B, 1 + K, T]
     delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ABSENT))
-    logprobs = undelay(_gather(output.logits, output.audio_logits, delayed), delays, 0.0)
+    logprobs = undelay(gather_log_probs(output.logits, output.audio_logits, delayed), delays, 0.0)
     # a step past the row's end is no step of the row: what it predicts does not count
     steps = torch.arange(frames, device=model.device) + torch.tensor(delays, device=model.device)[:, None]  # [1 + K, T]
     predicted = (steps < lengths[:, None, None]) & (targets >= 0)
     return TokenLogProbs(logprobs.masked_fill(~predicted, 0.0), predicted)
 
 
-def _gather(logits: Tensor, audio_logits: Tensor, targets: Tensor) -> Tensor:
+def gather_log_probs(logits: Tensor, audio_logits: Tensor, targets: Tensor) -> Tensor:
     """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, K, T, card]."""
     known = targets.clamp(min=0)
     streams = [logits, *audio_logits.unbind(1)]

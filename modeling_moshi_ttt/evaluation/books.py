@@ -1,0 +1,83 @@
+"""Long recordings as code sequences, read and encoded piece by piece: Libri-Light folders, and manifests of stereo recordings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.audio import audio_duration, read_audio
+from ..common.recordings import MAIN_SPEAKER, Recording
+from ..processing_moshi_ttt import text_stream
+from .scoring import CodeSequence
+
+PIECE_FRAMES = 125  # 10 s read and encoded at once
+
+
+def find_books(folder: str | Path) -> dict[str, list[Path]]:
+    """Libri-Light: every folder below (or at) `folder` that holds flac files is one speaker reading one book; files in natural order."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; give <set>, <set>/<speaker> or <set>/<speaker>/<book> of Libri-Light")
+    books: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.flac"), key=natural_key):
+        name = path.parent.relative_to(root).as_posix()
+        books.setdefault(root.name if name == "." else name, []).append(path)
+    if not books:
+        raise ValueError(f"{root}: holds no flac files; Libri-Light's layout is <set>/<speaker>/<book>/*.flac")
+    return books
+
+
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts `part_2` before `part_10`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.as_posix()) if part]
+
+
+def encode_book(processor: Any, paths: Sequence[Path], max_frames: int | None = None) -> CodeSequence:
+    """Mono files one after the other as one voice, Moshi's; the user and the text are absent. At most `max_frames` frames."""
+    codes = _encode(processor, (piece.mean(0, keepdims=True) for path in paths for piece in _pieces(path, processor)), 1, max_frames)
+    return CodeSequence(codes[0])
+
+
+def encode_recording(processor: Any, recording: Recording, max_frames: int | None = None) -> CodeSequence:
+    """A recording of ours: left channel Moshi, right the user (absent when mono), the main speaker's words as text (absent without words)."""
+    first = next(_pieces(recording.path, processor))
+    codes = _encode(processor, _pieces(recording.path, processor), len(first), max_frames)
+    text = None
+    if recording.words is not None:
+        spoken = sorted((start, word) for word, (start, end), speaker in recording.words if speaker == MAIN_SPEAKER and start < end)
+        tokens = [(ids, start) for start, word in spoken if (ids := processor.encode_word(word))]
+        text = torch.tensor(text_stream(tokens, codes.shape[-1], processor.frame_rate))
+    return CodeSequence(codes[0], codes[1] if len(codes) == 2 else None, text)
+
+
+def _pieces(path: Path, processor: Any) -> Iterator[np.ndarray]:
+    """The file as [channels, samples] pieces of 10 s at the codec's rate."""
+    seconds = PIECE_FRAMES / processor.frame_rate
+    length, start = audio_duration(path), 0.0
+    while start < length:
+        yield read_audio(path, processor.sampling_rate, start, seconds)
+        start += seconds
+
+
+def _encode(processor: Any, pieces: Iterator[np.ndarray], channels: int, max_frames: int | None) -> Tensor:
+    """Codes [channels, K, T] of all samples as one stream; the last frame is filled up with silence."""
+    stream = processor.new_audio_stream(channels)
+    size, rest, codes, frames = processor.frame_size, np.zeros((channels, 0), np.float32), [], 0
+    for piece in pieces:
+        rest = np.concatenate([rest, piece], axis=1)
+        whole = rest.shape[1] // size * size
+        if whole:
+            codes.append(stream.encode_frames(torch.from_numpy(rest[:, :whole])).cpu())
+            frames, rest = frames + codes[-1].shape[-1], rest[:, whole:]
+        if max_frames is not None and frames >= max_frames:
+            return torch.cat(codes, -1)[..., :max_frames]
+    if rest.shape[1]:
+        rest = np.pad(rest, ((0, 0), (0, size - rest.shape[1])))
+        codes.append(stream.encode_frames(torch.from_numpy(rest)).cpu())
+    return torch.cat(codes, -1)[..., :max_frames]
