@@ -65,3 +65,14 @@ def compare(stored: float, found: float, dtype: torch.dtype) -> None:
     tolerance = TOLERANCE.get(dtype, 2e-2)
     if not abs(found - stored) <= tolerance * max(abs(stored), 1e-6):
         raise ValueError(f"the probe's loss is {found:.6f}; it was {stored:.6f} when the checkpoint was made: this is not the same model")
+
+
+def stage_probe(model: Any, folder: Path, target: Path) -> float:
+    """Run the source's own probe, or a new one, and store it with its loss."""
+    stored = read_probe(folder)
+    probe = stored[0] if stored else make_probe(MoshiTTTConfig.from_dict(model.config.to_dict()))
+    loss = probe_loss(model, probe)
+    if stored:
+        compare(stored[1], loss, model.dtype)
+    write_probe(target, probe, loss)
+    return loss

@@ -1,0 +1,151 @@
+"""Adapters: a PEFT folder with LoRA and TTT weights, its base, and the two as one."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..common.files import atomic_write
+from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .probe import compare, probe_loss, read_probe, stage_probe
+from .remote import check_layers
+from .shards import ShardWriter, TensorFiles
+from .verify import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    Facts,
+    check_model_type,
+    count,
+    expected_shapes,
+    finite_problems,
+    read_json,
+    refuse,
+)
+
+PREFIX = "base_model.model."
+TTT_LAYER = re.compile(r"decoder\.model\.layers\.(\d+)\.(ttt|ttt_gate|ttt_layernorm)\.")
+# PEFT loads a base through a class of one of the libraries that it trusts; transformers then finds the repository's own.
+AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
+
+
+def adapter_layers(folder: Path) -> list[int]:
+    """The TTT layers whose weights an adapter holds, from its file's header."""
+    found = (TTT_LAYER.search(name) for name in TensorFiles(folder / ADAPTER_WEIGHTS).names)
+    return sorted({int(match[1]) for match in found if match})
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~"))
+
+
+def hub_base(adapter_config: dict[str, Any], base: str | None) -> tuple[str, str | None]:
+    """(repository, revision) of the base that others can load; ValueError where the adapter only knows a folder of this machine."""
+    own = adapter_config.get("base_model_name_or_path")
+    if base:
+        return base, None
+    if not own:
+        raise ValueError(f"{ADAPTER_CONFIG} names no base model; name it with --base user/name")
+    if _is_local(own):
+        raise ValueError(
+            f"the adapter's base is {own!r}, a folder of this machine, which nobody else could load; push the base first and name it with "
+            "--base user/name, or push the two as one with --merged"
+        )
+    return own, adapter_config.get("revision")
+
+
+def load_base(folder: Path) -> MoshiTTTForConditionalGeneration:
+    """The base of an adapter in its own dtype. Its configuration is compared before any weights are read."""
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    base = adapter_config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model")
+    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
+        raise FileNotFoundError(f"the adapter's base {base} is missing")
+    revision: Any = adapter_config.get("revision")
+    raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
+    check_model_type(raw, base)
+    check_layers(adapter_layers(folder), MoshiTTTConfig.from_dict(raw).ttt_layers, base)
+    return MoshiTTTForConditionalGeneration.from_pretrained(base, revision=revision, dtype="auto")
+
+
+def load_adapter(folder: Path) -> PeftModel:
+    """The adapter on its base."""
+    return PeftModel.from_pretrained(load_base(folder), folder)
+
+
+def weight_problems(folder: Path, config: MoshiTTTConfig) -> list[str]:
+    """Non-finite weights, and TTT weights that are missing, unknown or misshapen when the adapter holds any."""
+    files = TensorFiles(folder / ADAPTER_WEIGHTS)
+    found = {name.removeprefix(PREFIX): shape for name, shape in files.shapes().items() if "lora_" not in name}
+    held = {name: shape for name, shape in found.items() if TTT_LAYER.search(name)}
+    wanted = {name: shape for name, shape in expected_shapes(config).items() if TTT_LAYER.search(name)} if held else {}
+    problems = [f"{name} is missing: the configuration calls for it" for name in wanted.keys() - held.keys()]
+    problems += [f"{name} is unknown to this configuration" for name in held.keys() - wanted.keys()]
+    for name in wanted.keys() & held.keys():
+        if wanted[name] != held[name]:
+            problems.append(f"{name} has shape {list(held[name])}; the configuration asks for {list(wanted[name])}")
+    return sorted(problems) + finite_problems(files)
+
+
+def _base_config(folder: Path) -> MoshiTTTConfig:
+    """From beside the adapter, or from the base itself."""
+    if (folder / BASE_CONFIG).is_file():
+        return MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    base: Any = adapter_config.get("base_model_name_or_path")
+    revision: Any = adapter_config.get("revision")
+    try:
+        return MoshiTTTConfig.from_pretrained(base, revision=revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
+
+
+def verify_adapter(folder: Path, run_probe: bool) -> Facts:
+    """As `verify`, for an adapter: its own weights, its base's configuration, and the two together on the probe."""
+    adapter_config, config = read_json(folder / ADAPTER_CONFIG), _base_config(folder)
+    check_layers(adapter_layers(folder), config.ttt_layers, str(adapter_config.get("base_model_name_or_path")))
+    refuse(weight_problems(folder, config), folder)
+    layers = [int(layer) for layer in config.ttt_layers]
+    facts = Facts("adapter", ttt_layers=layers, ttt_mixer=config.ttt_mixer, base=str(adapter_config.get("base_model_name_or_path")))
+    count(facts, TensorFiles(folder / ADAPTER_WEIGHTS))
+    stored = read_probe(folder) if run_probe else None
+    if stored is not None:
+        model: Any = load_adapter(folder)
+        facts.probe = probe_loss(model, stored[0])
+        compare(stored[1], facts.probe, model.base_model.dtype)
+    return facts
+
+
+def stage_adapter(folder: Path, target: Path, base: str | None) -> float:
+    """The adapter, naming a base that others can load; returns the loss of adapter and base on the probe."""
+    verify_adapter(folder, run_probe=False)
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    name, revision = hub_base(adapter_config, base)
+    model = load_adapter(folder)
+    loss = stage_probe(model, folder, target)
+    atomic_write(target / BASE_CONFIG, model.config.to_json_string(use_diff=False))
+    adapter_config |= {"base_model_name_or_path": name, "revision": revision, "auto_mapping": AUTO_MAPPING, "task_type": None}
+    atomic_write(target / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True))
+    shutil.copyfile(folder / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
+    return loss
+
+
+def stage_merged(folder: Path, target: Path, max_shard_size: int | str) -> float:
+    """Adapter and base as one whole model; returns its loss on the probe."""
+    verify_adapter(folder, run_probe=False)
+    adapted = load_adapter(folder)
+    dtype = adapted.base_model.dtype
+    model = adapted.merge_and_unload().to(dtype)
+    loss = stage_probe(model, folder, target)
+    with ShardWriter(target, max_shard_size) as writer:
+        writer.add_all(model.state_dict().items())
+    model.config.save_pretrained(target)
+    if model.can_generate():
+        model.generation_config.save_pretrained(target)
+    return loss

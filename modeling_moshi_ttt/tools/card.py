@@ -1,0 +1,162 @@
+"""The model card: what a run and its checkpoint say of themselves, set into the template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..common.files import atomic_write
+from .verify import BASE_CONFIG, Facts, human_size, read_json
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+CARD = "README.md"
+FRAME_RATE = 12.5
+CHANCE = 50.0
+# Kyutai's weights and everything that derives from them.
+LICENSE = "cc-by-4.0"
+TAGS = ["moshi", "moshi-ttt", "test-time-training", "speech", "full-duplex", "spoken-dialogue"]
+# What of a run's settings the card's table shows: (in run_config.json, in the card).
+SHOWN = (
+    ("mode", "mode"),
+    ("model.path", "started from"),
+    ("data.train", "training data"),
+    ("data.window_seconds", "window (s)"),
+    ("data.carry", "carried from window to window"),
+    ("data.batch_size", "batch size a process"),
+    ("data.accumulation", "gradient accumulation"),
+    ("optim.steps", "steps"),
+    ("optim.lr", "learning rate"),
+    ("optim.ttt_lr", "learning rate of TTT weights"),
+    ("optim.gate_lr", "learning rate of gates"),
+    ("optim.schedule", "schedule"),
+    ("optim.weight_decay", "weight decay"),
+    ("lora.rank", "LoRA rank"),
+    ("lora.scaling", "LoRA scaling"),
+    ("seed", "seed"),
+)
+
+
+def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
+    """Render README.md for a staged folder from what lies in it: configuration, run_config.json, results.json, summary.json."""
+    run, results, summary = (_optional(folder / name) for name in ("run_config.json", "results.json", "summary.json"))
+    config = read_json(folder / (BASE_CONFIG if kind == "adapter" else "config.json"))
+    details = run.get("card", {})
+    rows = evaluation_rows(results)
+    base = facts.base or details.get("base_model") or _hub_name(run.get("model", {}).get("path", ""))
+    data = ModelCardData(
+        language=details.get("languages") or ["en"],
+        license=details.get("license", LICENSE),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="audio-to-audio",
+        tags=TAGS,
+        base_model=base or None,
+        base_model_relation=("adapter" if kind == "adapter" else "finetune") if base else None,
+        datasets=details.get("datasets"),
+        model_name=repo_id.split("/")[-1] if rows else None,
+        eval_results=[row["result"] for row in rows] or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        repo_name=repo_id.split("/")[-1],
+        kind=kind,
+        base=base,
+        processor=(folder / "processor_config.json").is_file(),
+        ttt_layers=_spans(facts.ttt_layers),
+        ttt_mixer="linear" if facts.ttt_mixer == "linear" else "two-layer",
+        window=config["sliding_window"],
+        window_seconds=round(config["sliding_window"] / FRAME_RATE, 1),
+        facts=fact_rows(facts, config, summary),
+        training=training_rows(run),
+        evaluation=rows,
+        long_context=(folder / "long_context.png").is_file(),
+        languages=", ".join(details.get("languages", [])),
+        license=data.license,
+    )
+    atomic_write(folder / CARD, card.content)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _hub_name(path: str) -> str:
+    """The base model's repository, where the run started from one and not from a folder or a configuration."""
+    return path if path.count("/") == 1 and not path.endswith(".json") and not Path(path).exists() else ""
+
+
+def _spans(layers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1–3, 7"."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}–{span[-1]}" for span in spans)
+
+
+def fact_rows(facts: Facts, config: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table of what the checkpoint holds."""
+    rows = [("parameters", f"{facts.total:,}")]
+    rows += [(f"… {kind}", f"{number:,}") for kind, number in facts.parameters.items()]
+    rows += [("dtype", ", ".join(facts.dtypes)), ("size", human_size(facts.size))]
+    if facts.ttt_layers:
+        rows.append(("TTT layers", f"{_spans(facts.ttt_layers)}: {facts.ttt_mixer}, mini-batch {config['ttt_mini_batch_size']}"))
+    rows.append(("codebooks", f"{config['num_codebooks']} of Moshi's, {config['num_user_codebooks']} of the user's"))
+    rows += [(key.replace("_", " "), str(value)) for key, value in summary.items() if isinstance(value, str | int | float)]
+    return rows
+
+
+def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table of the settings that matter, from run_config.json."""
+    rows = []
+    for key, name in SHOWN:
+        value: Any = run
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            rows.append((name, str(value)))
+    return rows
+
+
+def evaluation_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Accuracies of the zero-shot tasks, for the card's table and as the Hub's own metadata, chance level and protocol included."""
+    rows = []
+    for part in results.get("tasks", {}).values():
+        if part.get("kind") != "zero_shot":
+            continue
+        scoring = part.get("scoring", {})
+        protocol = ", ".join(f"{key} {value}" for key, value in scoring.items())
+        for task, result in part["tasks"].items():
+            score = round(100 * result["accuracy"], 2)
+            low, high = (round(100 * bound, 1) for bound in result.get("interval") or (float("nan"), float("nan")))
+            entry = EvalResult(
+                task_type="audio-to-audio",
+                dataset_type=task,
+                dataset_name=task,
+                metric_type="accuracy",
+                metric_name=f"accuracy (chance {CHANCE:.0f})",
+                metric_value=score,
+                metric_args={"chance": CHANCE, "protocol": protocol},
+            )
+            interval = f"{low}–{high}" if low == low else "–"
+            rows.append({"task": task, "score": score, "interval": interval, "chance": CHANCE, "protocol": protocol, "result": entry})
+    return rows
+
+
+def without_paths(text: str) -> str:
+    """JSON for others to read: absolute paths of this machine keep their last part only."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        if isinstance(value, str) and value.startswith(("/", "~")):
+            return Path(value).name
+        return value
+
+    return json.dumps(clean(json.loads(text)), indent=1)

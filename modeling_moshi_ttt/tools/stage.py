@@ -1,0 +1,145 @@
+"""Make the folder that a Hub repository will show: weights, configuration, code, processor, card, results, and a manifest of them all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..common.files import MANIFEST, atomic_write, write_manifest
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .card import without_paths, write_card
+from .probe import PROBE, compare, stage_probe
+from .shards import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
+from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, check_model_type, is_adapter, read_json, verify
+
+PACKAGE = Path(__file__).parent.parent
+HOME_ONLY = ("__init__.py", "version.py")
+MODEL_CLASS = "modeling_moshi_ttt.MoshiTTTForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_moshi_ttt.MoshiTTTConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForTextToWaveform": MODEL_CLASS,
+    "AutoModelForMultimodalLM": MODEL_CLASS,
+    "AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor",
+}
+PROCESSOR_CONFIG = "processor_config.json"
+# Where a run keeps its final model, and what else of a run is worth showing.
+FINAL = "final"
+RUN_FILES = ("run_config.json", "results.json", "summary.json", "curve.png", "long_context.png")
+KINDS = ("full", "adapter", "merged")
+
+
+def model_files() -> list[Path]:
+    """The flat files: the Python that a Hub repository carries."""
+    return sorted(path for path in PACKAGE.glob("*.py") if path.name not in HOME_ONLY)
+
+
+def locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """(the checkpoint's folder, the run's folder) for a run folder or a checkpoint folder, which is then both."""
+    root = Path(source)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: there is no such folder")
+    if not is_adapter(root) and not (root / "config.json").is_file():
+        if not (root / FINAL).is_dir():
+            raise FileNotFoundError(
+                f"{root} holds neither a config.json, nor an {ADAPTER_CONFIG}, nor a folder {FINAL!r} with one: nothing to push"
+            )
+        return root / FINAL, root
+    return root, root if any((root / name).is_file() for name in RUN_FILES[:1]) else root.parent if root.name == FINAL else root
+
+
+def choose_kind(folder: Path, kind: str | None) -> str:
+    """What to push: what the folder holds, unless an adapter is to be merged into its base."""
+    adapter = is_adapter(folder)
+    if kind not in (*KINDS, None):
+        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
+    if adapter and kind == "full":
+        raise ValueError(f"{folder} holds an adapter; push it as --adapter, or with its base as --merged")
+    if not adapter and kind in ("adapter", "merged"):
+        raise ValueError(f"{folder} holds a whole model, no adapter; push it as --full")
+    return kind or ("adapter" if adapter else "full")
+
+
+def stage(
+    source: str | os.PathLike[str],
+    target: Path,
+    repo_id: str,
+    kind: str | None = None,
+    base: str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Facts:
+    """Fill the empty folder `target` from a run or checkpoint, load it again, and compare its loss on the probe with the source's.
+
+    Raises ValueError where the source is no whole checkpoint, or where what was staged is not the same model.
+    """
+    folder, run = locate(source)
+    kind = choose_kind(folder, kind)
+    if kind == "full":
+        loss = _stage_full(folder, target, max_shard_size)
+    else:
+        from .adapter import stage_adapter, stage_merged  # they need PEFT
+
+        loss = stage_adapter(folder, target, base) if kind == "adapter" else stage_merged(folder, target, max_shard_size)
+    copy_others(folder, target)
+    for path in model_files():
+        shutil.copyfile(path, target / path.name)
+    add_auto_map(target)
+    copy_run(run, target)
+    facts = verify(target)
+    if facts.probe != loss:
+        compare(loss, float("nan") if facts.probe is None else facts.probe, getattr(torch, next(iter(facts.dtypes))))
+    write_card(target, repo_id, kind, facts)
+    write_manifest(target)
+    return facts
+
+
+def _stage_full(folder: Path, target: Path, max_shard_size: int | str) -> float:
+    """Weights, configuration and probe of a whole model; returns the source's loss on the probe."""
+    check_model_type(read_json(folder / "config.json"), str(folder))
+    verify(folder, run_probe=False)
+    model = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    loss = stage_probe(model, folder, target)
+    del model
+    with ShardWriter(target, max_shard_size) as writer:
+        writer.add_all(TensorFiles(folder))
+    shutil.copyfile(folder / "config.json", target / "config.json")
+    return loss
+
+
+def _is_weights(path: Path) -> bool:
+    return path.name in (SINGLE, INDEX, ADAPTER_WEIGHTS) or (path.name.startswith("model-") and path.suffix == ".safetensors")
+
+
+def copy_others(folder: Path, target: Path) -> None:
+    """Processor, tokenizer, codec and generation configuration: what stands beside the weights, apart from pickles, code and hidden files."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        replaced = len(name.parts) == 1 and (
+            _is_weights(path) or path.name in (MANIFEST, PROBE, "README.md", "config.json", ADAPTER_CONFIG)
+        )
+        if path.is_file() and not path.is_symlink() and not hidden and not replaced and path.suffix not in (*PICKLES, ".py", ".pyc"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (target / name).exists():
+                shutil.copyfile(path, target / name)
+
+
+def copy_run(run: Path, target: Path) -> None:
+    """The run's settings, results and pictures, without the paths of the machine it ran on."""
+    for name in RUN_FILES:
+        path = run / name
+        if path.is_file() and path.suffix == ".json":
+            atomic_write(target / name, without_paths(path.read_text()))
+        elif path.is_file():
+            shutil.copyfile(path, target / name)
+
+
+def add_auto_map(target: Path) -> None:
+    """Say in the configurations which of the shipped files hold the classes."""
+    for name in ("config.json", PROCESSOR_CONFIG):
+        if (target / name).is_file():
+            content = read_json(target / name)
+            content["auto_map"] = AUTO_MAP if name == "config.json" else {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+            (target / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
