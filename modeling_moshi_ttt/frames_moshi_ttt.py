@@ -112,6 +112,9 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
     rows, frames = given.shape[0], given.shape[-1]
     if rows == 0 or frames == 0:
         raise ValueError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
+    lengths = {name: x.shape[-1] for name, x in (("input_ids", text), ("moshi_audio_codes", moshi), ("user_audio_codes", user)) if x is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the streams are of unequal lengths: {lengths} frames in the last dimension of their shape; cut or pad them alike.")
     streams = []
     for name, codes, count, card in (
         ("input_ids", None if text is None else text[:, None] if text.dim() == 2 else text, 1, config.vocab_size),
@@ -128,7 +131,7 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape} like the other streams'.")
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape}.")
 
 
 def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> None:

@@ -170,7 +170,7 @@ class MoshiTTTStream:
         shape, card = self._heard.shape[:2], self.model.config.audio_vocab_size
         if user_codes.shape != shape:
             raise ValueError(f"`user_codes` has shape {tuple(user_codes.shape)}; one frame is [B, K] = {tuple(shape)}.")
-        if user_codes.numel() and not (ZERO <= int(user_codes.min()) and int(user_codes.max()) < card):
+        if user_codes.numel() and (int(user_codes.min()) < ZERO or int(user_codes.max()) >= card):
             raise ValueError(f"`user_codes` goes from {int(user_codes.min())} to {int(user_codes.max())}; codes are -1 (none) to {card - 1}.")
 
 
