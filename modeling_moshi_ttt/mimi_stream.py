@@ -171,7 +171,7 @@ class MimiStream:
             index = torch.as_tensor(rows)
             if index.dtype == torch.bool and index.shape != chosen.shape:
                 raise ValueError(f"rows has shape {tuple(index.shape)}; a mask over the streams is [{self.batch_size}].")
-            if index.dtype != torch.bool and index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
+            if index.dtype != torch.bool and index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.batch_size):
                 raise ValueError(f"rows is {index.tolist()}; the stream has rows 0 to {self.batch_size - 1}.")
             chosen[index if index.dtype == torch.bool else index.long()] = True
         for state in (self._encoder, self._decoder):
