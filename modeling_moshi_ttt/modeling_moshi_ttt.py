@@ -284,6 +284,20 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; weights that are not finite are refused.
+
+        Raises:
+            ValueError: a weight is NaN or infinite; the message names it.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
+        return loaded
+
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.model.embed_tokens
 

@@ -1,0 +1,77 @@
+"""transformers' Auto classes find the model once the package is imported, without importing it before it is used."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import random_frames, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoModelForTextToWaveform
+
+from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForTextToWaveform, AutoModelForMultimodalLM])
+def test_auto_classes_give_the_model_that_was_saved(auto, folder):
+    model = auto.from_pretrained(folder)
+    assert type(model) is MoshiTTTForConditionalGeneration
+    frames = random_frames(model.config, rows=1, frames=20)
+    expected = tiny_model(torch.float32)(**frames, use_cache=False)
+    output = model(**frames, use_cache=False)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.audio_logits, expected.audio_logits)
+    assert type(auto.from_config(tiny_config())) is MoshiTTTForConditionalGeneration
+
+
+def test_auto_config_reads_it(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert type(config) is MoshiTTTConfig
+    assert config.ttt_layers == [0, 1]
+
+
+def test_loading_in_bfloat16_sharded_and_with_a_device_map(folder, tmp_path):
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["decoder.model.layers.1.ttt.W1"][0, 0, 0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"decoder\.model\.layers\.1\.ttt\.W1.*not finite"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_importing_the_package_imports_no_model():
+    code = (
+        "import sys, torch, transformers, modeling_moshi_ttt\n"
+        "heavy = ['modeling_moshi_ttt.modeling_moshi_ttt', 'modeling_moshi_ttt.processing_moshi_ttt', 'transformers.modeling_utils']\n"
+        "assert not [name for name in heavy + ['triton', 'peft', 'accelerate', 'datasets'] if name in sys.modules]\n"
+        "assert modeling_moshi_ttt.MoshiTTTForConditionalGeneration.__module__ == 'modeling_moshi_ttt.modeling_moshi_ttt'\n"
+        "from transformers.models.auto.processing_auto import PROCESSOR_MAPPING\n"
+        "assert PROCESSOR_MAPPING[modeling_moshi_ttt.MoshiTTTConfig].__name__ == 'MoshiTTTProcessor'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_names_are_attribute_errors():
+    import modeling_moshi_ttt
+
+    with pytest.raises(AttributeError, match="Nonsense"):
+        _ = modeling_moshi_ttt.Nonsense
+    assert set(modeling_moshi_ttt.__all__) <= set(dir(modeling_moshi_ttt))
+    assert all(getattr(modeling_moshi_ttt, name) is not None for name in modeling_moshi_ttt.__all__)

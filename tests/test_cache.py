@@ -1,0 +1,111 @@
+"""The streams' memory: reordering, saving, moving, forgetting, and its refusals."""
+
+import pytest
+import torch
+from tiny import cut, random_frames, tiny_model
+
+from modeling_moshi_ttt import MoshiTTTCache
+
+
+@pytest.fixture(scope="module")
+def heard():
+    """A model, a memory of three rows that have heard eleven frames, and the frames to come."""
+    model = tiny_model()
+    frames = random_frames(model.config, rows=3, frames=20)
+    memory = model.new_cache(3)
+    with torch.no_grad():
+        model(**cut(frames, 0, 11), past_key_values=memory)
+    return model, memory, cut(frames, 11, 20)
+
+
+def copy_of(model, memory) -> MoshiTTTCache:
+    copy = model.new_cache(memory.batch_size)
+    copy.load_state_dict({name: tensor.clone() for name, tensor in memory.state_dict().items()})
+    return copy
+
+
+@torch.no_grad()
+def go_on(model, memory, frames) -> torch.Tensor:
+    return model(**frames, past_key_values=memory).audio_logits
+
+
+def test_saved_and_loaded_it_goes_on_exactly(heard):
+    model, memory, frames = heard
+    assert torch.equal(go_on(model, copy_of(model, memory), frames), go_on(model, copy_of(model, memory), frames))
+    other = go_on(model, model.new_cache(3), frames)
+    assert not torch.allclose(go_on(model, copy_of(model, memory), frames), other)
+
+
+def test_rows_are_reordered_with_all_they_remember(heard):
+    model, memory, frames = heard
+    order = torch.tensor([2, 0, 0])
+    expected = go_on(model, copy_of(model, memory), {n: t[[2, 0, 0]] for n, t in frames.items()})
+    moved = copy_of(model, memory)
+    moved.reorder_cache(order)
+    rows = {n: t[order] for n, t in frames.items()}
+    by_row = go_on(model, moved, rows)
+    straight = go_on(model, copy_of(model, memory), frames)
+    assert torch.allclose(by_row[1], straight[0], atol=1e-12)
+    assert torch.allclose(by_row[0], straight[2], atol=1e-12)
+    assert not torch.allclose(by_row, expected)
+    two = copy_of(model, memory)
+    two.batch_select_indices(torch.tensor([1, 2]))
+    assert two.batch_size == 2
+    assert torch.allclose(go_on(model, two, {n: t[1:] for n, t in frames.items()}), straight[1:], atol=1e-12)
+
+
+def test_forgetting_attention_keeps_the_rest(heard):
+    model, memory, frames = heard
+    forgetful = copy_of(model, memory)
+    forgetful.forget_attention()
+    assert forgetful.layers[0].get_seq_length() == 0
+    assert torch.equal(forgetful.ttt_state(0).W1, memory.ttt_state(0).W1)
+    assert torch.equal(forgetful.frames, memory.frames)
+    without = go_on(model, forgetful, frames)
+    assert not torch.allclose(without, go_on(model, copy_of(model, memory), frames))
+    assert not torch.allclose(without, go_on(model, model.new_cache(3), frames))
+
+
+def test_resetting_every_row_is_a_new_memory(heard):
+    model, memory, frames = heard
+    fresh = go_on(model, model.new_cache(3), frames)
+    for rows in (None, [0, 1, 2], torch.tensor([True, True, True])):
+        emptied = copy_of(model, memory)
+        emptied.reset(rows)
+        assert torch.equal(go_on(model, emptied, frames), fresh)
+
+
+def test_it_keeps_a_window_and_no_more(heard):
+    model, memory, frames = heard
+    window = model.config.sliding_window
+    assert [layer.get_seq_length() for layer in memory.layers] == [window - 1] * 2
+    assert memory.get_seq_length() == 11
+    layer = model.new_cache(1).layers[0]
+    keys = torch.randn(1, 2, 20, 4)
+    for t in range(20):
+        seen, _ = layer.update(keys[:, :, t : t + 1], keys[:, :, t : t + 1])
+        assert torch.equal(seen, keys[:, :, max(0, t - window + 1) : t + 1])
+
+
+def test_detach_and_to_keep_the_numbers(heard):
+    model, memory, frames = heard
+    attached = model.new_cache(3)
+    model(**frames, past_key_values=attached)
+    assert attached.ttt_state(0).W1.requires_grad
+    before = {name: tensor.clone() for name, tensor in attached.state_dict().items()}
+    assert attached.detach() is attached
+    attached.to("cpu")
+    assert not attached.ttt_state(0).W1.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in attached.state_dict().items())
+
+
+def test_refusals(heard):
+    model, memory, _ = heard
+    with pytest.raises(ValueError, match="batch_size=0"):
+        model.new_cache(0)
+    with pytest.raises(ValueError, match="Layer 7 has no TTT memory"):
+        memory.ttt_state(7)
+    with pytest.raises(ValueError, match="lacks codes, frames"):
+        model.new_cache(3).load_state_dict({})
+    with pytest.raises(ValueError, match="3 rows, this one 2"):
+        model.new_cache(2).load_state_dict(memory.state_dict())

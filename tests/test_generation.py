@@ -1,0 +1,136 @@
+"""Live streams: rows of their own, exact resumption, constant memory, prompts, and clear refusals."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import random_frames, tiny_model
+
+
+def talk(stream, user: torch.Tensor) -> torch.Tensor:
+    """`[B, 1 + K, T]` of what the stream answers to the user's codes `[B, K, T]`."""
+    frames = [stream.step(user[..., t]) for t in range(user.shape[-1])]
+    return torch.stack([torch.cat([frame.text[:, None], frame.audio_codes], dim=1) for frame in frames], dim=-1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def user_codes(model, rows: int, frames: int, seed: int = 1) -> torch.Tensor:
+    return random_frames(model.config, rows, frames, seed)["user_audio_codes"]
+
+
+def test_the_stream_is_the_forward_pass(model):
+    """What the stream says, teacher-forced through the model, is what the model finds likeliest."""
+    user = user_codes(model, rows=2, frames=30)
+    said = talk(model.new_stream(2, do_sample=False), user)
+    depth = max(model.config.delays)
+    said, heard = said[..., depth:], user[..., 1:]  # the first call hears nothing
+    output = model(said[:, 0], said[:, 1:], heard[..., : said.shape[-1]], use_cache=False)
+    # -2 of the model's first delayed codes has no teacher-forced counterpart; text has no delay.
+    assert torch.equal(output.logits.argmax(-1)[:, 1:], said[:, 0, 1:])
+    delays = model.config.delays[1:4]
+    for k, d in enumerate(delays):
+        assert torch.equal(output.audio_logits[:, k, d + 1 :].argmax(-1), said[:, 1 + k, 1 : said.shape[-1] - d])
+
+
+def test_rows_are_conversations_of_their_own(model):
+    user = user_codes(model, rows=3, frames=40)
+    together = model.new_stream(3, do_sample=False)
+    first = talk(together, user[..., :17])
+    together.reset([1])
+    second = talk(together, user[..., 17:])
+    for row in range(3):
+        alone = model.new_stream(1, do_sample=False)
+        own_first = talk(alone, user[row : row + 1, :, :17])
+        if row == 1:
+            alone = model.new_stream(1, do_sample=False)
+        own_second = talk(alone, user[row : row + 1, :, 17:])
+        assert torch.equal(first[row], own_first[0])
+        assert torch.equal(second[row], own_second[0])
+    assert (second[1, :, : max(model.config.delays)] == -2).all()
+
+
+def test_a_saved_stream_goes_on_exactly(model, tmp_path):
+    user = user_codes(model, rows=2, frames=30)
+    sampling = {"temperature": 1.0, "text_temperature": 1.0}
+    stream = model.new_stream(2, generator=torch.Generator().manual_seed(7), **sampling)
+    talk(stream, user[..., :13])
+    save_file(stream.state_dict(), tmp_path / "stream.safetensors")
+    expected = talk(stream, user[..., 13:])
+    resumed = model.new_stream(2, generator=torch.Generator(), **sampling)
+    resumed.load_state_dict(load_file(tmp_path / "stream.safetensors"))
+    assert torch.equal(talk(resumed, user[..., 13:]), expected)
+
+
+def test_memory_does_not_grow_with_the_conversation(model):
+    def size(stream) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in stream.state_dict().values())
+
+    stream = model.new_stream(1)
+    sizes = {}
+    for t in range(120):
+        stream.step(torch.zeros(1, 3, dtype=torch.long))
+        sizes[t] = size(stream)
+    window = model.config.sliding_window
+    assert len({sizes[t] for t in range(window, 120)}) == 1
+
+
+def test_generate_says_its_prompt_and_goes_on(model):
+    frames = random_frames(model.config, rows=2, frames=10)
+    text, moshi = frames["input_ids"].clamp(min=0), frames["moshi_audio_codes"].clamp(min=0)
+    user = user_codes(model, rows=2, frames=24)
+    output = model.generate(text, moshi, user, do_sample=False)
+    assert output.sequences.shape == (2, 24)
+    assert torch.equal(output.sequences[:, :10], text)
+    assert torch.equal(output.audio_codes[..., :10], moshi)
+    # The continuation is what the forward pass over prompt and continuation finds likeliest.
+    forward = model(output.sequences, output.audio_codes, user, use_cache=False)
+    assert torch.equal(forward.logits.argmax(-1)[:, 10:], output.sequences[:, 10:])
+    for k, d in enumerate(model.config.delays[1:4]):
+        assert torch.equal(forward.audio_logits[:, k, 10 + d :].argmax(-1), output.audio_codes[:, k, 10 : 24 - d])
+    more = model.generate(text, moshi, user[..., :10], max_new_tokens=14, do_sample=False)
+    assert more.sequences.shape == (2, 24)
+
+
+def test_sampling_stays_in_the_top_k_and_follows_its_generator(model):
+    user = user_codes(model, rows=2, frames=25)
+    one = talk(model.new_stream(2, generator=torch.Generator().manual_seed(1)), user)
+    again = talk(model.new_stream(2, generator=torch.Generator().manual_seed(1)), user)
+    other = talk(model.new_stream(2, generator=torch.Generator().manual_seed(2)), user)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    greedy = talk(model.new_stream(2, do_sample=False), user)
+    assert torch.equal(talk(model.new_stream(2, top_k=1, text_top_k=1), user), greedy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0.*do_sample=False"),
+        ({"text_temperature": -1.0}, "text_temperature"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_sampling_is_refused(model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        model.new_stream(**arguments)
+
+
+def test_bad_frames_and_states_are_refused(model):
+    stream = model.new_stream(2)
+    with pytest.raises(ValueError, match=r"user_codes.*\(2, 3\)"):
+        stream.step(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="20.*-1 \\(none\\) to 19"):
+        stream.step(torch.full((2, 3), 20))
+    saved = stream.state_dict()
+    with pytest.raises(ValueError, match="lacks calls"):
+        stream.load_state_dict({name: tensor for name, tensor in saved.items() if name != "calls"})
+    with pytest.raises(ValueError, match="make it alike"):
+        model.new_stream(3).load_state_dict(saved)
+    with pytest.raises(ValueError, match="nothing to generate"):
+        model.generate(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="as many of both"):
+        model.generate(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, 4, dtype=torch.long), max_new_tokens=2)
