@@ -124,7 +124,7 @@ class Trainer:
             group["lr"] = rate * factor
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        losses = torch.zeros(2, device=device)
+        losses = torch.zeros(2, dtype=torch.float64, device=device)
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
                 losses += self._micro_batch(micro, batches, whole)
@@ -142,7 +142,7 @@ class Trainer:
 
     def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
         """Forward through windows that follow one another, then one backward; returns (text, audio) loss [2]."""
-        data, total, parts = self.run.data, None, torch.zeros(2, device=whole.device)
+        data, total, parts = self.run.data, None, torch.zeros(2, dtype=torch.float64, device=whole.device)
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
             noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn))
