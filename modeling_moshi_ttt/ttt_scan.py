@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 Weights = tuple[Tensor, ...]
 
@@ -61,61 +60,67 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, complete: Tensor, group_size: int, eps: float, keep: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         weights = tuple(w.flatten(0, 1).clone() for w in inputs[7:])  # [M, ...], ours to change in place
         inner = _linear if len(weights) == 2 else _mlp
-        starts: list[Tensor] = []
-        outputs = []
-        for first in range(0, complete.shape[1], group_size):
-            if keep and first:
-                starts += [w.clone() for w in weights]
-            place = slice(first, first + group_size)
+        groups = -(-complete.shape[1] // group_size)
+        starts = [w.new_empty(groups - 1 if keep else 0, *w.shape) for w in weights]
+        out = torch.empty_like(inputs[0], dtype=weights[0].dtype)
+        for number in range(groups):
+            if keep and number:
+                for kept, w in zip(starts, weights):
+                    kept[number - 1] = w
+            place = slice(number * group_size, (number + 1) * group_size)
             group, shared = _load(inputs, complete, place, eps)
-            answers = torch.stack([inner(step, shared, weights, True)[0] for step in group.steps()])
+            answers = torch.stack([inner(step, shared, weights, weights)[0] for step in group.steps()])
             unit, _ = _normalise(answers, eps)
-            outputs.append(_to_frames(group.q + unit * shared.norm_weight + shared.norm_bias, inputs[0].shape))
+            out[:, place] = _to_frames(group.q + unit * shared.norm_weight + shared.norm_bias, out.shape)
         if keep:
             ctx.save_for_backward(complete, *inputs, *starts)
-            ctx.group_size, ctx.eps, ctx.count = group_size, eps, len(inputs)
-        return (torch.cat(outputs, 1), *(w.view(x.shape) for w, x in zip(weights, inputs[7:])))
+            ctx.group_size, ctx.eps = group_size, eps
+        return (out, *(w.view(x.shape) for w, x in zip(weights, inputs[7:])))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         complete, *saved = ctx.saved_tensors
-        inputs, starts = tuple(saved[: ctx.count]), saved[ctx.count :]
+        kinds = len(d_outputs) - 1
         with torch.autocast(complete.device.type, enabled=False):
-            return (None, None, None, None, *_backward(inputs, starts, complete, d_outputs, ctx.group_size, ctx.eps))
+            return (None, None, None, None, *_backward(tuple(saved[:-kinds]), saved[-kinds:], complete, d_outputs, ctx.group_size, ctx.eps))
 
 
 def _backward(
     inputs: tuple[Tensor, ...], starts: list[Tensor], complete: Tensor, d_outputs: tuple[Tensor, ...], group_size: int, eps: float
 ) -> list[Tensor]:
     """Gradients of all inputs, the groups of mini-batches taken from the last to the first."""
-    shape, kinds = inputs[0].shape, len(inputs) - 7
+    shape, number = inputs[0].shape, complete.shape[1]
     d_weights = tuple(d.flatten(0, 1).clone() for d in d_outputs[1:])
-    d_tokens, d_shared = [], [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
-    for first in reversed(range(0, complete.shape[1], group_size)):
+    d_inputs = [torch.empty_like(x) for x in inputs[:4]]
+    d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
+    room = tuple(w.new_empty(min(group_size, number), *w.shape) for w in d_weights)  # weights before each mini-batch of a group
+    for first in reversed(range(0, number, group_size)):
         place = slice(first, first + group_size)
         group, shared = _load(inputs, complete, place, eps)
-        number = first // group_size * kinds
-        weights = tuple(starts[number - kinds : number]) if first else tuple(w.flatten(0, 1) for w in inputs[7:])
+        for into, kept, w in zip(room, starts, inputs[7:]):
+            into[0] = kept[first // group_size - 1] if first else w.flatten(0, 1)
         grads = _Gradients.empty(group, shared)
-        _group_backward(group, shared, weights, _from_frames(d_outputs[0][:, place]), d_weights, grads)
-        d_tokens.append(grads.of_tokens(shape))
+        _group_backward(group, shared, room, _from_frames(d_outputs[0][:, place]), d_weights, grads)
+        for d, part in zip(d_inputs, grads.of_tokens(shape)):
+            d[:, place] = part
         for total, d in zip(d_shared, (grads.token_weight[None], grads.norm_weight, grads.norm_bias)):
             total += d.view(-1, *total.shape).sum(0)
-    tokens = (torch.cat(pieces[::-1], 1) for pieces in zip(*d_tokens))
-    found = [*tokens, *d_shared, *(d.view(w.shape) for d, w in zip(d_weights, inputs[7:]))]
-    return [d.to(x.dtype) for d, x in zip(found, inputs)]
+    found = [*d_shared, *(d.view(w.shape) for d, w in zip(d_weights, inputs[7:]))]
+    return d_inputs + [d.to(x.dtype) for d, x in zip(found, inputs[4:])]
 
 
-def _group_backward(
-    group: _Step, shared: _Shared, weights: Weights, d_out: Tensor, d_weights: Weights, grads: _Gradients
-) -> None:
-    """Run a group again and then backwards; d_weights is, and becomes, the gradient at its end and at its start."""
-    inner, inner_backward = (_linear, _linear_backward) if len(weights) == 2 else (_mlp, _mlp_backward)
-    steps, before, kept, answers = list(group.steps()), [], [], []
-    for step in steps:
-        before.append(weights)
-        answer, weights, memory = inner(step, shared, weights, False)
+def _group_backward(group: _Step, shared: _Shared, room: Weights, d_out: Tensor, d_weights: Weights, grads: _Gradients) -> None:
+    """Run a group again and then backwards.
+
+    `room` has the weights at the group's start in its first place, and is filled with those before each mini-batch; d_weights is the gradient
+    of the weights at the group's end, and becomes that of the weights at its start.
+    """
+    inner, inner_backward = (_linear, _linear_backward) if len(room) == 2 else (_mlp, _mlp_backward)
+    steps, kept, answers = list(group.steps()), [], []
+    before = [tuple(w[i] for w in room) for i in range(len(steps))]
+    for i, step in enumerate(steps):
+        answer, memory = inner(step, shared, before[i], before[i + 1] if i + 1 < len(steps) else None)
         answers.append(answer)
         kept.append(memory)
     unit, rstd = _normalise(torch.stack(answers), shared.eps)
@@ -123,8 +128,7 @@ def _group_backward(
     grads.norm_bias.add_(d_out.sum((0, 2)))
     d_answers = _project(d_out * shared.norm_weight, unit) * rstd
     for i in reversed(range(len(steps))):
-        inner_backward(steps[i], shared, before[i], kept[i], d_answers[i], d_weights, grads.step(i))
-        before.pop(), kept.pop()  # as memory is short, nothing is kept longer than it is needed
+        inner_backward(steps[i], shared, before[i], kept.pop(), d_answers[i], d_weights, grads.step(i))
     grads.token_weight.add_((grads.read * group.dots).tril().sum((0, 1, 3)))
     d_dots = grads.read * shared.table
     grads.kq[:, :, : group.size] += d_dots.mT @ group.q
@@ -214,7 +218,8 @@ def _to_frames(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 # --- one mini-batch --------------------------------------------------------------------------------------------------------------------
-# Each gives the answers f(q) of its tokens, the weights after it (the same tensors changed, when in_place), and what its backward needs.
+# Each gives the answers f(q) of its tokens and what its backward needs, and writes the weights after it to `after` (which may be the weights
+# themselves; None where nobody asks for them).
 # Each backward writes or adds to `grads`, and turns d_weights from the gradient of the weights after into that of the weights before.
 
 
@@ -228,13 +233,15 @@ class _Learned(NamedTuple):
     step: Tensor  # lr times gradient
 
 
-def _linear(step: _Step, shared: _Shared, weights: Weights, in_place: bool) -> tuple[Tensor, Weights, Any]:
+def _linear(step: _Step, shared: _Shared, weights: Weights, after: Weights | None) -> tuple[Tensor, Any]:
     W1, b1 = weights
     z = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, D]
     learned = _learn(z[:, : step.size], step, shared)
     answer = torch.baddbmm(z[:, step.size :], step.dots * shared.table, learned.step, alpha=-1)
     moved = learned.step * (step.closes * shared.table[-1, -1])
-    return answer, _move(W1, b1, step.k, moved, in_place), (learned, moved)
+    if after is not None:
+        _move(W1, b1, step.k, moved, *after)
+    return answer, (learned, moved)
 
 
 def _linear_backward(
@@ -251,23 +258,26 @@ def _linear_backward(
     d_b1 += d_z.sum(1, keepdim=True)
 
 
-def _mlp(step: _Step, shared: _Shared, weights: Weights, in_place: bool) -> tuple[Tensor, Weights, Any]:
+def _mlp(step: _Step, shared: _Shared, weights: Weights, after: Weights | None) -> tuple[Tensor, Any]:
     W1, b1, W2, b2 = weights
     z1 = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, F]
     zk = z1[:, : step.size]
-    xk = F.gelu(zk, approximate="tanh")
+    gate = _gelu_gate(zk)
+    xk = zk * gate
+    slope = _gelu_slope(zk, gate)
     learned = _learn(torch.baddbmm(b2, xk, W2), step, shared)
-    slope = torch.ops.aten.gelu_backward(torch.ones_like(zk), zk, approximate="tanh")
     pulled = learned.step @ W2.mT  # [M, b, F]
     step1 = pulled * slope
     zq = torch.baddbmm(z1[:, step.size :], step.dots * shared.table, step1, alpha=-1)
-    xq = F.gelu(zq, approximate="tanh")
-    dots = xq @ xk.mT + 1  # [M, b, b]
+    xq = zq * _gelu_gate(zq)
+    dots = (xq @ xk.mT).add_(1)  # [M, b, b]
     answer = torch.baddbmm(b2, xq, W2).baddbmm_(dots * shared.table, learned.step, alpha=-1)
     end = step.closes * shared.table[-1, -1]
     moved1, moved2 = step1 * end, learned.step * end
-    after = (*_move(W1, b1, step.k, moved1, in_place), *_move(W2, b2, xk, moved2, in_place))
-    return answer, after, (learned, zk, xk, slope, pulled, step1, zq, xq, dots, moved1, moved2)
+    if after is not None:
+        _move(W1, b1, step.k, moved1, *after[:2])
+        _move(W2, b2, xk, moved2, *after[2:])
+    return answer, (learned, zk, xk, slope, pulled, step1, zq, xq, dots, moved1, moved2)
 
 
 def _mlp_backward(
@@ -286,7 +296,7 @@ def _mlp_backward(
     d_step2.baddbmm_((dots * shared.table).mT, d_answer, alpha=-1)
     d_xk.baddbmm_(d_dots.mT, xq)
     # the reading of the first layer
-    d_zq = torch.ops.aten.gelu_backward(d_xq, zq, approximate="tanh")
+    d_zq = d_xq.mul_(_gelu_slope(zq, _gelu_gate(zq)))
     torch.bmm(-d_zq, step1.mT, out=grads.read)
     d_step1.baddbmm_((step.dots * shared.table).mT, d_zq, alpha=-1)
     # the inner gradient: through its own backward pass, then through its forward pass
@@ -329,12 +339,10 @@ def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Sha
     return (_project(d_unit, unit) - unit * (d_gradient * gradient).mean(-1, keepdim=True)) * rstd
 
 
-def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, in_place: bool) -> Weights:
-    """The weights of one layer after the mini-batch: x holds its inputs `[M, b, ·]`."""
-    fall = moved.sum(1, keepdim=True)
-    if in_place:
-        return W.baddbmm_(x.mT, moved, alpha=-1), bias.sub_(fall)
-    return torch.baddbmm(W, x.mT, moved, alpha=-1), bias - fall
+def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, W_after: Tensor, bias_after: Tensor) -> None:
+    """The weights of one layer after the mini-batch: x holds the layer's inputs for the keys `[M, b, D or F]`."""
+    torch.baddbmm(W, x.mT, moved, alpha=-1, out=W_after)
+    torch.sub(bias, moved.sum(1, keepdim=True), out=bias_after)
 
 
 def _move_backward(
@@ -358,10 +366,25 @@ def _project(d: Tensor, unit: Tensor) -> Tensor:
     return d - d.mean(-1, keepdim=True) - unit * (d * unit).mean(-1, keepdim=True)
 
 
+# The tanh form of GELU is z gate with gate = (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3); sigmoid is many times
+# quicker than tanh.
+_SCALE, _CUBE = 1.5957691216057308, 3 * 0.044715  # 2 sqrt(2 / pi); d(2 u)/dz = _SCALE (1 + _CUBE z^2)
+
+
+def _gelu_gate(z: Tensor) -> Tensor:
+    return (z * z).mul_(_SCALE * _CUBE / 3).add_(_SCALE).mul_(z).sigmoid_()
+
+
+def _gelu_slope(z: Tensor, gate: Tensor) -> Tensor:
+    """First derivative."""
+    inner = (z * z).mul_(_SCALE * _CUBE).add_(_SCALE)
+    return torch.addcmul(gate, inner.mul_(z), gate - gate * gate)
+
+
 def _gelu_curvature(z: Tensor) -> Tensor:
-    """Second derivative of the tanh form of GELU."""
-    c, a = 0.7978845608028654, 0.044715  # sqrt(2 / pi)
+    """Second derivative: with i = d(2 u)/dz, gate (1 - gate) (2 i + z di/dz + z i^2 (1 - 2 gate))."""
+    gate = _gelu_gate(z)
     square = z * z
-    t = torch.tanh((square * (c * a) + c) * z)
-    inner = square * (3 * c * a) + c
-    return (1 - t * t) * (inner + (3 * c * a) * square - t * z * inner * inner)
+    inner = (square * (_SCALE * _CUBE)).add_(_SCALE)
+    bend = (inner * inner).mul_(z).mul_(1 - 2 * gate)
+    return bend.add_(inner, alpha=2).add_(square, alpha=2 * _SCALE * _CUBE).mul_(gate - gate * gate)
