@@ -11,7 +11,6 @@ Letters: B rows, H heads, N mini-batches of b tokens (BT: padded to a power of t
 
 import contextlib
 import functools
-import os
 import zlib
 
 import torch
@@ -33,10 +32,10 @@ PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "tf32"}
 # winner in its cache directory. Every pair fits in the 227 KB of shared memory of one H100 multiprocessor (tests compile them all).
 # BLOCK_F = 4 D in the MLP's forward means: fast weights in registers from one mini-batch to the next.
 CONFIGURATIONS = {
-    "linear_forward": {32: [(0, 2), (0, 4)], 64: [(0, 4), (0, 8)], 128: [(0, 8), (0, 16)]},
-    "linear_backward": {32: [(0, 2), (0, 4)], 64: [(0, 4), (0, 8)], 128: [(0, 8), (0, 16)]},
-    "mlp_forward": {32: [(64, 4), (128, 4)], 64: [(64, 4), (64, 8), (256, 8)], 128: [(32, 4), (64, 4), (64, 8)]},
-    "mlp_backward": {32: [(32, 4), (64, 4)], 64: [(32, 4), (64, 8)], 128: [(32, 4), (32, 8), (64, 8)]},
+    "linear_forward": {32: [(0, 1), (0, 2), (0, 4)], 64: [(0, 4), (0, 8)], 128: [(0, 8), (0, 16)]},
+    "linear_backward": {32: [(0, 1), (0, 2), (0, 4)], 64: [(0, 4), (0, 8)], 128: [(0, 8), (0, 16)]},
+    "mlp_forward": {32: [(64, 4), (128, 8)], 64: [(64, 8), (64, 4), (256, 16)], 128: [(64, 8), (32, 8), (32, 4)]},
+    "mlp_backward": {32: [(64, 4), (128, 8)], 64: [(64, 8), (64, 4)], 128: [(32, 8), (32, 4), (64, 8)]},
 }
 KERNELS = {
     "linear_forward": linear_forward,
