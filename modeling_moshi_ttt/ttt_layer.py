@@ -9,7 +9,7 @@ Shape letters: B rows, T frames, E hidden size, H heads, D head dimension, F hid
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,19 @@ from .ttt_ops import ttt_linear, ttt_mlp
 from .ttt_state import TTTState
 
 ROPE_THETA = 10000.0
+
+
+class TTTInnerLosses(NamedTuple):
+    """Inner losses at the last token of each of the N mini-batches that a call completed (every token at b = 1): the TTT paper's figure 5.
+
+    A loss is the mean over D of (LN(f_W(k)) - target)^2.
+    """
+
+    position: Tensor  # [N] frame of that token, counted from the stream's start
+    initial: Tensor  # [B, N, H] at the learned initial weights W_0
+    before: Tensor  # [B, N, H] at the weights that the mini-batch started from
+    after: Tensor  # [B, N, H] at the weights that it led to
+    drift: Tensor  # [B, N] norm of (weights after it - W_0), over all heads
 
 
 class TTTLayer(nn.Module):
@@ -114,6 +127,52 @@ class TTTLayer(nn.Module):
             scale, shift = self.post_norm.weight.to(out.dtype), self.post_norm.bias.to(out.dtype)
             out = F.layer_norm(out.flatten(2), self.post_norm.normalized_shape, scale, shift, self.post_norm.eps)
         return self.wo(out.to(self.wo.weight.dtype)).to(hidden_states.dtype), state
+
+    @torch.no_grad()
+    def inner_losses(
+        self,
+        hidden_states: Tensor,
+        state: TTTState | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> TTTInnerLosses:
+        """What the inner model learns while these frames pass; arguments as in `forward`, which it does not change.
+
+        Raises:
+            ValueError: rows that stand at different frames, or masked ones: their mini-batches do not end together.
+        """
+        state, mask = self._check(hidden_states, state, position_ids, attention_mask)
+        if (mask is not None and not bool(mask.all())) or bool((state.frames != state.frames[0]).any()):
+            raise ValueError("inner losses need rows of one length that stand at the same frame; measure one recording at a time")
+        x, b, frames = hidden_states.to(self.wq.weight.dtype), self.config.ttt_mini_batch_size, int(state.frames[0])
+        projected = self.wq(x), self.wk(x), self.wv(x)
+        with torch.autocast(x.device.type, enabled=False):
+            *tokens, token_weight, norm_weight, norm_bias = self._op_inputs(x, projected, self._positions(x, state, position_ids, None))
+            shared = token_weight, norm_weight, norm_bias
+            options = {"mini_batch_size": b, "eps": self.config.ttt_norm_eps, "backend": self.config.ttt_implementation}
+            initial = self.initial_state(len(x)).weights
+            found: list[list[Tensor]] = [[], [], [], []]
+            start = 0
+            for end in range(b - frames % b, x.shape[1] + 1, b):
+                before = state.weights
+                _, state = self.op(*(token[:, start:end] for token in tokens), *shared, state, **options)
+                for losses, weights in zip(found, (initial, before, state.weights)):
+                    losses.append(self._inner_loss(weights, tokens[1][:, end - 1], tokens[2][:, end - 1], norm_weight, norm_bias))
+                moved = [(after - first).square().sum((1, 2, 3)) for after, first in zip(state.weights, initial)]
+                found[3].append(sum(moved, torch.zeros(())).sqrt())
+                start = end
+        position = torch.arange(b - frames % b, x.shape[1] + 1, b, device=x.device) + frames - 1
+        empty = x.new_zeros(len(x), 0, self.config.ttt_num_heads)
+        at_first, before_it, after_it, drift = (torch.stack(values, 1) if values else empty for values in found)
+        return TTTInnerLosses(position, at_first, before_it, after_it, drift if found[3] else empty[..., 0])
+
+    def _inner_loss(self, weights: tuple[Tensor, ...], k: Tensor, v: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        """`[B, H]` from one token's k and v `[B, H, D]`; its target is v - k."""
+        z = torch.einsum("bhd,bhdf->bhf", k.to(weights[0].dtype), weights[0]) + weights[1].squeeze(2)
+        if len(weights) == 4:
+            z = torch.einsum("bhf,bhfd->bhd", F.gelu(z, approximate="tanh"), weights[2]) + weights[3].squeeze(2)
+        prediction = F.layer_norm(z, z.shape[-1:], eps=self.config.ttt_norm_eps) * norm_weight + norm_bias
+        return (prediction - (v - k)).square().mean(-1)
 
     def _op_inputs(
         self, x: Tensor, projected: tuple[Tensor, Tensor, Tensor], positions: Tensor

@@ -125,7 +125,7 @@ def test_curve_and_gain_by_hand():
 
 def test_one_run_holds_all_conditions():
     books = {"a": make_sequence(40, 1), "b": make_sequence(30, 2)}
-    result = lc.measure(make_model(), books)
+    result = lc.measure(lc.losses_of(make_model()), books, WINDOW)
     assert list(result["conditions"]) == list(lc.CONDITIONS)
     assert result["frames"] == {"a": 40, "b": 30}
     assert result["gains"][lc.GATE_ZERO]["semantic"]["pairs"] == 2
@@ -148,7 +148,7 @@ def test_one_run_holds_all_conditions():
 )
 def test_what_cannot_be_measured_is_named(books, conditions, message):
     with pytest.raises(ValueError, match=message):
-        lc.measure(make_model(), books, conditions)
+        lc.measure(lc.losses_of(make_model()), books, WINDOW, conditions)
 
 
 MEMORY = """

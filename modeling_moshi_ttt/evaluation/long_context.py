@@ -155,32 +155,35 @@ def gain(
     return paired_test(differences, seed)
 
 
+Losses = Callable[[str, CodeSequence, str], np.ndarray]
+
+
+def losses_of(model: Any, chunk: int | None = None, seed: int = 0) -> Losses:
+    """(name of a recording, its codes, condition) -> losses [S, T], computed anew each time."""
+    return lambda name, sequence, condition: stream_losses(model, sequence, condition, chunk, seed)
+
+
 def measure(
-    model: Any,
-    books: Mapping[str, CodeSequence],
-    conditions: Sequence[str] = CONDITIONS,
-    chunk: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int], object] = lambda frames: None,
+    losses: Losses, books: Mapping[str, CodeSequence], window: int, conditions: Sequence[str] = CONDITIONS, seed: int = 0
 ) -> dict[str, Any]:
-    """The whole protocol over books of codes: curves of every condition and stream, and the gains over each control."""
-    window = model.config.sliding_window
+    """The whole protocol over books of codes: curves of every condition and stream, and the gains over each control.
+
+    `losses` gives the losses of one book under one condition, as `losses_of(model)` does.
+    """
     check_books(books, window, conditions)
-    losses = {
-        condition: [by_stream(stream_losses(model, book, condition, chunk, seed, progress)) for book in books.values()]
-        for condition in conditions
-    }
+    found = {condition: [by_stream(losses(name, book, condition)) for name, book in books.items()] for condition in conditions}
     lengths = [book.moshi.shape[-1] for book in books.values()]
-    streams = [name for name in STREAMS if all(name in found for found in losses[TTT])]
+    streams = [name for name in STREAMS if all(name in rows for rows in found[TTT])]
     edges = bucket_edges(window, max(lengths))
     curves = {
-        condition: {stream: curve([found[stream] for found in rows], edges, seed=seed) for stream in streams}
-        for condition, rows in losses.items()
+        condition: {stream: curve([row[stream] for row in rows], edges, seed=seed) for stream in streams}
+        for condition, rows in found.items()
     }
-    gains: dict[str, dict[str, Any]] = {}
-    for condition in conditions:
-        if condition != TTT:
-            gains[condition] = {stream: _stream_gain(losses, condition, stream, lengths, window, seed) for stream in streams}
+    gains = {
+        condition: {stream: _stream_gain(found, condition, stream, lengths, window, seed) for stream in streams}
+        for condition in conditions
+        if condition != TTT
+    }
     return {
         "kind": "long_context",
         "window": window,

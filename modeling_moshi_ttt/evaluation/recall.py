@@ -27,7 +27,7 @@ class VariantSettings:
 
 
 def _variants() -> list[VariantSettings]:
-    return [VariantSettings("none"), *[VariantSettings(mixer, b) for mixer in ("linear", "mlp") for b in (16, 4, 1)]]  # type: ignore[arg-type]
+    return [VariantSettings("none"), *[VariantSettings(mixer, b) for b in (16, 4, 1) for mixer in ("linear", "mlp")]]  # type: ignore[arg-type]
 
 
 @dataclass

@@ -1,0 +1,57 @@
+"""Lets the model listen to the user's side of recordings and answer, and measures how it behaves beside the recorded answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.audio import read_audio
+from ..common.recordings import MAIN_SPEAKER, Recording
+from .dialogue import Behaviour, summarise
+from .dialogue import measure as measure_behaviour
+
+
+@torch.no_grad()
+def answer(model: Any, user_codes: Tensor, generator: torch.Generator | None = None, **sampling: Any) -> tuple[Tensor, Tensor]:
+    """What the model says while it hears `user_codes` [K, T]: text [T'] and audio codes [K, T'], T' shorter by the delay."""
+    stream = model.new_stream(1, generator=generator, **sampling)
+    frames = [stream.step(user_codes[None, :, t].to(model.device)) for t in range(user_codes.shape[-1])]
+    complete = [frame for frame in frames if bool(frame.valid[0])]
+    if not complete:
+        raise ValueError(f"the recording has {user_codes.shape[-1]} frames, too few for the model's delay; give a longer one")
+    return torch.stack([frame.text[0] for frame in complete]).cpu(), torch.stack([frame.audio_codes[0] for frame in complete], -1).cpu()
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    recordings: Sequence[Recording],
+    max_seconds: float = 120.0,
+    seed: int = 0,
+    sampling: Mapping[str, float] | None = None,
+    progress: Callable[[Sequence[Recording]], Iterable[Recording]] = lambda items: items,
+) -> dict[str, Any]:
+    """Behaviour of the recordings themselves ("reference") and of the model over the same user ("model")."""
+    reference: list[Behaviour] = []
+    spoken: list[Behaviour] = []
+    rate = processor.sampling_rate
+    for number, recording in enumerate(progress(recordings)):
+        samples = read_audio(recording.path, rate, 0.0, max_seconds)
+        if len(samples) != 2:
+            raise ValueError(f"{recording.path}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right")
+        words = " ".join(word for word, (start, _), who in recording.words or () if who == MAIN_SPEAKER and start < max_seconds)
+        transcript = words if recording.words is not None else None
+        reference.append(measure_behaviour(samples, rate, transcript, transcript))
+        user_codes = processor.encode_audio(torch.from_numpy(samples[1:]))[0]
+        generator = torch.Generator(model.device).manual_seed(seed + number)
+        text, codes = answer(model, user_codes, generator, **(sampling or {}))
+        voice = processor.decode_audio(codes[None])[0].float().numpy()
+        both = np.zeros((2, samples.shape[1]), np.float32)
+        both[0, : len(voice)] = voice[: samples.shape[1]]
+        both[1] = samples[1]
+        spoken.append(measure_behaviour(both, rate, processor.decode_text(text), transcript))
+    return {"kind": "dialogue", "recordings": len(recordings), "reference": summarise(reference), "model": summarise(spoken)}

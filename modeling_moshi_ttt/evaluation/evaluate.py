@@ -1,0 +1,115 @@
+"""Score a model on spoken benchmarks and long recordings. Takes one or more settings files (configuration/evaluate/*.yaml) and key=value pairs
+that override them; resumes where it stopped; writes results.json, pictures and a report.html that stands alone into the output folder."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..common.settings import load_settings
+from .recall import RecallSettings
+
+
+@dataclass
+class ZeroShotTask:
+    """One benchmark. `folder` is the unpacked download; `split` is for sWUGGY and sBLIMP, `parts` for SALMon (null: all eight)."""
+
+    task: Literal["swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon"]
+    folder: Path
+    split: str = "dev"
+    parts: list[str] | None = None
+
+
+@dataclass
+class ZeroShotSettings:
+    """How recordings are scored (the recording is Moshi's voice) and on which tasks."""
+
+    tasks: list[ZeroShotTask]
+    user: Literal["absent", "silence"] = "absent"
+    text: Literal["absent", "padding"] = "absent"
+    semantic_weight: float = 100.0
+    acoustic_weight: float = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
+    submission: bool = False  # also write ZeroSpeech's submission files
+
+
+@dataclass
+class RecordingsSettings:
+    """Where long recordings come from: `folder` in Libri-Light's layout, or `manifest`, a jsonl of ours."""
+
+    folder: Path | None = None
+    manifest: Path | None = None
+    max_recordings: int | None = None
+    max_frames: int | None = None  # of each recording; 750 a minute
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.manifest is None):
+            raise ValueError(
+                f"recordings come from a folder or from a manifest; folder is {self.folder}, manifest {self.manifest}: give one"
+            )
+
+
+@dataclass
+class LongContextSettings(RecordingsSettings):
+    """Loss against position under each condition."""
+
+    conditions: list[str] = field(default_factory=lambda: ["TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"])
+    chunk: int | None = None  # frames in one forward pass; null: a window
+
+
+@dataclass
+class InnerLossSettings(RecordingsSettings):
+    """The inner losses of every TTT layer, smoothed over `smooth` points."""
+
+    smooth: int = 10
+
+
+@dataclass
+class DialogueSettings:
+    """The model listens to the user's side of each recording and answers; `max_seconds` of each."""
+
+    manifest: Path
+    max_recordings: int | None = None
+    max_seconds: float = 120.0
+    temperature: float = 0.8
+    text_temperature: float = 0.7
+
+
+@dataclass
+class EvaluateSettings:
+    """What `moshi-ttt evaluate` runs: every section that is given. `model` is a folder or a Hub name, `adapter` a PEFT folder on top of it."""
+
+    output: Path = Path("runs/evaluate")
+    model: str | None = None
+    adapter: str | None = None
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = 16
+    seed: int = 0
+    zero_shot: ZeroShotSettings | None = None
+    long_context: LongContextSettings | None = None
+    inner_loss: InnerLossSettings | None = None
+    dialogue: DialogueSettings | None = None
+    recall: RecallSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is None and any((self.zero_shot, self.long_context, self.inner_loss, self.dialogue)):
+            raise ValueError("model is missing; give model=FOLDER (a checkpoint in our layout) or a Hub name")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="+", help="YAML files, and key=value pairs that apply to each of them")
+
+
+def run(args: argparse.Namespace) -> int:
+    files = [word for word in args.settings if "=" not in word]
+    overrides = [word for word in args.settings if "=" in word]
+    # all files are read before the first run: a typo in the last must not come out after hours
+    runs = [load_settings(EvaluateSettings, path, overrides) for path in (files or [None])]
+    from .runner import run_evaluation
+
+    for settings in runs:
+        print(run_evaluation(settings))
+    return 0

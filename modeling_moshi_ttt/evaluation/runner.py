@@ -1,0 +1,211 @@
+"""Runs the sections of an evaluation one after the other, keeps what is done, and writes results.json, pictures and the report."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..common.files import atomic_write, sha256
+from ..common.recordings import read_manifest
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
+from . import books, conversations, inner_loss, long_context, recall, zero_shot
+from .evaluate import EvaluateSettings, RecordingsSettings
+from .report import write_report
+from .scoring import CodeSequence, ScoreWeights, SpeechScorer
+
+SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
+
+
+class Subject:
+    """The model under evaluation, loaded at first use, and its fingerprint."""
+
+    def __init__(self, settings: EvaluateSettings) -> None:
+        self.settings = settings
+        self.folder = _local(settings.model) if settings.model else None
+        self.adapter = _local(settings.adapter) if settings.adapter else None
+        self._loaded: tuple[Any, Any] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of the weights and configurations of model and adapter."""
+        digest = hashlib.sha256(self.settings.dtype.encode())
+        for folder in (self.folder, self.adapter):
+            files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+            for path in files:
+                digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())  # type: ignore[arg-type]
+        return digest.hexdigest()
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, processor), the adapter merged into the model."""
+        if self._loaded is None:
+            device = self.settings.device
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            dtype = getattr(torch, self.settings.dtype)
+            model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
+            if self.adapter is not None:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+            self._loaded = model.to(device).eval(), MoshiTTTProcessor.from_pretrained(str(self.folder))
+        return self._loaded
+
+    def about(self) -> dict[str, Any]:
+        if self.folder is None:
+            return {"name": "no model", "fingerprint": "", "ttt": {}}
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        ttt = {key: value for key, value in config.items() if key.startswith("ttt_")}
+        name = f"{self.settings.model}" + (f" with {self.settings.adapter}" if self.settings.adapter else "")
+        return {"name": name, "fingerprint": self.fingerprint, "ttt": ttt}
+
+
+def _local(name: str) -> Path:
+    """The folder of a checkpoint; a Hub name is fetched first."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(f"{name}: no such folder, and not a Hub name (owner/model)")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name))
+
+
+def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Path:
+    """Run every section of the settings that results.json does not hold yet, and write the report; returns the report's path."""
+    subject = Subject(settings)
+    results = _open_results(settings.output, subject)
+    torch.manual_seed(settings.seed)
+    for name in SECTIONS:
+        section = getattr(settings, name)
+        if section is None:
+            continue
+        key = json.loads(json.dumps(asdict(section) | {"seed": settings.seed}, default=str))
+        if results["tasks"].get(name, {}).get("settings") != key:
+            part = RUNNERS[name](subject, section, settings, show_progress)
+            results["tasks"][name] = part | {"settings": key}
+            results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return write_report(results, settings.output)
+
+
+def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
+    path = output / "results.json"
+    about = subject.about()
+    if not path.is_file():
+        return {"model": about, "written": "", "tasks": {}}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if not results["model"]["fingerprint"]:
+        results["model"] = about  # so far the folder holds what needs no model
+    elif about["fingerprint"] and results["model"]["fingerprint"] != about["fingerprint"]:
+        raise ValueError(
+            f"{path}: holds results of another model ({results['model']['name']}, {results['model']['fingerprint'][:12]}; "
+            f"this one is {about['name']}, {about['fingerprint'][:12]}); choose another output folder"
+        )
+    return results
+
+
+# ---------------------------------------------------------------- one function a section
+
+
+def _zero_shot(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
+    model, processor = subject.load()
+    weights = ScoreWeights(section.semantic_weight, section.acoustic_weight)
+    text: str | int = TEXT_PADDING if section.text == "padding" else "absent"
+    scorer = SpeechScorer(model, lambda waves: encode_waves(processor, waves), weights, section.user, text, settings.batch_size)
+    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text}
+    tasks = {}
+    for task in section.tasks:
+        pairs = zero_shot.read_task(task.task, task.folder, task.split, task.parts)
+        cache = settings.output / "scores" / f"{task.task}-{task.split}.json"
+        sums = zero_shot.score_files(scorer, pairs, cache, header, settings.batch_size, _bar(task.task, show_progress))
+        tasks[task.task] = zero_shot.result(pairs, sums, weights, section.reduction, settings.seed)
+        if section.submission:
+            zero_shot.submission(settings.output / "submission", task.task, task.split, sums, weights, section.reduction)
+    return zero_shot.section(tasks, section)
+
+
+def encode_waves(processor: Any, waves: list[np.ndarray]) -> list[torch.Tensor]:
+    """Codes [K, T] of mono waves [N] at the codec's rate, in one batch: the codec is causal, so silence after a wave changes nothing."""
+    longest = max(len(wave) for wave in waves)
+    batch = torch.from_numpy(np.stack([np.pad(wave, (0, longest - len(wave))) for wave in waves]))
+    codes = processor.encode_audio(batch)
+    return [row[:, : -(-len(wave) // processor.frame_size)] for row, wave in zip(codes, waves)]
+
+
+def _recordings(processor: Any, section: RecordingsSettings, show_progress: bool) -> dict[str, CodeSequence]:
+    sources: dict[str, Callable[[], CodeSequence]] = {}
+    if section.folder is not None:
+        for name, paths in books.find_books(section.folder).items():
+            sources[name] = lambda paths=paths: books.encode_book(processor, paths, section.max_frames)  # type: ignore[misc]
+    else:
+        for recording in read_manifest(section.manifest, allow_outside=True):  # type: ignore[arg-type]
+            if recording.path.name in sources:
+                raise ValueError(f"{section.manifest}: two recordings are named {recording.path.name}; give each its own name")
+            sources[recording.path.name] = lambda one=recording: books.encode_recording(processor, one, section.max_frames)  # type: ignore[misc]
+    chosen = list(sources.items())[: section.max_recordings]
+    return {name: read() for name, read in tqdm(chosen, desc="encoding", disable=not show_progress)}
+
+
+def _long_context(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
+    model, processor = subject.load()
+    found = _recordings(processor, section, show_progress)
+    window = model.config.sliding_window
+    long_context.check_books(found, window, section.conditions)
+    total = sum(book.moshi.shape[-1] for book in found.values()) * len(section.conditions)
+    with tqdm(total=total, desc="long context", unit="frames", disable=not show_progress) as bar:
+
+        def losses(name: str, book: CodeSequence, condition: str) -> np.ndarray:
+            key = f"{subject.fingerprint} {name} {book.moshi.shape[-1]} {condition} {settings.seed}"
+            path = settings.output / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+            if path.is_file():
+                bar.update(book.moshi.shape[-1])
+                return np.load(path, allow_pickle=False)
+            found = long_context.stream_losses(model, book, condition, section.chunk, settings.seed, bar.update)
+            buffer = io.BytesIO()
+            np.save(buffer, found, allow_pickle=False)
+            atomic_write(path, buffer.getvalue())
+            return found
+
+        return long_context.measure(losses, found, window, section.conditions, settings.seed)
+
+
+def _inner_loss(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
+    model, processor = subject.load()
+    return inner_loss.measure(model, _recordings(processor, section, show_progress), section.smooth)
+
+
+def _dialogue(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
+    model, processor = subject.load()
+    recordings = read_manifest(section.manifest, allow_outside=True)[: section.max_recordings]
+    sampling = {"temperature": section.temperature, "text_temperature": section.text_temperature}
+    progress = _bar("dialogue", show_progress)
+    return conversations.measure(model, processor, recordings, section.max_seconds, settings.seed, sampling, progress)
+
+
+def _recall(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
+    return recall.run_recall(section, show_progress)
+
+
+def _bar(name: str, show: bool) -> Callable[[Any], Any]:
+    return lambda items: tqdm(items, desc=name, disable=not show)
+
+
+RUNNERS: dict[str, Callable[[Subject, Any, EvaluateSettings, bool], dict[str, Any]]] = {
+    "zero_shot": _zero_shot,
+    "long_context": _long_context,
+    "inner_loss": _inner_loss,
+    "dialogue": _dialogue,
+    "recall": _recall,
+}
