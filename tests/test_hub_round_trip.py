@@ -1,0 +1,165 @@
+"""What is pushed loads elsewhere, without this package, and gives the same numbers: 0.0 difference."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_checkpoints import save_adapter, save_checkpoint
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+from tiny import random_frames
+
+from modeling_moshi_ttt import MoshiTTTConfig
+from modeling_moshi_ttt.tools.stage import model_files
+
+# A Python in which this package cannot be imported.
+ELSEWHERE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "modeling_moshi_ttt" or name.startswith("modeling_moshi_ttt."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import load_file, save_file
+frames = load_file("frames.safetensors")
+results = {}
+@torch.no_grad()
+def keep(name, model):
+    out = model.eval()(**frames)
+    results[name + ".logits"], results[name + ".audio_logits"] = out.logits.contiguous(), out.audio_logits.contiguous()
+"""
+HERE = ELSEWHERE.replace("sys.meta_path.insert(0, Absent())", "import modeling_moshi_ttt")
+DONE = '\nsave_file(results, "results.safetensors")\nprint("triton" in sys.modules, "modeling_moshi_ttt" in sys.modules)\n'
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A Hub with user/whole (3 shards, tagged v1, then changed), user/half (bf16), user/adapter and user/merged; expected outputs; a folder."""
+    folder = tmp_path_factory.mktemp("place")
+    with HubServer() as hub:
+        environment = {**os.environ, **hub.environment(str(folder / "home")), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        frames = random_frames(MoshiTTTConfig(**FIELDS), rows=2, frames=12)
+        save_file(frames, folder / "frames.safetensors")
+        wanted = {}
+
+        @torch.no_grad()
+        def expect(name, model):
+            out = model(**frames)
+            wanted[name] = {"logits": out.logits, "audio_logits": out.audio_logits}
+
+        expect("whole", save_checkpoint(folder / "whole"))
+        expect("half", save_checkpoint(folder / "half", torch.bfloat16))
+        adapted = save_adapter(folder / "adapter", str(folder / "whole"))
+        expect("adapter", adapted)
+        expect("merged", adapted.merge_and_unload())
+        commands = [
+            ["push", "whole", "user/whole", "--tag", "v1", "--max-shard-size", "80KB"],
+            ["push", "half", "user/half", "--private"],
+            ["push", "adapter", "user/adapter", "--base", "user/whole"],
+            ["push", "adapter", "user/merged", "--merged"],
+        ]
+        code = f"from modeling_moshi_ttt.tools.cli import main\nfor command in {commands!r}:\n    assert main(command) == 0, command\n"
+        done = python(code, folder, environment)
+        yield hub, environment, folder, wanted, done.stdout + done.stderr
+
+
+FIELDS = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48, "num_codebooks": 3}
+FIELDS |= {"audio_vocab_size": 20}
+
+
+def python(code, folder, environment):
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def difference(results, wanted, name, source):
+    return max(float((results[f"{name}.{key}"].float() - wanted[source][key].float()).abs().max()) for key in ("logits", "audio_logits"))
+
+
+def test_everything_loads_without_the_package_and_gives_the_same_numbers(place):
+    hub, environment, folder, wanted, _ = place
+    code = (
+        ELSEWHERE
+        + """
+from transformers import AutoConfig, AutoModel, AutoModelForTextToWaveform, AutoProcessor
+from peft import AutoPeftModel, PeftModel
+far = {"trust_remote_code": True}
+keep("whole", AutoModel.from_pretrained("user/whole", **far))
+keep("tag", AutoModelForTextToWaveform.from_pretrained("user/whole", revision="v1", **far))
+keep("half", AutoModel.from_pretrained("user/half", dtype=torch.bfloat16, **far))
+keep("device_map", AutoModel.from_pretrained("user/whole", device_map="cpu", **far))
+keep("merged", AutoModel.from_pretrained("user/merged", **far))
+keep("adapter", AutoPeftModel.from_pretrained("user/adapter", **far))
+keep("by_hand", PeftModel.from_pretrained(AutoModel.from_pretrained("user/whole", **far), "user/adapter"))
+config = AutoConfig.from_pretrained("user/whole", **far)
+assert config.model_type == "moshi_ttt" and config.ttt_layers == [0, 1], config
+processor = AutoProcessor.from_pretrained("user/whole", **far)
+batch = processor(torch.zeros(2, 4000), sampling_rate=24000, words=[("abc", 0.0, 0.1, "SPEAKER_MAIN")])
+assert batch["moshi_audio_codes"].shape == (1, 3, 3), batch
+"""
+        + DONE
+    )
+    said = python(code, folder, environment).stdout
+    assert said.splitlines()[-1].endswith("False")  # the package was not there
+    results = load_file(folder / "results.safetensors")
+    same = {name: name for name in wanted} | {"tag": "whole", "device_map": "whole", "by_hand": "adapter"}
+    assert {name: difference(results, wanted, name, source) for name, source in same.items()} == dict.fromkeys(same, 0.0)
+
+
+def test_shipped_python_is_exactly_the_flat_files(place):
+    hub, *_ = place
+    flat = {path.name: path.read_bytes() for path in model_files()}
+    assert "modeling_moshi_ttt.py" in flat
+    for repo in hub.repos.values():
+        assert {name: data for name, data in repo.files().items() if name.endswith(".py")} == flat
+
+
+def test_whole_repository_holds_what_was_promised(place):
+    hub, *_ = place
+    files = hub.repos["user/whole"].files("v1")
+    assert sorted(name for name in files if name.startswith("model-")) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert {"README.md", "manifest.json", "config.json", "processor_config.json", "tokenizer.json", "probe.safetensors"} < files.keys()
+    assert "audio_tokenizer/model.safetensors" in files
+    assert set(json.loads(files["manifest.json"])["files"]) == files.keys() - {"manifest.json", ".gitattributes"}
+    assert hub.repos["user/half"].private
+    assert not hub.repos["user/whole"].private
+    assert json.loads(hub.repos["user/adapter"].files()["adapter_config.json"])["base_model_name_or_path"] == "user/whole"
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for repo in hub.repos.values() for name in repo.files())
+
+
+def test_no_token_is_printed_or_stored(place):
+    hub, _, folder, _, said = place
+    assert hub.token not in said
+    stored = [path for path in folder.rglob("*") if path.is_file() and hub.token.encode() in path.read_bytes()]
+    assert stored == []
+    assert not any(hub.token.encode() in data for repo in hub.repos.values() for data in repo.files().values())
+
+
+def test_with_the_package_one_line_loads_and_no_code_is_fetched(place):
+    hub, environment, folder, wanted, _ = place
+    code = (
+        HERE
+        + """
+from transformers import AutoModel, AutoProcessor, AutoModelForTextToWaveform
+model = AutoModel.from_pretrained("user/whole")
+assert type(model).__module__ == "modeling_moshi_ttt.modeling_moshi_ttt", type(model)
+keep("whole", model)
+keep("adapter", AutoModel.from_pretrained("user/adapter"))
+assert AutoProcessor.from_pretrained("user/whole").num_codebooks == 3
+from modeling_moshi_ttt.tools.pull import pull
+print(pull("user/merged", "pulled").describe())
+keep("folder", AutoModelForTextToWaveform.from_pretrained("pulled"))
+"""
+        + DONE
+    )
+    python(code, folder, environment)
+    results = load_file(folder / "results.safetensors")
+    assert difference(results, wanted, "whole", "whole") == 0.0
+    assert difference(results, wanted, "adapter", "adapter") == 0.0
+    assert difference(results, wanted, "folder", "merged") == 0.0
