@@ -38,7 +38,8 @@ def test_it_is_transformers_depth_decoder(decoder):
     theirs.logits.pow(2).sum().backward()
     gradients = dict(peer.named_parameters())
     for name, parameter in decoder.named_parameters():
-        assert (parameter.grad - gradients[name].grad).abs().max() <= 1e-9, name
+        # Moshi's norms compute in float32 on both sides; the order of sums differs.
+        assert (parameter.grad - gradients[name].grad).norm() <= 1e-6 * gradients[name].grad.norm(), name
 
 
 @pytest.mark.parametrize("forced_codebooks", [0, 2, 5])
