@@ -54,9 +54,9 @@ def make_run(folder, mode="full", data=None, optim=None, checkpoint=None, **chan
     )
 
 
-def make_trainer(run, recordings, model=None, held_out=None):
+def make_trainer(run, recordings, model=None, held_out=None, accelerator=None):
     """A trainer on made-up recordings, its model in the run's mode."""
     model = setup.adapt(model if model is not None else make_model(), run)
     one = PreparedSet(recordings, [len(recordings)], [1.0])
     other = None if held_out is None else PreparedSet(held_out, [len(held_out)], [1.0])
-    return Trainer(run, model, one, other, Accelerator(cpu=True))
+    return Trainer(run, model, one, other, accelerator or Accelerator(cpu=True))

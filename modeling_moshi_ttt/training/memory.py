@@ -36,6 +36,9 @@ class LaneMemory:
             cache.reset(reset)
         if self.carry == "state":
             cache.forget_attention()
+        if cache.fresh is None:
+            # Ranks must agree on which parameters get a gradient: initial fast weights stay in the graph, with gradient 0, where no row begins.
+            cache.fresh = torch.zeros(self.rows, dtype=torch.bool, device=cache.frames.device)
         return cache
 
     def leave(self, micro: int) -> None:

@@ -1,0 +1,100 @@
+"""One, two and four processes, DDP and FSDP2: the same losses, the same weights, the same adapter, and an exact resume."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from training_runs import make_model, make_recordings, make_run, make_trainer
+
+from modeling_moshi_ttt.training.report import read_metrics
+from modeling_moshi_ttt.training.state import full_state
+
+LENGTHS = [21, 13, 30, 9, 17, 26, 11, 24]
+ROWS = 4
+
+
+def train(folder, rank, world, kind, mode="full", until=None, steps=5, double=True, **changes):
+    """Train with the same rows in every step whatever the number of processes; writes the gathered weights to `folder`."""
+    model = make_model()
+    model = model.double() if double else model
+    data = {"batch_size": 1, "accumulation": ROWS // world, **changes.pop("data", {})}
+    run = make_run(folder, mode, data=data, optim={"steps": steps}, **changes)
+    recordings = make_recordings(folder / f"codes{rank}", LENGTHS, model.config, speechless=(1, 4))
+    trainer = make_trainer(run, recordings, model, accelerator=Accelerator(cpu=kind != "fsdp"))
+    if until is not None:
+        stop_after(trainer, until)
+    trainer.fit()
+    state = full_state(trainer.model)
+    if rank == 0:
+        save_file(state, folder / "weights.safetensors")
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "saved", state_dict=state)
+    trainer.accelerator.wait_for_everyone()
+
+
+def stop_after(trainer, step):
+    """End the run as a kill between two steps would."""
+    original = trainer._after_step
+
+    def after(metrics):
+        original(metrics)
+        if trainer.progress.step == step:
+            trainer.run.optim.steps = step
+
+    trainer._after_step = after
+
+
+def result(folder):
+    losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+    return load_file(folder / "weights.safetensors"), losses
+
+
+def assert_same(one, other, weight_tolerance=1e-5):
+    assert one[0].keys() == other[0].keys()
+    assert len(one[1]) == len(other[1]) > 0
+    assert max(abs(a - b) for a, b in zip(one[1], other[1])) <= 1e-6
+    assert max((one[0][name] - other[0][name]).abs().max().item() for name in one[0]) <= weight_tolerance
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder, 0, 1, "one")
+    return result(folder)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_processes_together_equal_one(tmp_path, alone, kind, world):
+    run_ranks(world, kind, lambda rank: train(tmp_path, rank, world, kind))
+    assert_same(result(tmp_path), alone)
+
+
+def test_adapter_gathered_from_shards_equals_the_single_one(tmp_path):
+    train(tmp_path / "one", 0, 1, "one", "lora+ttt", double=False)
+    run_ranks(2, "fsdp", lambda rank: train(tmp_path / "two", rank, 2, "fsdp", "lora+ttt", double=False))
+    one, two = (load_file(tmp_path / name / "saved" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert any("gating_alpha" in name for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    PeftModel.from_pretrained(make_model(), tmp_path / "two" / "saved")
+
+
+@pytest.mark.parametrize(("kind", "sharded"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
+def test_two_ranks_resume_exactly(tmp_path, kind, sharded):
+    """Carried lanes, noise and all: stopped after step 3 and started again, two ranks end as two ranks in one go."""
+    changes = {
+        "steps": 5,
+        "double": False,
+        "data": {"carry": "state+attention", "own_noise": 0.2, "batch_size": 2, "accumulation": 1},
+        "checkpoint": {"every": 1, "keep": 2, "sharded": sharded},
+    }
+    run_ranks(2, kind, lambda rank: train(tmp_path / "a", rank, 2, kind, **changes))
+    for until in (3, None):
+        run_ranks(2, kind, lambda rank, until=until: train(tmp_path / "b", rank, 2, kind, until=until, **changes))
+    (one, losses), (two, others) = result(tmp_path / "a"), result(tmp_path / "b")
+    assert losses == others
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    parts = sorted(p.name for p in (tmp_path / "a" / "checkpoints" / "checkpoint-00000005").iterdir())
+    assert ("model.safetensors" in parts) == (not sharded)
+    assert {"rank-0.safetensors", "rank-1.safetensors"} <= set(parts)
