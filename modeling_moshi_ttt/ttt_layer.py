@@ -152,8 +152,8 @@ class TTTLayer(nn.Module):
             options = {"mini_batch_size": b, "eps": self.config.ttt_norm_eps, "backend": self.config.ttt_implementation}
             initial = self.initial_state(len(x)).weights
             found: list[list[Tensor]] = [[], [], [], []]
-            start = 0
-            for end in range(b - frames % b, x.shape[1] + 1, b):
+            start, ends = 0, range(b - frames % b, x.shape[1] + 1, b)
+            for end in ends:
                 before = state.weights
                 _, state = self.op(*(token[:, start:end] for token in tokens), *shared, state, **options)
                 for losses, weights in zip(found, (initial, before, state.weights)):
@@ -161,7 +161,7 @@ class TTTLayer(nn.Module):
                 moved = [(after - first).square().sum((1, 2, 3)) for after, first in zip(state.weights, initial)]
                 found[3].append(sum(moved, torch.zeros(())).sqrt())
                 start = end
-        position = torch.arange(b - frames % b, x.shape[1] + 1, b, device=x.device) + frames - 1
+        position = torch.tensor([*ends], device=x.device, dtype=torch.int64) + frames - 1
         empty = x.new_zeros(len(x), 0, self.config.ttt_num_heads)
         at_first, before_it, after_it, drift = (torch.stack(values, 1) if values else empty for values in found)
         return TTTInnerLosses(position, at_first, before_it, after_it, drift if found[3] else empty[..., 0])

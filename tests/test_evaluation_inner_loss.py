@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from test_evaluation_long_context import make_model, make_sequence
 
 from modeling_moshi_ttt.evaluation import inner_loss, recall_task
 from modeling_moshi_ttt.evaluation.scoring import CodeSequence
 from modeling_moshi_ttt.ttt_layer import TTTMLP, TTTInnerLosses, TTTLinear
 from modeling_moshi_ttt.ttt_reference import ttt_reference
-from test_evaluation_long_context import make_model, make_sequence
 
 
 def make_layer(mixer, b):
