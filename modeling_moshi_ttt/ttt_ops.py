@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ttt_decode import decode_step
 from .ttt_reference import ttt_reference
 from .ttt_scan import scan_mini_batches
 from .ttt_state import TTTState
@@ -115,19 +117,21 @@ def _run(
     _check_state(mixer, inputs.q, state, b)
     with torch.autocast(inputs.q.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in [x.dtype for x in (*inputs, state.W1)] else torch.float32
-        if backend == "reference":
-            exact = _Inputs(*(x.to(dtype) for x in inputs))
-            out, after = ttt_reference(*exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps)
-            return out.to(inputs.q.dtype), after
         weights = tuple(w.to(dtype) for w in state.weights)
+        way = _choose_way(backend, inputs, state, weights, b)
+        if way in ("reference", "decode"):
+            exact = _Inputs(*(x.to(dtype) for x in inputs))
+            if way == "reference":
+                out, after = ttt_reference(*exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps)
+            else:
+                out, after = decode_step(*exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps)
+            return out.to(inputs.q.dtype), after
         aligned = _align(inputs, state, mask, b)
         number = aligned.q.shape[1]
         complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
-        body = _choose_body(backend, aligned, weights)
         shared = (inputs.token_weight, inputs.norm_weight, inputs.norm_bias)
-        out, weights = body(
-            aligned.q, aligned.k, aligned.v, aligned.lr, *shared, weights, complete, group_size=min(group_size, number), eps=eps
-        )
+        body = scan_mini_batches if way == "scan" else _triton_body()
+        out, weights = body(aligned.q, aligned.k, aligned.v, aligned.lr, *shared, weights, complete, group_size=min(group_size, number), eps=eps)
         return _unalign(out, aligned, inputs.q), _state_after(weights, aligned)
 
 
@@ -188,25 +192,36 @@ def _state_after(weights: tuple[Tensor, ...], aligned: _Aligned) -> TTTState:
 
 
 def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:
+    if state.W1.dtype == state.k.dtype == dtype:
+        return state
     return state._map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 # --- choice of body -------------------------------------------------------------------------------------------------------------------
 
 
-def _choose_body(backend: str, aligned: _Aligned, weights: tuple[Tensor, ...]):
-    if backend == "scan" or (backend == "auto" and not aligned.q.is_cuda):
-        return scan_mini_batches
-    from .ttt_kernels import is_supported  # here, so that machines without a GPU never import Triton
-    from .ttt_kernels import scan_mini_batches as triton_mini_batches
+def _choose_way(backend: str, inputs: _Inputs, state: TTTState, weights: tuple[Tensor, ...], b: int) -> str:
+    """"reference", "triton", "scan", or "decode", which is the scan's way for one frame without gradients."""
+    if backend == "reference":
+        return backend
+    q = inputs.q
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        from .ttt_kernels import is_supported  # here, so that machines without a GPU never import Triton
 
-    reason = is_supported(aligned.q, weights)
-    if reason is None:
-        return triton_mini_batches
-    if backend == "triton":
-        raise ValueError(f"backend 'triton' does not take these inputs: {reason}; use 'auto' or 'scan'")
-    _say_once(reason)
-    return scan_mini_batches
+        reason = is_supported(q[:, :1, None].expand(-1, -1, b, -1, -1), weights)
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' does not take these inputs: {reason}; use 'auto' or 'scan'")
+        _say_once(reason)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *state.tensors().values()))
+    return "scan" if q.shape[1] > 1 or learning else "decode"
+
+
+def _triton_body() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    from .ttt_kernels import scan_mini_batches as body
+
+    return body
 
 
 @functools.cache

@@ -70,7 +70,7 @@ class _Scan(torch.autograd.Function):
             place = slice(number * group_size, (number + 1) * group_size)
             group, shared = _load(inputs, complete, place, eps)
             answers = torch.stack([inner(step, shared, weights, weights)[0] for step in group.steps()])
-            unit, _ = _normalise(answers, eps)
+            unit, _ = normalise(answers, eps)
             out[:, place] = _to_frames(group.q + unit * shared.norm_weight + shared.norm_bias, out.shape)
         if keep:
             ctx.save_for_backward(complete, *inputs, *starts)
@@ -123,10 +123,10 @@ def _group_backward(group: _Step, shared: _Shared, room: Weights, d_out: Tensor,
         answer, memory = inner(step, shared, before[i], before[i + 1] if i + 1 < len(steps) else None)
         answers.append(answer)
         kept.append(memory)
-    unit, rstd = _normalise(torch.stack(answers), shared.eps)
+    unit, rstd = normalise(torch.stack(answers), shared.eps)
     grads.norm_weight.add_((d_out * unit).sum((0, 2)))
     grads.norm_bias.add_(d_out.sum((0, 2)))
-    d_answers = _project(d_out * shared.norm_weight, unit) * rstd
+    d_answers = project(d_out * shared.norm_weight, unit) * rstd
     for i in reversed(range(len(steps))):
         inner_backward(steps[i], shared, before[i], kept.pop(), d_answers[i], d_weights, grads.step(i))
     grads.token_weight.add_((grads.read * group.dots).tril().sum((0, 1, 3)))
@@ -262,14 +262,14 @@ def _mlp(step: _Step, shared: _Shared, weights: Weights, after: Weights | None) 
     W1, b1, W2, b2 = weights
     z1 = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, F]
     zk = z1[:, : step.size]
-    gate = _gelu_gate(zk)
+    gate = gelu_gate(zk)
     xk = zk * gate
-    slope = _gelu_slope(zk, gate)
+    slope = gelu_slope(zk, gate)
     learned = _learn(torch.baddbmm(b2, xk, W2), step, shared)
     pulled = learned.step @ W2.mT  # [M, b, F]
     step1 = pulled * slope
     zq = torch.baddbmm(z1[:, step.size :], step.dots * shared.table, step1, alpha=-1)
-    xq = zq * _gelu_gate(zq)
+    xq = zq * gelu_gate(zq)
     dots = (xq @ xk.mT).add_(1)  # [M, b, b]
     answer = torch.baddbmm(b2, xq, W2).baddbmm_(dots * shared.table, learned.step, alpha=-1)
     end = step.closes * shared.table[-1, -1]
@@ -296,7 +296,7 @@ def _mlp_backward(
     d_step2.baddbmm_((dots * shared.table).mT, d_answer, alpha=-1)
     d_xk.baddbmm_(d_dots.mT, xq)
     # the reading of the first layer
-    d_zq = d_xq.mul_(_gelu_slope(zq, _gelu_gate(zq)))
+    d_zq = d_xq.mul_(gelu_slope(zq, gelu_gate(zq)))
     torch.bmm(-d_zq, step1.mT, out=grads.read)
     d_step1.baddbmm_((step.dots * shared.table).mT, d_zq, alpha=-1)
     # the inner gradient: through its own backward pass, then through its forward pass
@@ -316,9 +316,9 @@ def _mlp_backward(
 
 def _learn(z: Tensor, step: _Step, shared: _Shared) -> _Learned:
     """Gradient of 1/2 ||LN(z) - target||^2 with respect to z `[M, b, D]`, and the step along it."""
-    unit, rstd = _normalise(z, shared.eps)
+    unit, rstd = normalise(z, shared.eps)
     error = unit * shared.norm_weight + shared.norm_bias - step.target
-    gradient = _project(error * shared.norm_weight, unit) * rstd
+    gradient = project(error * shared.norm_weight, unit) * rstd
     return _Learned(unit, rstd, error, gradient, step.rate * gradient)
 
 
@@ -336,7 +336,7 @@ def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Sha
     torch.neg(d_error, out=grads.target)
     grads.norm_weight.add_((d_pull * error + d_error * unit).sum(1))
     grads.norm_bias.add_(d_error.sum(1))
-    return (_project(d_unit, unit) - unit * (d_gradient * gradient).mean(-1, keepdim=True)) * rstd
+    return (project(d_unit, unit) - unit * (d_gradient * gradient).mean(-1, keepdim=True)) * rstd
 
 
 def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, W_after: Tensor, bias_after: Tensor) -> None:
@@ -354,15 +354,15 @@ def _move_backward(
     return d_moved.mul_(shared.table[-1, -1]), (moved @ d_W.mT).neg_()
 
 
-def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """z `[..., D]` at mean 0 and variance 1, and its inverse standard deviation."""
     centred = z - z.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * rstd, rstd
 
 
-def _project(d: Tensor, unit: Tensor) -> Tensor:
-    """d without its mean and its part along unit: times rstd, the backward of `_normalise`."""
+def project(d: Tensor, unit: Tensor) -> Tensor:
+    """d without its mean and its part along unit: times rstd, the backward of `normalise`."""
     return d - d.mean(-1, keepdim=True) - unit * (d * unit).mean(-1, keepdim=True)
 
 
@@ -371,11 +371,11 @@ def _project(d: Tensor, unit: Tensor) -> Tensor:
 _SCALE, _CUBE = 1.5957691216057308, 3 * 0.044715  # 2 sqrt(2 / pi); d(2 u)/dz = _SCALE (1 + _CUBE z^2)
 
 
-def _gelu_gate(z: Tensor) -> Tensor:
+def gelu_gate(z: Tensor) -> Tensor:
     return (z * z).mul_(_SCALE * _CUBE / 3).add_(_SCALE).mul_(z).sigmoid_()
 
 
-def _gelu_slope(z: Tensor, gate: Tensor) -> Tensor:
+def gelu_slope(z: Tensor, gate: Tensor) -> Tensor:
     """First derivative."""
     inner = (z * z).mul_(_SCALE * _CUBE).add_(_SCALE)
     return torch.addcmul(gate, inner.mul_(z), gate - gate * gate)
@@ -383,7 +383,7 @@ def _gelu_slope(z: Tensor, gate: Tensor) -> Tensor:
 
 def _gelu_curvature(z: Tensor) -> Tensor:
     """Second derivative: with i = d(2 u)/dz, gate (1 - gate) (2 i + z di/dz + z i^2 (1 - 2 gate))."""
-    gate = _gelu_gate(z)
+    gate = gelu_gate(z)
     square = z * z
     inner = (square * (_SCALE * _CUBE)).add_(_SCALE)
     bend = (inner * inner).mul_(z).mul_(1 - 2 * gate)
