@@ -20,7 +20,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step was reached."""
-    train(load_run_config(args.recipe, args.overrides))
+    try:
+        train(load_run_config(args.recipe, args.overrides))
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from None
     return 0
 
 
