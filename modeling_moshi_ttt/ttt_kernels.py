@@ -24,9 +24,7 @@ from .ttt_kernels_mlp import mlp_backward, mlp_forward
 HEAD_DIMS = (32, 64, 128)
 MAX_MINI_BATCH = 64
 
-# How float32 products are made on tensor cores. bf16 tokens carry 8 bits, so the 11 bits of tf32 lose nothing of them (sums and weights stay
-# float32); for float32 tokens three tf32 products give float32's accuracy and leave the slow scalar units alone.
-PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "tf32"}
+TOKEN_DTYPES = (torch.float32, torch.bfloat16)
 
 # The widths BLOCK_F of the tiles and the numbers of warps that are tried, once per kernel, head width and mini-batch size; Triton keeps the
 # winner in its cache directory. Every pair fits in the 227 KB of shared memory of one H100 multiprocessor (tests compile them all).
@@ -66,7 +64,7 @@ def is_supported(q: Tensor, weights: tuple[Tensor, ...]) -> str | None:
         return f"the tensors are on {q.device}; the kernels run on CUDA (or, with TRITON_INTERPRET=1, on the CPU)"
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"the GPU's compute capability is {torch.cuda.get_device_capability(q.device)}; the kernels need (8, 0) or newer"
-    if q.dtype not in PRECISION:
+    if q.dtype not in TOKEN_DTYPES:
         return f"the dtype is {q.dtype}; the kernels take float32 and bfloat16"
     if weights[0].dtype != torch.float32:
         return f"the fast weights are {weights[0].dtype}; the kernels keep them in float32"
@@ -199,6 +197,15 @@ def _padded(b: int) -> int:
     return max(16, 1 << (b - 1).bit_length())
 
 
+def _precision(q: Tensor) -> str:
+    """How the kernels make products of float32 numbers on tensor cores; sums, states and everything else are float32 always.
+
+    Three tf32 products give float32's accuracy and leave the slow scalar units alone. One is enough for bf16 tokens, whose 8 bits fit in
+    tf32's 11, and for float32 tokens where the user allows it, as for any product in torch: `torch.set_float32_matmul_precision("high")`.
+    """
+    return "tf32x3" if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
+
+
 def _new(like: Tensor, shape) -> Tensor:
     """Memory that a kernel fills (tests poison it)."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)
@@ -209,7 +216,7 @@ def _new(like: Tensor, shape) -> Tensor:
 
 def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges: list[int], eps: float, **constants) -> None:
     b, heads, dim = q.shape[2:]
-    constants |= {"D": dim, "TOKENS": b, "BT": _padded(b), "PRECISION": PRECISION[q.dtype]}
+    constants |= {"D": dim, "TOKENS": b, "BT": _padded(b), "PRECISION": _precision(q)}
     kernel = KERNELS[name]
     if name.startswith("mlp"):
         constants["F"] = 4 * dim

@@ -1,0 +1,91 @@
+"""Compile every configuration of every Triton kernel for Hopper (sm_90), without a GPU: shared memory, registers, spilled bytes.
+
+    python benchmarks/gpu_compile.py [--kernels mlp_forward ...] [--head-dims 64 ...] [--mini-batch 16] [--precision tf32] [--json file]
+
+Triton brings the compiler and ptxas along. One program may use 227 KB of shared memory; the kernels were not run for this table.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_moshi_ttt.ttt_kernels import CONFIGURATIONS, KERNELS
+
+SHARED_LIMIT = 227 * 1024
+TOKENS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "d_q_ptr", "d_k_ptr", "d_v_ptr")
+DTYPE = {"tf32": "bf16", "tf32x3": "fp32"}  # the tokens that each precision is for
+
+
+def pointer_type(name: str, tokens: str) -> str:
+    return "*" + (tokens if name in TOKENS else "i8" if name == "complete_ptr" else "fp32")
+
+
+def compile_one(name: str, dim: int, b: int, precision: str, block: int, warps: int) -> dict[str, Any]:
+    """One kernel in one configuration, as a row of the table."""
+    kernel, padded = KERNELS[name], max(16, 1 << (b - 1).bit_length())
+    known = {"D": dim, "F": 4 * dim, "TOKENS": b, "BT": padded, "QUERY": True, "SAVE": True, "PRECISION": precision, "BLOCK_F": block}
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", known[parameter.name]
+        elif parameter.name.endswith("_ptr"):
+            signature[parameter.name], aligned[(i,)] = pointer_type(parameter.name, DTYPE[precision]), [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if parameter.name == "eps" else "i32"
+    begin = time.perf_counter()
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1})
+    taken = time.perf_counter() - begin
+    row = {"kernel": name, "D": dim, "b": b, "tokens": DTYPE[precision], "products": precision, "BLOCK_F": block, "warps": warps}
+    return row | {"shared_bytes": compiled.metadata.shared, **resources(compiled.asm["cubin"]), "seconds": round(taken, 1)}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack (spilled registers) of a thread, as cuobjdump reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    if found is None:
+        raise RuntimeError(f"cuobjdump names no registers: {printed!r}")
+    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128), default=[32, 64, 128])
+    parser.add_argument("--mini-batch", type=int, default=16)
+    parser.add_argument("--precision", nargs="+", choices=DTYPE, default=list(DTYPE))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    print(f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products BLOCK_F warps  shared KB registers spilled B  compiled in s")
+    for name in args.kernels:
+        for dim in args.head_dims:
+            for precision in args.precision:
+                for block, warps in CONFIGURATIONS[name][dim]:
+                    row = compile_one(name, dim, args.mini_batch, precision, block, warps)
+                    rows.append(row)
+                    print(
+                        f"{name:16} {dim:3} {row['b']:2} {row['tokens']:>6} {precision:>8} {block:7} {warps:5} {row['shared_bytes'] / 1024:10.1f} "
+                        f"{row['registers']:9} {row['stack_bytes']:9} {row['seconds']:14.1f}",
+                        flush=True,
+                    )
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "target": "sm_90", "shared_limit": SHARED_LIMIT, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

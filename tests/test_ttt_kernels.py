@@ -1,0 +1,91 @@
+"""The Triton kernels without a GPU: right in the interpreter, compiled for Hopper within its limits, and harmless where Triton is missing."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_moshi_ttt import ttt_kernels
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def python(*arguments, timeout=900, **environment) -> str:
+    """A Python of its own, since Triton chooses between compiler and interpreter when it is imported."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", ["odd_sizes and linear", "odd_sizes and mlp", "not odd_sizes"])
+def test_equal_to_the_reference_in_the_interpreter(part):
+    said = python("-m", "pytest", "tests/interpreted_ttt_kernels.py", "-k", part, "-p", "no:cacheprovider", "-p", "no:xdist", TRITON_INTERPRET="1")
+    passed = re.search(r"(\d+) passed", said)
+    assert passed, said
+    assert int(passed[1]) >= 9
+    assert "skipped" not in said
+
+
+@pytest.mark.parametrize("name", ["linear_forward", "linear_backward", "mlp_forward", "mlp_backward"])
+def test_compiles_for_hopper(name, tmp_path):
+    compile_table(tmp_path, "--kernels", name, "--head-dims", 32, "--precision", "tf32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b", [1, 16, 17, 64])
+def test_every_configuration_compiles_for_hopper(b, tmp_path):
+    rows = compile_table(tmp_path, "--mini-batch", b)
+    assert len(rows) == 2 * sum(len(pairs) for by_width in ttt_kernels.CONFIGURATIONS.values() for pairs in by_width.values())
+
+
+def compile_table(folder, *options):
+    python(BENCHMARKS / "gpu_compile.py", *options, "--json", folder / "table.json", timeout=3000)
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    assert rows
+    for row in rows:
+        assert row["shared_bytes"] <= 227 * 1024, row
+        assert row["registers"] <= 65536 // (32 * row["warps"]), row  # else it could not start
+    return rows
+
+
+def test_imports_without_triton():
+    said = python("-c", "import sys; sys.modules['triton'] = None\nfrom modeling_moshi_ttt import ttt_kernels as k\nimport torch\n"
+                  "z = torch.zeros(1, 1, 4, 1, 32)\nprint(k.is_supported(z, (z[0], z[0])))")  # fmt: skip
+    assert "Triton is not installed" in said
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter():
+    assert not ttt_kernels.interpreted()
+    q = torch.zeros(1, 1, 4, 1, 32)
+    assert "the tensors are on cpu" in ttt_kernels.is_supported(q, (torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 1, 32)))
+
+
+@pytest.mark.parametrize("name", list(ttt_kernels.KERNELS))
+@pytest.mark.parametrize("dim", ttt_kernels.HEAD_DIMS)
+def test_tuning_tries_what_is_listed_and_restores_what_a_kernel_adds_to(name, dim):
+    tuned = ttt_kernels._tuned(name, dim)
+    assert [(c.kwargs.get("BLOCK_F", 0), c.num_warps) for c in tuned.configs] == ttt_kernels.CONFIGURATIONS[name][dim]
+    assert all(c.num_stages == 1 for c in tuned.configs)  # a pipelined loop would load weights before the mini-batch before has stored them
+    assert {"TOKENS", "PRECISION"} <= set(tuned.keys)
+    source = inspect.getsource(ttt_kernels.KERNELS[name].fn)
+    changed = set(re.findall(r"add_to\((\w+_ptr)", source)) | set(re.findall(r"tl\.store\((d_[wb][12]_ptr)", source))
+    assert set(tuned.restore_value or []) == changed
+
+
+def test_products_follow_torchs_own_switch():
+    kept, q = torch.get_float32_matmul_precision(), torch.zeros(1)
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert (ttt_kernels._precision(q), ttt_kernels._precision(q.bfloat16())) == ("tf32x3", "tf32")
+        torch.set_float32_matmul_precision("high")
+        assert ttt_kernels._precision(q) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(kept)
