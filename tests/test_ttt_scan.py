@@ -1,0 +1,129 @@
+"""The scan's own backward: true derivatives, any group size, memory that falls with the group, and nothing kept where nothing is learned."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from ttt_cases import INPUTS, OPS, WEIGHTS, largest_difference, make_inputs, run, run_all, start
+
+from modeling_moshi_ttt.ttt_ops import TTTState
+from modeling_moshi_ttt.ttt_scan import gelu_gate, gelu_slope, scan_mini_batches
+
+MIXERS = ["linear", "mlp"]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_backward_gives_true_derivatives(mixer):
+    """Of everything at once, where one row's mini-batch is not complete, rates are 0 and a token weight is 0."""
+    values = make_inputs(mixer, 2, 8, 1, 3, 2)
+    with torch.no_grad():
+        values["lr"][0, 3] = 0
+        values["token_weight"][0] = 0
+    complete = torch.tensor([[True, True, False, True], [True, True, True, False]])
+
+    def body(*tensors):
+        given = dict(zip(values, tensors))
+        tokens = [given[name].unflatten(1, (4, 2)) for name in ("q", "k", "v", "lr")]
+        weights = tuple(given[name].expand(2, *given[name].shape) for name in WEIGHTS[mixer])
+        shared = given["token_weight"], given["norm_weight"], given["norm_bias"]
+        out, after = scan_mini_batches(*tokens, *shared, weights, complete, group_size=3, eps=1e-3)
+        return (out, *after)
+
+    assert torch.autograd.gradcheck(body, tuple(values.values()), atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_last_token_weight_of_zero_keeps_its_gradient(mixer):
+    values = make_inputs(mixer, 1, 6, 2, 4, 2)
+    with torch.no_grad():
+        values["token_weight"][-1] = 0
+    found, expected = (run_all(mixer, values, backend=backend) for backend in ("scan", "reference"))
+    assert expected["grad_token_weight"][-1].abs() > 1e-3
+    assert largest_difference(found, expected) <= 1e-11
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_group_sizes_change_no_number_at_188_mini_batches(mixer):
+    values = make_inputs(mixer, 1, 188, 2, 4, 1)
+    first = run_all(mixer, values, backend="scan", group_size=1)
+    for group in (3, 16, 188, 10**6):
+        assert largest_difference(run_all(mixer, values, backend="scan", group_size=group), first) <= 1e-10, group
+
+
+def kept_bytes(mixer: str, length: int, group: int) -> int:
+    """Bytes of the different tensors that one call keeps for its backward."""
+    values = make_inputs(mixer, 1, length, 2, 16, 2, dtype=torch.float32)
+    storages = {}
+
+    def note(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out, _ = run(mixer, values, start(mixer, values, 1), backend="scan", group_size=group)
+    assert out.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_memory_kept_for_backward_goes_as_length_over_group(mixer):
+    width = 16 if mixer == "linear" else 64
+    weights = 2 * 4 * ((16 + 1) * width + (0 if mixer == "linear" else (width + 1) * 16))  # bytes of one state
+    tokens = 4 * 128 * 2 * (3 * 16 + 1)
+    for group in (1, 2, 4, 16, 64):
+        starts = 64 // group - 1  # 128 frames are 64 mini-batches; the first group starts from the inputs
+        assert starts * weights <= kept_bytes(mixer, 128, group) <= (starts + 2) * weights + 2 * tokens
+    assert kept_bytes(mixer, 256, 16) <= 2.1 * kept_bytes(mixer, 128, 16)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_nothing_is_kept_where_nothing_is_learned(mixer):
+    values = make_inputs(mixer, 1, 8, 2, 4, 2)
+    kept = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
+        out, state = run(mixer, values, start(mixer, values, 1), backend="scan")
+    assert not out.requires_grad
+    assert not state.W1.requires_grad
+    assert not kept
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_recomputation_around_the_op_changes_no_number(mixer):
+    values = make_inputs(mixer, 2, 11, 2, 4, 3)
+
+    def body(*inputs):
+        state = TTTState.initial(*inputs[len(INPUTS) :], batch_size=2)
+        return OPS[mixer](*inputs[: len(INPUTS)], state, mini_batch_size=3, group_size=2)[0]
+
+    given = [values[name] for name in (*INPUTS, *WEIGHTS[mixer])]
+    plain = torch.autograd.grad(body(*given).square().sum(), given)
+    again = torch.autograd.grad(checkpoint(body, *given, use_reentrant=False).square().sum(), given)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients_asked_for_twice_are_the_same(mixer):
+    values = make_inputs(mixer, 1, 7, 2, 4, 3)
+    out, _ = run(mixer, values, start(mixer, values, 1), backend="scan")
+    once = torch.autograd.grad(out.sum(), values["W1"], retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(out.sum(), values["W1"])[0], once)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_bfloat16_inputs_get_bfloat16_gradients_of_a_float32_computation(mixer):
+    values = make_inputs(mixer, 1, 9, 2, 4, 3, dtype=torch.bfloat16)
+    out, _ = run(mixer, values, start(mixer, values, 1), backend="scan")
+    exact = {name: x.detach().float().requires_grad_() for name, x in values.items()}
+    expected, _ = run(mixer, exact, start(mixer, exact, 1), backend="scan")
+    for name in values:
+        found = torch.autograd.grad(out.float().sum(), values[name], retain_graph=True)[0]
+        wanted = torch.autograd.grad(expected.sum(), exact[name], retain_graph=True)[0]
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - wanted).abs().max() <= 0.01 * wanted.abs().max(), name
+
+
+def test_the_gelu_is_torchs_tanh_form():
+    z = torch.linspace(-6, 6, 97, dtype=torch.float64, requires_grad=True)
+    exact = torch.nn.functional.gelu(z, approximate="tanh")
+    torch.testing.assert_close(z * gelu_gate(z), exact, rtol=0, atol=1e-14)
+    slope = torch.autograd.grad(exact.sum(), z)[0]
+    torch.testing.assert_close(gelu_slope(z, gelu_gate(z)), slope, rtol=0, atol=1e-13)
