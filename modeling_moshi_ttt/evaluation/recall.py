@@ -64,27 +64,16 @@ class RecallSettings:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "settings", nargs="*", default=[], help="an optional YAML file (configuration/evaluate/recall.yaml), then key=value pairs"
-    )
+    parser.add_argument("overrides", nargs="*", default=[], help="key=value pairs, such as steps=500 or output=runs/mine")
 
 
 def run(args: argparse.Namespace) -> int:
-    path, overrides = split_settings(args.settings)
-    settings = load_settings(RecallSettings, path, overrides)
+    settings = load_settings(RecallSettings, None, args.overrides)
     results = run_recall(settings)
     for line in summary(results):
         print(line)
     print(settings.output / "recall.png")
     return 0
-
-
-def split_settings(words: list[str]) -> tuple[str | None, list[str]]:
-    """(settings file or None, overrides) of a command line."""
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ValueError(f"give one settings file, not {len(files)}: {' '.join(files)}")
-    return (files[0] if files else None), [word for word in words if "=" in word]
 
 
 def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str, Any]:

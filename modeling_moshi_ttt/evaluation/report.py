@@ -53,12 +53,14 @@ def zero_shot_section(part: dict[str, Any]) -> Section:
     table = comparison_table({name: task["accuracy"] for name, task in tasks.items()})
     rows = [[row["name"], *[_percent(row[name]) for name in tasks]] for row in table]
     rows.insert(1, ["95% interval", *[_interval(task["interval"], 100, 1) for task in tasks.values()]])
+    for variant in next(iter(tasks.values()))["variants"]:
+        rows.append([f"this model, {variant}", *[_percent(100 * task["variants"][variant]) for task in tasks.values()]])
     for name, task in tasks.items():
         for group, result in task["groups"].items():
             rows.append([f"{name}: {group} ({result['items']})", *[_percent(100 * result["accuracy"]) if n == name else "" for n in tasks]])
     scored = part["scoring"]
     note = f"Accuracy in percent; {scored['reduction']} of the weighted log-likelihood; " + ", ".join(
-        f"{key} {scored[key]}" for key in ("text", "user", "semantic_weight", "acoustic_weight", "text_weight")
+        f"{key} {scored[key]}" for key in ("text", "user", "semantic_weight", "acoustic_weight")
     )
     return {"head": ["", *tasks], "rows": rows, "note": note}
 

@@ -18,12 +18,14 @@ def bootstrap_interval(
     if sample.size == 0:
         raise ValueError("bootstrap_interval: values is empty; there is nothing to average")
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    # one resample at a time: N may be 40,000 pairs, and resamples x N indices would not fit a small machine
-    for i in range(resamples):
-        means[i] = sample[generator.integers(0, sample.size, sample.size)].mean()
+    # as many resamples at a time as fit in a few megabytes: N may be 40,000 pairs
+    rows = max(1, 2**20 // sample.size)
+    means = [
+        sample[generator.integers(0, sample.size, (min(rows, resamples - start), sample.size))].mean(1)
+        for start in range(0, resamples, rows)
+    ]
     tail = 50.0 * (1.0 - level)
-    low, high = np.percentile(means, [tail, 100.0 - tail])
+    low, high = np.percentile(np.concatenate(means), [tail, 100.0 - tail])
     return float(low), float(high)
 
 

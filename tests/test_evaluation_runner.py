@@ -1,0 +1,197 @@
+"""The evaluate command end to end on a tiny model: every section, resuming, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+import zero_shot_folders as folders
+
+from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
+from modeling_moshi_ttt.evaluation import runner, scoring, zero_shot
+from modeling_moshi_ttt.tools import cli
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configuration" / "model"
+DIALOGUES = ROOT / "examples" / "data" / "dialogues"
+
+
+def save_model(folder, seed=0):
+    torch.manual_seed(seed)
+    config = MoshiTTTConfig.from_pretrained(TINY / "tiny.json")
+    MoshiTTTForConditionalGeneration(config).save_pretrained(folder)
+    MoshiTTTProcessor.from_pretrained(TINY / "tiny").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    save_model(root / "model")
+    folders.make_swuggy(root / "sLM21")
+    folders.make_sblimp(root / "sLM21")
+    folders.make_storycloze(root / "sSC")
+    folders.make_salmon(root / "salmon", ("gender_consistency",))
+    book = root / "books" / "small" / "100" / "emma"
+    book.mkdir(parents=True)
+    shutil.copy(DIALOGUES / "stereo" / "zoe.flac", book / "emma_10.flac")
+    shutil.copy(DIALOGUES / "stereo" / "paul.flac", book / "emma_2.flac")
+    return root
+
+
+def settings(root, output, **sections):
+    return {"model": str(root / "model"), "output": str(output), **sections}
+
+
+def everything(root):
+    tasks = [
+        {"task": "swuggy", "folder": str(root / "sLM21")},
+        {"task": "sblimp", "folder": str(root / "sLM21")},
+        {"task": "sstorycloze", "folder": str(root / "sSC")},
+        {"task": "salmon", "folder": str(root / "salmon"), "parts": ["gender_consistency"]},
+    ]
+    return {
+        "zero_shot": {"tasks": tasks, "submission": True},
+        "long_context": {"folder": str(root / "books"), "max_frames": 150},
+        "inner_loss": {"manifest": str(DIALOGUES / "eval.jsonl"), "max_recordings": 1, "max_frames": 100, "smooth": 2},
+        "dialogue": {"manifest": str(DIALOGUES / "eval.jsonl"), "max_recordings": 1, "max_seconds": 4.0},
+        "recall": {
+            "output": str(root / "recall"), "pairs": [2], "distances": [24], "steps": 2, "batch_size": 4, "sequences": 8,
+            "variants": [{"mixer": "none"}, {"mixer": "linear"}],
+        },
+    }  # fmt: skip
+
+
+def write(path, data):
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    output = place / "out"
+    first = write(place / "all.yaml", settings(place, output, **everything(place)))
+    assert cli.main(["evaluate", first]) == 0
+    return output, first
+
+
+def test_one_command_runs_every_section_and_leaves_the_report(finished):
+    output, _ = finished
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["tasks"]) == ["zero_shot", "long_context", "inner_loss", "dialogue", "recall"]
+    zero = results["tasks"]["zero_shot"]["tasks"]
+    assert {name: task["items"] for name, task in zero.items()} == {"swuggy": 5, "sblimp": 3, "sstorycloze": 2, "salmon": 2}
+    assert set(zero["swuggy"]["variants"]) == {"weighted mean", "weighted sum", "unweighted mean", "unweighted sum"}
+    books = results["tasks"]["long_context"]
+    assert books["frames"] == {"small/100/emma": 150}
+    assert set(books["streams"]) == {"semantic", "acoustic"}
+    assert results["tasks"]["dialogue"]["model"]["words a minute"] is not None
+    assert list(results["tasks"]["inner_loss"]["layers"]) == ["1", "2"]
+    text = (output / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 4
+    assert "TWIST-7B" in text
+    assert len((output / "submission" / "lexical" / "dev.txt").read_text().splitlines()) == 20
+
+
+def test_a_fresh_ttt_layer_gains_nothing(finished):
+    output, _ = finished
+    gains = json.loads((output / "results.json").read_text())["tasks"]["long_context"]["gains"]
+    assert gains["gate 0"]["semantic"]["mean"] == 0.0  # wo starts at zero
+    assert abs(gains["reset every window"]["semantic"]["mean"]) == 0.0
+
+
+def test_a_second_run_computes_nothing(finished, monkeypatch):
+    output, first = finished
+    before = (output / "results.json").read_bytes()
+    monkeypatch.setattr(runner, "RUNNERS", {})
+    monkeypatch.setattr(runner.Subject, "load", None)
+    assert cli.main(["evaluate", first]) == 0
+    assert (output / "results.json").read_bytes() == before
+
+
+def test_another_model_in_the_same_folder_is_refused(finished, place, capsys):
+    output, first = finished
+    save_model(place / "other", seed=1)
+    assert cli.main(["evaluate", first, f"model={place / 'other'}"]) == 2
+    assert "holds results of another model" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
+    task = {"zero_shot": {"tasks": [{"task": "swuggy", "folder": str(place / "sLM21")}]}}
+    path = write(tmp_path / "zero.yaml", settings(place, tmp_path / "out", batch_size=4, **task))
+    scored, real = [], scoring.SpeechScorer.score_waves
+
+    def count(self, waves, stop):
+        if stop and len(scored) >= 8:
+            raise KeyboardInterrupt
+        scored.extend(waves)
+        return real(self, waves)
+
+    monkeypatch.setattr(zero_shot, "SAVE_EVERY", 1)
+    monkeypatch.setattr(scoring.SpeechScorer, "score_waves", lambda self, waves: count(self, waves, True))
+    assert cli.main(["evaluate", path]) == 130
+    assert not (tmp_path / "out" / "results.json").exists()
+    scored.clear()
+    monkeypatch.setattr(scoring.SpeechScorer, "score_waves", lambda self, waves: count(self, waves, False))
+    assert cli.main(["evaluate", path]) == 0
+    assert len(scored) == 12
+    whole = tmp_path / "whole"
+    assert cli.main(["evaluate", path, f"output={whole}"]) == 0
+    both = [json.loads((folder / "results.json").read_text())["tasks"]["zero_shot"]["tasks"] for folder in (tmp_path / "out", whole)]
+    assert both[0] == both[1]
+
+
+def test_scores_of_other_streams_are_not_mixed_in(place, tmp_path, capsys):
+    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(place / "sSC")}]}}
+    path = write(tmp_path / "zero.yaml", settings(place, tmp_path / "out", **task))
+    assert cli.main(["evaluate", path]) == 0
+    assert cli.main(["evaluate", path, "zero_shot.user=silence"]) == 2
+    assert "of other streams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_shot": {"tasks": [{"task": "swugy", "folder": "x"}]}}, "must be one of 'swuggy'"),
+        ({"zero_shots": {}}, "did you mean 'zero_shot'"),
+        ({"long_context": {"folder": "a", "manifest": "b"}}, "give one"),
+        ({"long_context": {"folder": "books", "max_frames": 20}}, "no more than the attention window"),
+        ({"long_context": {"folder": "books", "conditions": ["TTT", "gate"]}}, "holds 'gate'"),
+        ({"zero_shot": {"tasks": [{"task": "swuggy", "folder": "sSC"}]}}, "found no gold.csv"),
+        ({"model": "nobody"}, "no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(place, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.chdir(place)
+    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": "sSC"}]}} if "model" in change else {}
+    path = write(tmp_path / "bad.yaml", settings(place, tmp_path / "out") | task | change)
+    assert cli.main(["evaluate", path]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert not any("Traceback" in line for line in error)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut"])
+def test_broken_audio_stops_the_run_and_is_named(place, tmp_path, capsys, damage):
+    story = folders.make_storycloze(tmp_path / "story")
+    (story / "10_aa-1_correct.wav").write_bytes(b"" if damage == "empty" else b"RIFF0000")
+    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(story)}]}}
+    assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **task))]) == 2
+    assert "10_aa-1_correct.wav" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_model_is_missing(tmp_path, capsys):
+    path = write(tmp_path / "a.yaml", {"inner_loss": {"manifest": "x.jsonl"}})
+    assert cli.main(["evaluate", path]) == 2
+    assert "model is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configuration" / "evaluate").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_settings_are_understood(path):
+    from modeling_moshi_ttt.common.settings import load_settings
+    from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
+
+    found = load_settings(EvaluateSettings, path)
+    assert any(getattr(found, name) for name in runner.SECTIONS)
