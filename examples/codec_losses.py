@@ -39,10 +39,10 @@ class SpectralLoss(nn.Module):
         for n_fft, bands in resolutions:
             self.register_buffer(f"mel_{n_fft}", mel_matrix(n_fft, bands))
 
-    def magnitude(self, wave: Tensor, n_fft: int, overlap: int = 4) -> Tensor:
+    def magnitude(self, wave: Tensor, n_fft: int) -> Tensor:
         """[B, n] -> [B, bins, frames], of one size whatever the resolution."""
         window = self.get_buffer(f"window_{n_fft}")
-        spectrum = torch.stft(wave, n_fft, n_fft // overlap, window=window, return_complex=True)
+        spectrum = torch.stft(wave, n_fft, n_fft // 2, window=window, return_complex=True)
         return (spectrum.real**2 + spectrum.imag**2 + 1e-8).sqrt()
 
     def log_mel(self, magnitude: Tensor, n_fft: int) -> Tensor:
@@ -50,7 +50,7 @@ class SpectralLoss(nn.Module):
 
     def envelopes(self, wave: Tensor) -> Tensor:
         """[B, n] -> [B, 15, frames of 13 ms], the loudness of each third of an octave."""
-        return (self.get_buffer("bands") @ self.magnitude(wave, 640, overlap=2) ** 2).sqrt()
+        return (self.get_buffer("bands") @ self.magnitude(wave, 640) ** 2).sqrt()
 
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         mel, stft = output.new_zeros(()), output.new_zeros(())

@@ -37,13 +37,13 @@ class Plan:
 
     minutes: float = 60.0
     steps: int = 1_000_000
-    batch: int = 8
+    batch: int = 5
     seconds: float = 1.28  # 16 frames, what the transformers see of the past
     speech_seconds: float = 2400.0
     peak_lr: float = 1e-3
     quantised_from: float = 0.12
-    encoder_until: float = 0.6
-    batches_to_fit: int = 64
+    encoder_until: float = 0.55
+    batches_to_fit: int = 100
     seed: int = 0
 
 
@@ -59,7 +59,7 @@ def codec_config() -> MimiConfig:
 class Codebooks:
     """Trains the codebooks that a MimiModel only reads: straight-through pass, moving averages, k-means, gentle restarts."""
 
-    def __init__(self, codec: MimiModel, generator: torch.Generator, decay: float = 0.99) -> None:
+    def __init__(self, codec: MimiModel, generator: torch.Generator, decay: float = 0.994) -> None:
         quantizer = codec.quantizer
         self.groups = [quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer]
         self.generator, self.decay = generator, decay

@@ -8,6 +8,7 @@ Letters: B rows, T frames of 80 ms, n samples, K codebooks, C channels, L steps 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class CausalState:
 
     def __init__(self, batch_size: int, transformer: MimiTransformerModel) -> None:
         weight = next(transformer.parameters())
-        config, layers = transformer.config, len(transformer.layers)
+        config: Any = transformer.config
+        layers = len(transformer.layers)
         window = (batch_size, config.num_key_value_heads, config.sliding_window - 1, config.head_dim)
         self.tails: dict[nn.Module, Tensor] = {}
         self.keys = [weight.new_zeros(window) for _ in range(layers)]
@@ -88,6 +90,7 @@ class CausalState:
         distance = positions[:, :, None] - places[:, None]
         visible = (places[:, None] >= 0) & (distance >= 0) & (distance < transformer.config.sliding_window)
         rotation = transformer.rotary_emb(x, positions)
+        layer: Any
         for i, layer in enumerate(transformer.layers):
             attended = self._attend(layer.self_attn, i, layer.input_layernorm(x), rotation, visible[:, None])
             x = x + layer.self_attn_layer_scale(attended)
@@ -97,7 +100,7 @@ class CausalState:
         self.position = self.position + x.shape[1]
         return x.transpose(1, 2)
 
-    def _attend(self, attention: nn.Module, i: int, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    def _attend(self, attention: Any, i: int, x: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
         split = (*x.shape[:2], -1, attention.head_dim)
         q, k, v = (project(x).view(split).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = apply_rotary_pos_emb(q, k, *rotation)
@@ -130,8 +133,12 @@ class MimiStream:
         self.codec, self.batch_size = codec, batch_size
         self.num_codebooks = num_codebooks or config.num_quantizers
         self.frame_size = config.frame_size
-        self._encoder = CausalState(batch_size, codec.encoder.encoder_transformer)
-        self._decoder = CausalState(batch_size, codec.decoder.decoder_transformer)
+        self._encode_part: Any = codec.encoder
+        self._decode_part: Any = codec.decoder
+        if self._encode_part is None or self._decode_part is None:
+            raise ValueError("the codec lacks its encoder or its decoder; load a whole Mimi.")
+        self._encoder = CausalState(batch_size, self._encode_part.encoder_transformer)
+        self._decoder = CausalState(batch_size, self._decode_part.decoder_transformer)
 
     def encode(self, frame: Tensor) -> Tensor:
         """One frame of sound, float [B, frame_size] in [−1, 1] -> its codes, long [B, K]."""
@@ -147,7 +154,7 @@ class MimiStream:
     def encode_frames(self, audio: Tensor) -> Tensor:
         """Whole frames of sound, float [B, T · frame_size] -> codes, long [B, K, T]."""
         self._check(audio, "audio", None)
-        encoder, state = self.codec.encoder, self._encoder
+        encoder, state = self._encode_part, self._encoder
         x = state.seanet(encoder.encoder_seanet.layers, audio.to(encoder.device, encoder.dtype)[:, None])
         x = state.convolve(encoder.downsample, state.transform(encoder.encoder_transformer, x))
         state.fresh = torch.zeros_like(state.fresh)
@@ -157,7 +164,7 @@ class MimiStream:
     def decode_frames(self, codes: Tensor) -> Tensor:
         """Codes of T frames, long [B, K, T] -> sound, float [B, T · frame_size]."""
         check_codes(codes, self.codec.config.codebook_size, self.codec.config.num_quantizers, self.batch_size)
-        decoder, state = self.codec.decoder, self._decoder
+        decoder, state = self._decode_part, self._decoder
         x = state.convolve_transposed(decoder.upsample, self.codec.quantizer.decode(codes.to(state.position.device)))
         x = state.seanet(decoder.decoder_seanet.layers, state.transform(decoder.decoder_transformer, x))
         return x[:, 0]
