@@ -6,6 +6,9 @@ pattern still needs. Nothing of a stream lives anywhere else, so that two stream
 Shapes: B rows, H heads, S kept slots (at most the window less one), D head width, K streams, M frames of history.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -96,7 +99,9 @@ class MoshiTTTCache(Cache):
         labels: `[B, K, M]` the last audio labels; -100 before the start.
     """
 
-    def __init__(self, config, batch_size: int, device: torch.device | str | None = None):
+    layers: list[MoshiTTTCacheLayer]  # type: ignore[assignment]
+
+    def __init__(self, config: Any, batch_size: int, device: torch.device | str | None = None):
         if batch_size < 1:
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
         super().__init__(layers=[MoshiTTTCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
@@ -119,7 +124,7 @@ class MoshiTTTCache(Cache):
             raise ValueError(f"Layer {layer_idx} has no TTT memory; layers {self.ttt_layers} do.")
         return self.layers[layer_idx].ttt_state
 
-    def check(self, batch_size: int, num_layers: int, ttt_layers: list[int]) -> None:
+    def check(self, batch_size: int, num_layers: int, ttt_layers: list[int] | str) -> None:
         """Raise a ValueError where this cache is of another batch or model."""
         if batch_size != self.batch_size:
             raise ValueError(f"`past_key_values` holds {self.batch_size} rows, the input {batch_size}; make a cache for this batch or reset it.")
@@ -232,7 +237,7 @@ class MoshiTTTCache(Cache):
             prefix = f"layers.{i}."
             layer.load_tensors({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
 
-    def _map(self, change) -> "MoshiTTTCache":
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MoshiTTTCache":
         self.frames, self.key_positions, self.codes, self.labels = (
             change(tensor) for tensor in (self.frames, self.key_positions, self.codes, self.labels)
         )

@@ -169,7 +169,7 @@ class MoshiTTTDepthDecoder(nn.Module):
         for codebook in range(self.config.num_codebooks):
             x = self._embed(token, codebook) + self.input_projections(hidden_states, codebook)
             for i, layer in enumerate(self.layers):
-                x, past[i] = layer.step(x, codebook, past[i])
+                x, past[i] = layer.step(x, codebook, past[i])  # type: ignore[operator]
             sampled = sample(self.lm_heads(x, codebook))
             token = torch.where(forced[:, codebook] >= 0, forced[:, codebook], sampled)
             chosen.append(token)

@@ -143,8 +143,8 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
     config_class = MoshiTTTConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("audio", "text")
-    output_modalities = ("audio", "text")
+    input_modalities = ["audio", "text"]
+    output_modalities = ["audio", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     # The window and the per-row memory need an explicit mask, which flash attention does not take.
@@ -211,7 +211,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
             hidden_states=tuple(seen) if output_hidden_states else None,
-            inner_losses={i: outputs[i].inner_losses for i in self.config.ttt_layers} if output_inner_losses else None,
+            inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
 
     def _frames(
@@ -221,7 +221,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         rows, num_frames, _ = inputs_embeds.shape
         window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
         if past is not None:
-            past.check(rows, len(self.layers), list(self.config.ttt_layers))
+            past.check(rows, len(self.layers), self.config.ttt_layers)
             positions, key_positions = past.window(num_frames, lengths)
         else:
             positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
@@ -281,7 +281,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         super().__init__(config)
         self.embed_tokens = nn.ModuleList(nn.Embedding(config.audio_vocab_size + 1, config.hidden_size) for _ in config.audio_delays)
         self.decoder = MoshiTTTForCausalLM(config)
-        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)
+        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)  # type: ignore[arg-type]
         self.post_init()
 
     @classmethod
@@ -351,7 +351,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         result = MoshiTTTOutput(logits=logits, audio_logits=audio_logits, **outputs)
         result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, num_items_in_batch)
         losses = [loss for loss in (result.text_loss, result.audio_loss) if loss is not None]
-        result.loss = sum(losses) if losses else None
+        result.loss = torch.stack(losses).sum() if losses else None
         if past is not None:
             past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
         if frames.order is not None:
@@ -377,7 +377,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     def _delay(self, frames: AlignedFrames, past: MoshiTTTCache | None) -> DelayedSteps:
         if past is None:
             return delay_frames(self.config, frames, None, None)
-        past.check(frames.codes.shape[0], self.config.num_hidden_layers, list(self.config.ttt_layers))
+        past.check(frames.codes.shape[0], self.config.num_hidden_layers, self.config.ttt_layers)
         return delay_frames(self.config, frames, past.codes, past.labels)
 
     def _audio_logits(self, hidden_states: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
