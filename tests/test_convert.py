@@ -15,40 +15,10 @@ from modeling_moshi_ttt.tools.convert import (
     to_pairs,
     ttt_names,
 )
-from modeling_moshi_ttt.tools.kyutai_config import kyutai_from_config
+from modeling_moshi_ttt.tools.kyutai_config import MOSHI_7B, kyutai_from_config
 from modeling_moshi_ttt.tools.verify import expected_shapes
 
-MOSHIKO = {
-    "dim": 4096,
-    "text_card": 32000,
-    "existing_text_padding_id": 3,
-    "n_q": 16,
-    "dep_q": 8,
-    "card": 2048,
-    "num_heads": 32,
-    "num_layers": 32,
-    "hidden_scale": 4.125,
-    "causal": True,
-    "layer_scale": None,
-    "context": 3000,
-    "max_period": 10000,
-    "gating": "silu",
-    "norm": "rms_norm_f32",
-    "positional_embedding": "rope",
-    "depformer_dim": 1024,
-    "depformer_dim_feedforward": 4224,
-    "depformer_num_heads": 16,
-    "depformer_num_layers": 6,
-    "depformer_causal": True,
-    "depformer_layer_scale": None,
-    "depformer_multi_linear": True,
-    "depformer_context": 8,
-    "depformer_max_period": 10000,
-    "depformer_gating": "silu",
-    "depformer_pos_emb": "none",
-    "depformer_weights_per_step": True,
-    "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
-}
+MOSHIKO = {**MOSHI_7B, "depformer_causal": True, "demux_second_stream": False, "model_type": "moshi", "lm_gen_config": {}}
 
 
 def transformers_shapes(config) -> dict[str, tuple[int, ...]]:
@@ -218,13 +188,12 @@ def test_a_missing_unknown_or_misshapen_key_is_named(golden, name):
 
 @pytest.mark.parametrize("source", ["golden", "moshiko"])
 def test_configuration_there_and_back(golden, source):
-    lm_kwargs = golden[1] if source == "golden" else MOSHIKO
+    lm_kwargs = golden[1] if source == "golden" else MOSHI_7B
     config = config_from_kyutai(lm_kwargs, ttt_layers="last:2")
     assert config.delays == lm_kwargs["delays"]
     assert (config.num_codebooks, config.num_user_codebooks) == (lm_kwargs["dep_q"], lm_kwargs["n_q"] - lm_kwargs["dep_q"])
     written = kyutai_from_config(config)
-    ignored = {"depformer_causal"}
-    assert {key: written[key] for key in lm_kwargs.keys() - ignored} == {key: lm_kwargs[key] for key in lm_kwargs.keys() - ignored}
+    assert {key: written[key] for key in lm_kwargs} == lm_kwargs
     assert config_from_kyutai(written, ttt_layers="last:2").to_dict() == config.to_dict()
 
 

@@ -92,7 +92,7 @@ def weight_problems(folder: Path, config: MoshiTTTConfig) -> list[str]:
     return sorted(problems) + finite_problems(files)
 
 
-def _base_config(folder: Path) -> MoshiTTTConfig:
+def base_config(folder: Path) -> MoshiTTTConfig:
     """From beside the adapter, or from the base itself."""
     if (folder / BASE_CONFIG).is_file():
         return MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
@@ -108,7 +108,7 @@ def _base_config(folder: Path) -> MoshiTTTConfig:
 
 def verify_adapter(folder: Path, run_probe: bool) -> Facts:
     """As `verify`, for an adapter: its own weights, its base's configuration, and the two together on the probe."""
-    adapter_config, config = read_json(folder / ADAPTER_CONFIG), _base_config(folder)
+    adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
     check_layers(adapter_layers(folder), config.ttt_layers, str(adapter_config.get("base_model_name_or_path")))
     refuse(weight_problems(folder, config), folder)
     layers = [int(layer) for layer in config.ttt_layers]

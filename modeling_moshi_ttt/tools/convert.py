@@ -20,7 +20,7 @@ from .kyutai_config import config_from_kyutai as config_from_kyutai
 
 Tensors = list[Tensor]
 
-# (kind, Kyutai's name, name here); `{}` is the layer, `{k}` the codebook. Kinds: see GROUPS below.
+# (kind, Kyutai's name, name here); `{}` is the layer, `{k}` the codebook. Kinds: see `group_of`.
 TEMPORAL_LAYER = (
     ("rotary_qkv", "transformer.layers.{}.self_attn.in_projs.{k}.weight", "decoder.model.layers.{}.self_attn.{p}_proj.linear.weight"),
     ("same", "transformer.layers.{}.self_attn.out_projs.0.weight", "decoder.model.layers.{}.self_attn.o_proj.linear.weight"),
@@ -98,8 +98,12 @@ def _rotary_qkv_to_kyutai(tensors: Tensors, heads: int) -> Tensors:
     return [torch.cat([to_pairs(query, heads), to_pairs(key, heads), value])]
 
 
-def _group(kind: str, kyutai: str, here: str, shape: tuple[int, ...], codebooks: int, heads: int) -> Group:
-    """One group from one row of the table; `shape` is that of one of Kyutai's tensors."""
+def group_of(kind: str, kyutai: str, here: str, shape: tuple[int, ...], codebooks: int, heads: int) -> Group:
+    """One group from one row of a table; `shape` is that of one of Kyutai's tensors, () where shapes are not checked.
+
+    Kinds: "same"; "norm" (`[1, 1, E]` there); "stacked" (one tensor a codebook there); "stacked_qkv" (also q, k, v in one there);
+    "rotary_qkv" (q, k, v in one there, with interleaved rotary pairs).
+    """
     each = tuple(kyutai.replace("{k}", str(k)) for k in range(codebooks))
     qkv = tuple(here.replace("{p}", p) for p in "qkv")
     if kind == "same":
@@ -108,7 +112,7 @@ def _group(kind: str, kyutai: str, here: str, shape: tuple[int, ...], codebooks:
         return Group((kyutai,), (here,), (1, 1, *shape), shape, lambda t: [t[0].reshape(-1)], lambda t: [t[0].reshape(1, 1, -1)])
     if kind == "stacked":
         return Group(each, (here,), shape, (codebooks, *shape), lambda t: [torch.stack(t)], lambda t: list(t[0]))
-    third = (shape[0] // 3, shape[1])
+    third = (shape[0] // 3, *shape[1:]) if shape else ()
     if kind == "stacked_qkv":
         return Group(
             each, qkv, shape, (codebooks, *third), lambda t: list(torch.stack(t).chunk(3, dim=1)), lambda t: list(torch.cat(t, dim=1))
@@ -130,12 +134,12 @@ def moshi_groups(config: MoshiTTTConfig) -> list[Group]:
     dim, codebooks = fields.hidden_size, fields.num_codebooks
     text, audio = fields.vocab_size, fields.audio_vocab_size
     whole = ((text + 1, dim), (dim,), (text, dim), (text + 1, depth.hidden_size), (depth.hidden_size, dim), (audio, depth.hidden_size))
-    groups = [_group(*row, shape, codebooks, 1) for row, shape in zip(WHOLE_MODEL, whole)]
+    groups = [group_of(*row, shape, codebooks, 1) for row, shape in zip(WHOLE_MODEL, whole)]
 
     def repeat(row: tuple[str, str, str], count: int, shape: tuple[int, ...], heads: int = 1) -> None:
         kind, kyutai, here = row
         for i in range(count):
-            groups.append(_group(kind, kyutai.replace("{}", str(i)), here.replace("{}", str(i)), shape, codebooks, heads))
+            groups.append(group_of(kind, kyutai.replace("{}", str(i)), here.replace("{}", str(i)), shape, codebooks, heads))
 
     repeat(AUDIO_EMBEDDING, codebooks + fields.num_user_codebooks, (audio + 1, dim))
     repeat(DEPTH_EMBEDDING, codebooks - 1, (audio + 1, depth.hidden_size))
@@ -167,13 +171,13 @@ def fuse(group: Group) -> Group:
 
 
 def _fused(group: Group, name: str) -> Group:
-    count, (rows, columns) = len(group.kyutai), group.kyutai_shape
+    count, shape = len(group.kyutai), group.kyutai_shape
     return Group(
         (name,),
         group.here,
-        (count * rows, columns),
+        (count * shape[0], *shape[1:]) if shape else (),
         group.here_shape,
-        lambda t: group.to_here(list(t[0].reshape(count, rows, columns))),
+        lambda t: group.to_here(list(t[0].unflatten(0, (count, -1)))),
         lambda t: [torch.cat(group.to_kyutai(t))],
     )
 
