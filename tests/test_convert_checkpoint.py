@@ -247,7 +247,7 @@ def test_moshi_finetune_lora_there_and_back(kyutai, golden, tmp_path):
     assert equal(load_file(tmp_path / "back" / "lora.safetensors"), lora)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (written["lora"], written["lora_rank"], written["lora_scaling"]) == (True, 4, 1.5)
-    lora["transformer.layers.0.surprise.lora_A.weight"] = lora["transformer.layers.0.surprise.lora_B.weight"] = torch.ones(1, 1)
+    lora |= {f"transformer.layers.0.surprise.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
     save_file(lora, tmp_path / "lora" / "lora.safetensors")
     with pytest.raises(ValueError, match="unknown: transformer.layers.0.surprise.lora_A.weight"):
         convert(tmp_path / "lora", tmp_path / "other")
