@@ -53,7 +53,8 @@ def decode_step(
     """The op for one frame of every row: q, k, v `[B, 1, H, D]`, lr `[B, 1, H]`, all in the dtype of the state's weights; valid `[B]` or None."""
     rows, _, heads, dim = q.shape
     weights = tuple(w.flatten(0, 1) for w in state.weights)
-    norm = _Norm(*(x.expand(rows, heads, dim).reshape(-1, 1, dim) for x in (norm_weight, norm_bias)), eps)
+    norm_weight, norm_bias = (x.expand(rows, heads, dim).reshape(-1, 1, dim) for x in (norm_weight, norm_bias))
+    norm = _Norm(norm_weight, norm_bias, eps)
     state = state if state.mini_batch_size else _with_room(state, len(token_weight))
     kept = _gather(state, weights, norm) if state.open_factors is None else state.open_factors
 
@@ -82,9 +83,9 @@ def decode_step(
         weights = _move(weights, factors, share * ends)
         factors = factors.map_with(lambda x: x.masked_fill(ends, 0))
         tokens = [x.masked_fill(full.view(-1, *(1,) * (x.dim() - 1)), 0) for x in tokens]
-    W1, b1, W2, b2 = (*(w.view(x.shape) for w, x in zip(weights, state.weights)), None, None)[:4]
+    weights = tuple(w.view(x.shape) for w, x in zip(weights, state.weights))
     frames = state.frames + (1 if valid is None else valid)
-    return out, TTTState(W1, b1, W2, b2, *tokens, frames, factors)
+    return out, TTTState.of(weights, tokens[0], tokens[1], tokens[2], frames, factors)
 
 
 def _slots(position: Tensor, b: int) -> Tensor:
@@ -100,7 +101,7 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 def _with_room(state: TTTState, b: int) -> TTTState:
     rows, _, heads, dim = state.k.shape
     empty = state.W1.new_zeros(rows, b, heads, dim)
-    return TTTState(state.W1, state.b1, state.W2, state.b2, empty, empty, empty[..., 0], state.frames)
+    return TTTState.of(state.weights, empty, empty, empty[..., 0], state.frames)
 
 
 def _gather(state: TTTState, weights: Weights, norm: _Norm) -> OpenFactors:

@@ -141,8 +141,9 @@ def _align(inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int) -> _Al
     if mask is None and (state.mini_batch_size == 0 or (length > 1 and not bool(state.position.any()))):
         frames = state.frames + length
         number = -(-length // b)
-        padded = (x if length % b == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
-        return _Aligned(*(x.unflatten(1, (number, b)) for x in padded), None, frames, torch.full_like(frames, length))
+        q, k, v, lr = (x if length % b == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
+        q, k, v, lr = (x.unflatten(1, (number, b)) for x in (q, k, v, lr))
+        return _Aligned(q, k, v, lr, None, frames, torch.full_like(frames, length))
 
     started = state.mini_batch_size > 0
     position = state.frames % b  # [B]
@@ -161,7 +162,8 @@ def _align(inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int) -> _Al
             room = torch.cat([first, room[:, b:]], 1)
         placed.append(room.unflatten(1, (number, b)))
     arrived = valid.sum(1)
-    return _Aligned(*placed, slots, state.frames + arrived, position + arrived)
+    q, k, v, lr = placed
+    return _Aligned(q, k, v, lr, slots, state.frames + arrived, position + arrived)
 
 
 def _unalign(out: Tensor, aligned: _Aligned, q: Tensor) -> Tensor:
@@ -186,9 +188,7 @@ def _state_after(weights: tuple[Tensor, ...], aligned: _Aligned) -> TTTState:
         last = x[:, -1] if aligned.slots is None else x[row, index]
         return torch.where(left.view(*left.shape, *(1,) * (x.dim() - 3)), last, 0.0).to(dtype)
 
-    W2, b2 = weights[2:] or (None, None)
-    tokens = [open_tokens(x) for x in (aligned.k, aligned.v, aligned.lr)]
-    return TTTState(weights[0], weights[1], W2, b2, *tokens, frames=aligned.frames)
+    return TTTState.of(weights, open_tokens(aligned.k), open_tokens(aligned.v), open_tokens(aligned.lr), aligned.frames)
 
 
 def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:

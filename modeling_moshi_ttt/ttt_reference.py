@@ -65,9 +65,8 @@ def ttt_reference(
         open_lr = [torch.where(_wide(full, 2), 0.0, x) for x in open_lr]
         position = (position + valid[:, t]) % mini_batch_size
 
-    W2, b2 = weights[2:] or (None, None)
-    tokens = (torch.stack(kept, 1) for kept in (open_k, open_v, open_lr))
-    return torch.stack(outputs, 1), TTTState(weights[0], weights[1], W2, b2, *tokens, frames=state.frames + valid.sum(1))
+    k_left, v_left, lr_left = (torch.stack(kept, 1) for kept in (open_k, open_v, open_lr))
+    return torch.stack(outputs, 1), TTTState.of(weights, k_left, v_left, lr_left, state.frames + valid.sum(1))
 
 
 class _Inner:

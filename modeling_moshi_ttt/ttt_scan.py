@@ -184,11 +184,12 @@ class _Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, group: _Step, shared: _Shared) -> _Gradients:
-        written = (torch.empty_like(x) for x in (group.kq, group.target, group.rate, group.dots))
-        return cls(*written, *(torch.zeros_like(x) for x in (shared.table[0], shared.norm_weight[:, 0], shared.norm_bias[:, 0])))
+        kq, target, rate, read = (torch.empty_like(x) for x in (group.kq, group.target, group.rate, group.dots))
+        sums = (torch.zeros_like(x) for x in (shared.table[0], shared.norm_weight[:, 0], shared.norm_bias[:, 0]))
+        return cls(kq, target, rate, read, *sums)
 
     def step(self, i: int) -> _Gradients:
-        return _Gradients(*(x[i] for x in self[:4]), *self[4:])
+        return self._replace(kq=self.kq[i], target=self.target[i], rate=self.rate[i], read=self.read[i])
 
     def of_tokens(self, shape: torch.Size) -> tuple[Tensor, ...]:
         """dq, dk, dv `[B, n, b, H, D]` and dlr `[B, n, b, H]`."""

@@ -5,7 +5,6 @@ Shape letters: B rows (streams), H heads, D head dimension, F hidden width of th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 WEIGHT_NAMES = ("W1", "b1", "W2", "b2")
+TOKEN_NAMES = ("k", "v", "lr", "frames")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +56,15 @@ class TTTState:
         if (W2 is None) != (b2 is None):
             raise ValueError("W2 and b2 come together (MLP) or not at all (linear)")
         heads, dim = _check_initial_shapes(W1, b1, W2, b2)
-        weights = [w if w is None else w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2)]
-        return cls(
-            *weights,
-            k=W1.new_zeros(batch_size, 0, heads, dim),
-            v=W1.new_zeros(batch_size, 0, heads, dim),
-            lr=W1.new_zeros(batch_size, 0, heads),
-            frames=torch.zeros(batch_size, dtype=torch.int64, device=W1.device),
-        )
+        weights = tuple(w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2) if w is not None)
+        none = W1.new_zeros(batch_size, 0, heads, dim)
+        return cls.of(weights, none, none, none[..., 0], torch.zeros(batch_size, dtype=torch.int64, device=W1.device))
+
+    @classmethod
+    def of(cls, weights: tuple[Tensor, ...], k: Tensor, v: Tensor, lr: Tensor, frames: Tensor, open_factors: Any = None) -> TTTState:
+        """From the weights as `weights` gives them."""
+        W2, b2 = weights[2:] if len(weights) == 4 else (None, None)
+        return cls(weights[0], weights[1], W2, b2, k, v, lr, frames, open_factors)
 
     @property
     def batch_size(self) -> int:
@@ -111,14 +112,11 @@ class TTTState:
             raise ValueError("initial has already consumed frames; make it with TTTState.initial(...)")
         chosen = _row_mask(rows, self.batch_size, self.W1.device)
 
-        def blend(x: Tensor | None, fresh: Tensor | None) -> Tensor | None:
-            if x is None or fresh is None:
-                return None
+        def blend(x: Tensor, fresh: Tensor) -> Tensor:
             return torch.where(chosen.view(-1, *(1,) * (x.dim() - 1)), fresh.to(x), x)
 
-        fresh = {name: getattr(initial, name) for name in WEIGHT_NAMES}
-        fresh |= {name: torch.zeros_like(getattr(self, name)) for name in ("k", "v", "lr", "frames")}
-        return TTTState(**{name: blend(getattr(self, name), value) for name, value in fresh.items()})
+        weights = tuple(blend(w, fresh) for w, fresh in zip(self.weights, initial.weights))
+        return TTTState.of(weights, *(blend(x, torch.zeros_like(x)) for x in (self.k, self.v, self.lr, self.frames)))
 
     def detach(self) -> TTTState:
         """The same numbers, cut from the graph that made them."""
@@ -132,8 +130,7 @@ class TTTState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything needed to save and restore it, by name; `from_tensors` is the way back."""
-        names = [f.name for f in dataclasses.fields(self) if f.name != "open_factors"]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dict(zip(WEIGHT_NAMES, self.weights)) | {name: getattr(self, name) for name in TOKEN_NAMES}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TTTState:
@@ -142,18 +139,18 @@ class TTTState:
         Raises:
             ValueError: a tensor is missing, unknown, or of a shape that does not fit the others.
         """
-        names = {"W1", "b1", "k", "v", "lr", "frames"}
-        if missing := sorted(names - set(tensors)):
+        mixer = WEIGHT_NAMES if "W2" in tensors or "b2" in tensors else WEIGHT_NAMES[:2]
+        if missing := [name for name in (*mixer, *TOKEN_NAMES) if name not in tensors]:
             raise ValueError(f"the saved TTT state lacks {', '.join(missing)}")
-        if unknown := sorted(set(tensors) - names - {"W2", "b2"}):
+        if unknown := sorted(set(tensors) - {*mixer, *TOKEN_NAMES}):
             raise ValueError(f"the saved TTT state has unknown entries {', '.join(unknown)}")
-        state = cls(**{name: tensors.get(name) for name in (*WEIGHT_NAMES, "k", "v", "lr", "frames")})  # type: ignore[arg-type]
+        state = cls.of(tuple(tensors[name] for name in mixer), *(tensors[name] for name in TOKEN_NAMES))
         _check_saved_shapes(state)
         return state
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
         """The state with every tensor changed; the decoding factors are dropped, to be made again from the tokens."""
-        return TTTState(**{name: change(x) for name, x in self.tensors().items()}, **({} if self.W2 is not None else {"W2": None, "b2": None}))
+        return TTTState.of(tuple(map(change, self.weights)), *(change(x) for x in (self.k, self.v, self.lr, self.frames)))
 
 
 def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None, b2: Tensor | None) -> tuple[int, int]:
@@ -174,7 +171,7 @@ def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None, b2: Tensor 
 def _check_saved_shapes(state: TTTState) -> None:
     if state.W1.dim() != 4 or state.k.dim() != 4:
         raise ValueError(f"W1 {tuple(state.W1.shape)} and k {tuple(state.k.shape)} of the saved TTT state must have 4 dimensions")
-    _check_initial_shapes(*(None if w is None else w[0] for w in (state.W1, state.b1, state.W2, state.b2)))  # type: ignore[arg-type]
+    _check_initial_shapes(*(w[0] for w in state.weights))
     rows, heads, dim = state.W1.shape[:3]
     slots = state.mini_batch_size
     wanted = {"k": (rows, slots, heads, dim), "v": (rows, slots, heads, dim), "lr": (rows, slots, heads), "frames": (rows,)}

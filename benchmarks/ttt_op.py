@@ -1,0 +1,183 @@
+"""The TTT op on one CPU thread: forward + backward and decoding, beside the reference body and a plain loop in the published dual form.
+
+Hidden size 1024 in 8 heads of 128, mini-batches of 16, float32. The plain loop (baseline_loop.py) is the stand-in for the public TTT-LM layer's
+op. Also: how time grows with the length, and memory with length over group. Times are processor seconds of this one-thread process.
+
+    python benchmarks/ttt_op.py --out ttt_op.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from baseline_loop import Decoder, loop
+from measure import fitted_line, peak_bytes, seconds
+from torch import Tensor
+
+from modeling_moshi_ttt.ttt_ops import TTTState, ttt_linear, ttt_mlp
+
+OPS = {"mlp": ttt_mlp, "linear": ttt_linear}
+MINI_BATCH = 16
+REFERENCE_FRAMES = 32  # the reference keeps several copies of all weights for every token
+
+Rows = list[dict[str, Any]]
+
+
+def inputs_of(mixer: str, length: int, heads: int = 8, dim: int = 128) -> tuple[list[Tensor], list[Tensor]]:
+    """The op's seven inputs and the initial weights, all requiring grad."""
+    q, k, v = (torch.randn(1, length, heads, dim) for _ in range(3))
+    q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    shared = 1 / torch.arange(1, MINI_BATCH + 1), torch.ones(heads, dim), torch.zeros(heads, dim)
+    width = dim if mixer == "linear" else 4 * dim
+    weights = [0.02 * torch.randn(heads, dim, width), torch.zeros(heads, 1, width)]
+    if mixer == "mlp":
+        weights += [0.02 * torch.randn(heads, width, dim), torch.zeros(heads, 1, dim)]
+    inputs = [q, k, v, torch.rand(1, length, heads) / dim, *shared]
+    return [x.requires_grad_() for x in inputs], [w.requires_grad_() for w in weights]
+
+
+def learning(mixer: str, length: int, backend: str, group: int, heads: int = 8, dim: int = 128) -> Callable[[], object]:
+    """Forward and backward to every input, as work without arguments."""
+    inputs, weights = inputs_of(mixer, length, heads, dim)
+
+    def work() -> object:
+        state = TTTState.initial(*weights, batch_size=1)
+        out, _ = OPS[mixer](*inputs, state, mini_batch_size=MINI_BATCH, group_size=group, backend=backend)
+        return torch.autograd.grad(out.sum(), inputs + weights)
+
+    return work
+
+
+def loop_learning(mixer: str, length: int) -> Callable[[], object]:
+    inputs, weights = inputs_of(mixer, length)
+
+    def work() -> object:
+        out, _ = loop(*inputs, tuple(w[None] for w in weights))
+        return torch.autograd.grad(out.sum(), inputs + weights)
+
+    return work
+
+
+def measure_learning(mixer: str, length: int, group: int, repeats: int, with_reference: bool) -> Rows:
+    works = {"scan": (learning(mixer, length, "scan", group), length), "plain loop": (loop_learning(mixer, length), length)}
+    if with_reference:
+        works["reference"] = (learning(mixer, REFERENCE_FRAMES, "reference", group), REFERENCE_FRAMES)
+    times = seconds(*(work for work, _ in works.values()), repeats=repeats)
+    return [
+        {"mixer": mixer, "body": body, "frames": frames, "group": group, "seconds": taken, "peak_mb": peak_bytes(work) / 1e6}
+        for (body, (work, frames)), taken in zip(works.items(), times)
+    ]
+
+
+@torch.no_grad()
+def measure_decoding(mixer: str, frames: int) -> Rows:
+    """One frame after another, the two sides in turn; means hold the frames that rewrite the weights, too."""
+    inputs, weights = inputs_of(mixer, frames)
+    state = TTTState.initial(*weights, batch_size=1)
+    decoder = Decoder(inputs[4], inputs[5], inputs[6], tuple(w[None] for w in weights))
+    taken: dict[str, list[float]] = {"scan": [], "plain loop": []}
+    for t in range(frames):
+        q, k, v, lr = (x[:, t : t + 1] for x in inputs[:4])
+        begin = time.process_time()
+        out, state = OPS[mixer](q, k, v, lr, *inputs[4:], state, mini_batch_size=MINI_BATCH)
+        middle = time.process_time()
+        expected = decoder.step(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lr.transpose(1, 2)[..., None])
+        taken["plain loop"].append(time.process_time() - middle)
+        taken["scan"].append(middle - begin)
+        torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-3)
+    rounds = MINI_BATCH  # the first mini-batch warms up
+    return [
+        {"mixer": mixer, "body": body, "mean_ms": 1e3 * statistics.mean(times[rounds:]), "median_ms": 1e3 * statistics.median(times[rounds:]),
+         "max_ms": 1e3 * max(times[rounds:])}
+        for body, times in taken.items()
+    ]  # fmt: skip
+
+
+def measure_growth(mixer: str) -> dict[str, Any]:
+    """Time from 256 to 8,192 frames, and memory kept for backward over length / group, in 2 heads of 64."""
+    lengths = [256, 512, 1024, 2048, 4096, 8192]
+    times = seconds(*(learning(mixer, length, "scan", 16, heads=2, dim=64) for length in lengths), repeats=3)
+    slope, straight = fitted_line(lengths, times)
+    groups = [(length, group) for length in (1024, 2048, 4096) for group in (1, 2, 4, 8, 16)]
+    kept = [kept_bytes(mixer, length, group) / 1e6 for length, group in groups]
+    _, kept_straight = fitted_line([length / group for length, group in groups], kept)
+    return {
+        "mixer": mixer, "lengths": lengths, "seconds": times, "us_a_frame": 1e6 * slope, "time_r2": straight,
+        "groups": groups, "kept_mb": kept, "kept_r2": kept_straight,
+    }  # fmt: skip
+
+
+def kept_bytes(mixer: str, length: int, group: int) -> int:
+    """Bytes of weights that one call keeps for its backward: what it saves beyond its own inputs."""
+    inputs, weights = inputs_of(mixer, length, heads=2, dim=64)
+    given = {x.untyped_storage().data_ptr() for x in (*inputs, *weights)}
+    sizes = {}
+
+    def note(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        state = TTTState.initial(*weights, batch_size=1)
+        out, _ = OPS[mixer](*inputs, state, mini_batch_size=MINI_BATCH, group_size=group, backend="scan")
+    assert out.requires_grad
+    return sum(size for place, size in sizes.items() if place not in given)
+
+
+def print_tables(learned: Rows, decoded: Rows, growth: list[dict[str, Any]]) -> None:
+    print(f"{'forward + backward':20}{'mixer':8}{'frames':>8}{'s':>9}{'ms a frame':>12}{'peak MB':>10}{'MB a frame':>12}")
+    for row in learned:
+        each = 1e3 * row["seconds"] / row["frames"], row["peak_mb"] / row["frames"]
+        print(f"{row['body']:20}{row['mixer']:8}{row['frames']:8}{row['seconds']:9.3f}{each[0]:12.3f}{row['peak_mb']:10.1f}{each[1]:12.3f}")
+    print(f"\n{'decoding':20}{'mixer':8}{'mean ms':>9}{'median':>9}{'max':>9}")
+    for row in decoded:
+        print(f"{row['body']:20}{row['mixer']:8}{row['mean_ms']:9.2f}{row['median_ms']:9.2f}{row['max_ms']:9.2f}")
+    print()
+    for row in growth:
+        print(f"{row['mixer']}: {row['us_a_frame']:.0f} us a frame from 256 to 8192 frames, R2 {row['time_r2']:.4f};"
+              f" memory kept as length / group, R2 {row['kept_r2']:.4f}")  # fmt: skip
+
+
+def ratios_of(learned: Rows, decoded: Rows) -> dict[str, float]:
+    """How many times the plain loop takes what the scan takes."""
+    ratios = {}
+    for ours in [row for row in learned if row["body"] == "scan"]:
+        theirs = next(r for r in learned if (r["body"], r["mixer"], r["frames"]) == ("plain loop", ours["mixer"], ours["frames"]))
+        name = f"{ours['mixer']} {ours['frames']} frames"
+        ratios[f"{name}, time"] = theirs["seconds"] / ours["seconds"]
+        ratios[f"{name}, memory"] = theirs["peak_mb"] / ours["peak_mb"]
+    for ours, theirs in zip(decoded[::2], decoded[1::2]):
+        ratios[f"{ours['mixer']} decoding, time"] = theirs["mean_ms"] / ours["mean_ms"]
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", type=int, default=4, help="mini-batches recomputed together in backward")
+    parser.add_argument("--repeats", type=int, default=7, help="timed repetitions, of which the median counts")
+    parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    learned, decoded, growth = [], [], []
+    for mixer in OPS:
+        learned += measure_learning(mixer, 192, options.group, options.repeats, with_reference=True)
+        learned += measure_learning(mixer, 1024, options.group, max(options.repeats // 2, 1), with_reference=False)
+        decoded += measure_decoding(mixer, 20 * MINI_BATCH)
+        growth.append(measure_growth(mixer))
+    print_tables(learned, decoded, growth)
+    ratios = ratios_of(learned, decoded)
+    print("\nthe plain loop over the scan:", *(f"{name} {ratio:.2f}x" for name, ratio in ratios.items()), sep="\n  ")
+    if options.out:
+        options.out.write_text(json.dumps({"learning": learned, "decoding": decoded, "growth": growth, "ratio": ratios}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
