@@ -1,0 +1,90 @@
+"""`moshi-ttt train` from sound files to a folder that loads elsewhere, a second time, and after wrong requests."""
+
+import json
+
+import pytest
+import yaml
+from hub_checkpoints import small_model, small_processor
+from peft import PeftModel
+from test_training_data import make_source
+from training_runs import make_model
+from transformers import AutoModel
+
+from modeling_moshi_ttt.common.files import check_manifest
+from modeling_moshi_ttt.tools.cli import main
+from modeling_moshi_ttt.training.report import read_metrics
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe over a small model, a small codec and three short noises."""
+    small_model().save_pretrained(tmp_path / "base")
+    small_processor().save_pretrained(tmp_path / "base")
+    manifest = make_source(tmp_path / "sound", ["a", "b", "c"])
+    settings = {
+        "run_dir": str(tmp_path / "run"),
+        "mode": "lora+ttt",
+        "model": {"path": str(tmp_path / "base")},
+        "lora": {"rank": 2},
+        "data": {"train": str(manifest), "evaluation": str(manifest), "window_seconds": 0.5, "batch_size": 2},
+        "optim": {"steps": 3, "lr": 1e-3},
+        "checkpoint": {"every": 2},
+        "evaluate_every": 3,
+        "trackers": ["tensorboard"],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_from_sound_to_an_adapter_and_again(tmp_path, recipe, capsys):
+    assert main(["train", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "trainable" in out
+    run = tmp_path / "run"
+    assert check_manifest(run / "final") == []
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(run.glob("tracking/*")) != []
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+    assert {"tokens_per_second", "data_wait", "peak_memory_gb", "gradient_norm"} <= set(records[0])
+    PeftModel.from_pretrained(small_model(), run / "final")
+    # the same command again finds everything done and changes nothing
+    before = (run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")
+    assert main(["train", str(recipe)]) == 0
+    assert ((run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")) == before
+
+
+def test_full_mode_gives_a_model_for_automodel(tmp_path, recipe):
+    assert main(["train", str(recipe), "mode=full", "lora=null", "trackers=[]"]) == 0
+    model = AutoModel.from_pretrained(tmp_path / "run" / "final")
+    assert type(model).__name__ == "MoshiTTTForConditionalGeneration"
+    assert json.loads((tmp_path / "run" / "final" / "run.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mode=frozen", "lora=null"], "mode is 'frozen': nothing is trained"),
+        (["mode=ttt"], "mode is 'ttt' but lora settings are given"),
+        (["optim.stps=3"], "unknown key 'optim.stps'; did you mean 'optim.steps'"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl: there is no such manifest"),
+        (["data.carry=state", "data.batch_size=4"], "3 recordings for 4 lanes"),
+        (["trackers=[tensorbord]"], "trackers holds 'tensorbord'"),
+        (["optim.lr=1e30", "optim.max_bad_steps=1", "optim.steps=9"], "not finite"),
+    ],
+)
+def test_wrong_requests_end_in_one_line(recipe, overrides, message, capsys):
+    assert main(["train", str(recipe), "trackers=[]", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_missing_recipe(capsys):
+    assert main(["train", "none.yaml"]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    assert all((a == b).all() for a, b in zip(make_model(1).parameters(), make_model(1).parameters()))

@@ -1,0 +1,87 @@
+"""Every recipe and launch file loads, and the tiny model is built by it; settings that make no sense are refused by name."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from modeling_moshi_ttt.training import modes, setup
+from modeling_moshi_ttt.training.run_config import load_run_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configuration" / "train").glob("*.yaml"))
+LAUNCHES = sorted((ROOT / "configuration" / "accelerate").glob("*.yaml"))
+TINY = str(ROOT / "configuration" / "model" / "tiny.json")
+
+
+def test_all_recipes_are_there():
+    names = {path.stem for path in RECIPES}
+    assert {"demo", "lora_7b", "ttt_7b", "lora_ttt_7b", "full_8gpu", "long_context_lanes"} <= names
+    assert {"cpu", "one_gpu", "ddp", "fsdp2_8gpu", "fsdp2_multi_node"} <= {path.stem for path in LAUNCHES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds_the_tiny_model(path):
+    run = load_run_config(str(path), [f"model.path={TINY}"])
+    if run.model.ttt.get("ttt_layers"):
+        run.model.ttt["ttt_layers"] = "last:2"
+    model = setup.build_model(run.model, run.seed)
+    adapted = setup.adapt(model, run)
+    groups = modes.parameter_groups(adapted.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
+    assert sum(p.numel() for group in groups for p in group["params"]) > 0
+    assert model.config.ttt_layers == ([] if run.mode == "lora" else model.config.ttt_layers)
+    assert "accelerate launch" in path.read_text()
+    launch = next(word for word in path.read_text().split() if word.startswith("configuration/accelerate/"))
+    assert (ROOT / launch).exists()
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_launch_file_is_accelerates(path):
+    settings = load_config_from_file(str(path))
+    assert settings.num_processes >= 1
+    if settings.distributed_type == "FSDP":
+        assert settings.fsdp_config["fsdp_version"] == 2
+        wrapped = settings.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
+        from modeling_moshi_ttt.depth_decoder import DepthDecoderLayer
+        from modeling_moshi_ttt.modeling_moshi_ttt import MoshiTTTDecoderLayer
+
+        assert wrapped == [MoshiTTTDecoderLayer.__name__, DepthDecoderLayer.__name__]
+
+
+def test_slurm_script_is_a_shell_script():
+    assert subprocess.run(["bash", "-n", str(ROOT / "examples" / "slurm.sh")], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("moed=lora", "unknown key 'moed'; did you mean 'mode'"),
+        ("optim.ler=1", "unknown key 'optim.ler'; did you mean 'optim.lr'"),
+        ("mode=lora", "no lora settings"),
+        ("lora={rank: 4}", "mode is 'full' but lora settings"),
+        ("mode=half", "mode is 'half', it must be one of"),
+        ("data.batch_size=0", r"data\.batch_size is 0, it must be at least 1"),
+        ("data.own_noise=1.5", r"data\.own_noise is 1.5, it must be between 0 and 1"),
+        ("data.tbptt_windows=2", r"tbptt_windows is > 1 but data\.carry is 'none'"),
+        ("optim.betas=[0.9]", r"optim\.betas is \[0.9\], it must be two"),
+        ("data.evaluation=null", r"evaluate_every is set but data\.evaluation is missing"),
+        ("optim.steps=fast", r"optim\.steps is 'fast'"),
+        ("trackers=[tensorbord]", "trackers holds 'tensorbord'"),
+        ("model.ttt={ttt_layres: all}", "model.ttt holds 'ttt_layres'"),
+        ("model.path=none.json", "no file none.json"),
+    ],
+)
+def test_wrong_settings(override, message, tmp_path):
+    recipe = str(ROOT / "configuration" / "train" / "demo.yaml")
+    where = [] if override.startswith("model.path") else [f"model.path={TINY}"]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run = load_run_config(recipe, [*where, override])
+        setup.check_trackers(run.trackers)
+        setup.build_model(run.model, 0)
+
+
+def test_run_config_round_trips_through_json():
+    run = load_run_config(str(RECIPES[0]))
+    assert json.loads(json.dumps(run.to_dict()))["run_dir"] == run.run_dir
