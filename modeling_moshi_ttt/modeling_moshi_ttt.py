@@ -294,7 +294,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and parameter.device.type != "meta" and not bool(torch.isfinite(parameter).all()):
+            plain = type(parameter.data) is torch.Tensor and parameter.device.type != "meta"  # quantized weights are integers inside
+            if plain and not bool(torch.isfinite(parameter).all()):
                 raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
         return loaded
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_frames, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoModelForTextToWaveform
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoModelForTextToWaveform, TorchAoConfig
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
 
@@ -44,6 +44,20 @@ def test_loading_in_bfloat16_sharded_and_with_a_device_map(folder, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_loading_quantized(folder):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model = AutoModel.from_pretrained(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    layer = model.decoder.model.layers[0]
+    assert type(layer.self_attn.q_proj.linear.weight.data).__name__ == "Int8Tensor"
+    assert type(layer.ttt.wq.weight.data).__name__ == "Int8Tensor"
+    assert type(layer.ttt.W1.data) is torch.Tensor  # fast weights stay as they are
+    frames = random_frames(model.config, rows=1, frames=20)
+    expected, output = AutoModel.from_pretrained(folder)(**frames).logits, model(**frames).logits
+    assert torch.nn.functional.cosine_similarity(output.flatten(), expected.flatten(), dim=0) > 0.95
+    model.new_stream(1).step(frames["user_audio_codes"][..., 0])
 
 
 def test_weights_that_are_not_finite_are_refused(folder, tmp_path):

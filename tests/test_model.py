@@ -376,3 +376,22 @@ def test_an_empty_batch_and_a_foreign_memory_are_refused():
     other = tiny_model(ttt_layers=[0])
     with pytest.raises(ValueError, match="TTT in \\[0\\]"):
         model(**frames, past_key_values=other.new_cache(2))
+
+
+def test_compiled_it_is_the_same_model():
+    model = tiny_model(torch.float32)
+    frames = with_labels(random_frames(model.config, rows=2, frames=12))
+    plain_loss, plain = gradients_of(model, frames)
+    compiled_loss, compiled = gradients_of(torch.compile(model, backend="aot_eager"), frames)
+    assert abs(compiled_loss - plain_loss) <= 1e-6
+    for name, gradient in plain.items():
+        assert (compiled[f"_orig_mod.{name}"] - gradient).norm() <= 1e-5 * max(1.0, gradient.norm()), name
+
+
+def test_autocast_keeps_the_inner_learning_in_float32():
+    model = tiny_model(torch.float32)
+    memory = model.new_cache(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**random_frames(model.config, rows=1, frames=20), past_key_values=memory)
+    assert output.logits.dtype == torch.bfloat16
+    assert memory.ttt_state(0).W1.dtype == torch.float32
