@@ -8,7 +8,10 @@ try:
     import triton
     import triton.language as tl
 
+    # Whole numbers that change from launch to launch: a kernel compiled anew for those that are 1 or divisible by 16 would gain nothing.
+    COUNTS = ["row_start", "first", "count", "total", "starts", "start_index", "saved", "saved_every"]
     jit = triton.jit
+    kernel = triton.jit(do_not_specialize=COUNTS)
 except ImportError:  # the torch scan serves machines without Triton
     triton = None
 
@@ -19,6 +22,8 @@ except ImportError:  # the torch scan serves machines without Triton
 
     def jit(function):
         return function
+
+    kernel = jit
 
 
 @jit

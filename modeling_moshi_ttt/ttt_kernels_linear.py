@@ -9,7 +9,7 @@ from .ttt_kernels_device import (
     add_to,
     inner_gradient,
     inner_gradient_backward,
-    jit,
+    kernel,
     load_tokens,
     normalize,
     normalize_backward,
@@ -19,7 +19,7 @@ from .ttt_kernels_device import (
 )
 
 
-@jit
+@kernel
 def linear_forward(
     q_ptr,  # [B, N, b, H, D], as k, v and out
     k_ptr,
@@ -96,7 +96,7 @@ def linear_forward(
         tl.store(b1_last_ptr + program * D + features, bias)
 
 
-@jit
+@kernel
 def linear_backward(
     q_ptr,
     k_ptr,

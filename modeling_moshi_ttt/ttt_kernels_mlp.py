@@ -18,6 +18,7 @@ from .ttt_kernels_device import (
     inner_gradient,
     inner_gradient_backward,
     jit,
+    kernel,
     load_tokens,
     normalize,
     normalize_backward,
@@ -54,7 +55,7 @@ def update(k, hidden, grad1, grad2, step, w1, b1, w2, PRECISION: tl.constexpr):
     return w1, b1 - tl.sum(stepped, 0), w2
 
 
-@jit
+@kernel
 def mlp_forward(
     q_ptr,  # [B, N, b, H, D], as k, v and out
     k_ptr,
@@ -197,7 +198,7 @@ def mlp_forward(
             tl.store(work2 + wide, w2)
 
 
-@jit
+@kernel
 def mlp_backward(
     q_ptr,
     k_ptr,

@@ -89,3 +89,23 @@ def test_products_follow_torchs_own_switch():
         assert ttt_kernels._precision(q) == "tf32"
     finally:
         torch.set_float32_matmul_precision(kept)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "environment", "says"),
+    [
+        ("gpu_check.py", ["--quick"], {"TRITON_INTERPRET": "1"}, "all kernels agree with the reference"),
+        ("gpu_op.py", ["--tiny"], {"TRITON_INTERPRET": "1"}, "TFLOP/s, roofline"),
+        ("gpu_model.py", ["--tiny"], {}, "LoRA + TTT step"),
+    ],
+)
+def test_gpu_benchmarks_run_in_small(script, options, environment, says, tmp_path):
+    assert says in python(BENCHMARKS / script, *options, "--json", tmp_path / "out.json", **environment)
+    assert json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
+def test_gpu_script_says_when_there_is_no_gpu(tmp_path):
+    done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "nothing was measured" in done.stdout
