@@ -1,0 +1,162 @@
+"""Every evaluation on the tiny model, as `make evaluate-demo` runs it; leaves runs/evaluate-demo/report.html.
+
+The model is the one that `make demo` trained (runs/demo/final) where it is there, else an untrained one, which scores at chance. The small
+zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards, phrases
+against their words in another order, the right ending of a dialogue against another's, one voice against a change of voice.
+
+    python examples/evaluate_demo.py [key=value ...]    # settings for `moshi-ttt evaluate`, as in recall.steps=100
+"""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
+from modeling_moshi_ttt.common.audio import read_audio, write_audio
+from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+DIALOGUES = ROOT / "examples" / "data" / "dialogues"
+RATE = 24000
+
+
+def checkpoint(place: Path) -> Path:
+    """The trained tiny model, or an untrained one."""
+    trained = ROOT / "runs" / "demo" / "final"
+    if (trained / "config.json").is_file():
+        print(f"model: {trained.relative_to(ROOT)}, trained by make demo")
+        return trained
+    print("model: untrained (make demo trains one); expect chance")
+    torch.manual_seed(0)
+    model = MoshiTTTForConditionalGeneration(MoshiTTTConfig.from_pretrained(ROOT / "configuration" / "model" / "tiny.json"))
+    model.save_pretrained(place / "model")
+    MoshiTTTProcessor.from_pretrained(ROOT / "configuration" / "model" / "tiny").save_pretrained(place / "model")
+    return place / "model"
+
+
+def main_words(recording: Recording) -> list[tuple[str, np.ndarray]]:
+    """Every word of Moshi's side, with its sound."""
+    samples = read_audio(recording.path, RATE)[0]
+    return [
+        (word, samples[round(start * RATE) : round(end * RATE)])
+        for word, (start, end), speaker in recording.words or ()
+        if speaker == MAIN_SPEAKER and end - start > 0.15
+    ]
+
+
+def write_gold(folder: Path, columns: list[str], rows: list[list[str]]) -> None:
+    with (folder / "gold.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def cut_words(folder: Path, recordings: list[Recording]) -> None:
+    """sWUGGY's layout: a word, and the same word backwards."""
+    root, rows = folder / "lexical" / "dev", []
+    for recording in recordings:
+        for number, (word, sound) in enumerate(main_words(recording)[:12]):
+            item = f"{recording.path.stem}-{number}"
+            for correct, samples in ((1, sound), (0, sound[::-1].copy())):
+                write_audio(root / f"{item}-{correct}.wav", samples, RATE)
+                rows.append(
+                    [
+                        item,
+                        f"{item}-{correct}",
+                        recording.path.stem,
+                        str(number % 7),
+                        word if correct else "",
+                        "",
+                        str(len(word)),
+                        str(correct),
+                    ]
+                )
+    write_gold(root, ["id", "filename", "voice", "frequency", "word", "phones", "length", "correct"], rows)
+
+
+def cut_phrases(folder: Path, recordings: list[Recording]) -> None:
+    """sBLIMP's layout: four words in order, and in another order."""
+    root, rows = folder / "syntactic" / "dev", []
+    for recording in recordings:
+        words = main_words(recording)
+        for number in range(len(words) // 4):
+            part = words[4 * number : 4 * number + 4]
+            item = f"{recording.path.stem}-{number}"
+            for correct, order in ((1, (0, 1, 2, 3)), (0, (2, 0, 3, 1))):
+                write_audio(root / f"{item}-{correct}.wav", np.concatenate([part[i][1] for i in order]), RATE)
+                text = " ".join(part[i][0] for i in order)
+                rows.append([item, f"{item}-{correct}", recording.path.stem, "order", "four_words", text, str(correct)])
+    write_gold(root, ["id", "filename", "voice", "type", "subtype", "transcription", "correct"], rows)
+
+
+def cut_stories(folder: Path, recordings: list[Recording]) -> None:
+    """StoryCloze's layout: a dialogue with its own last words, and with another's."""
+    halves = []
+    for recording in recordings:
+        sounds = [sound for _, sound in main_words(recording)]
+        halves.append((np.concatenate(sounds[: len(sounds) // 2]), np.concatenate(sounds[len(sounds) // 2 :])))
+    for number, (start, end) in enumerate(halves):
+        other = halves[(number + 1) % len(halves)][1]
+        for label, ending, offset in (("correct", end, 0), ("incorrect", other, 1)):
+            write_audio(folder / f"{2 * number + offset}_story-{number}_{label}.wav", np.concatenate([start, ending]), RATE)
+
+
+def cut_voices(folder: Path, recordings: list[Recording]) -> None:
+    """SALMon's layout: one voice, and a change of voice in the middle."""
+    for number, recording in enumerate(recordings):
+        other = recordings[(number + 1) % len(recordings)]
+        mine, theirs = ([sound for _, sound in main_words(one)] for one in (recording, other))
+        half = len(mine) // 2
+        for side, sounds in enumerate((mine, mine[:half] + theirs[half:])):
+            write_audio(folder / "speaker_consistency" / f"sample_{number}_{side}.wav", np.concatenate(sounds), RATE)
+
+
+def settings(place: Path, model: Path) -> dict:
+    """All sections of `moshi-ttt evaluate`, in small."""
+    tasks = [{"task": name, "folder": str(place / "data" / "sLM21")} for name in ("swuggy", "sblimp")]
+    tasks.append({"task": "sstorycloze", "folder": str(place / "data" / "stories")})
+    tasks.append({"task": "salmon", "folder": str(place / "data" / "salmon"), "parts": ["speaker_consistency"]})
+    return {
+        "model": str(model),
+        "output": str(place),
+        "zero_shot": {"tasks": tasks, "submission": True},
+        "long_context": {"folder": str(DIALOGUES / "stereo")},  # all dialogues one after the other, as one book
+        "inner_loss": {"manifest": str(DIALOGUES / "eval.jsonl"), "smooth": 3},
+        "dialogue": {"manifest": str(DIALOGUES / "eval.jsonl")},
+        "recall": {
+            "output": str(place / "recall"),
+            "pairs": [4],
+            "steps": 800,
+            "seconds": 120.0,
+            "variants": [{"mixer": "none"}, {"mixer": "linear", "mini_batch_size": 16}],
+        },
+    }
+
+
+def main() -> int:
+    begin, place = time.perf_counter(), ROOT / "runs" / "evaluate-demo"
+    shutil.rmtree(place, ignore_errors=True)
+    recordings = read_manifest(DIALOGUES / "train.jsonl") + read_manifest(DIALOGUES / "eval.jsonl")
+    cut_words(place / "data" / "sLM21", recordings)
+    cut_phrases(place / "data" / "sLM21", recordings)
+    cut_stories(place / "data" / "stories", recordings)
+    cut_voices(place / "data" / "salmon", recordings)
+    file = place / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings(place, checkpoint(place)), sort_keys=False))
+    command = [sys.executable, "-m", "modeling_moshi_ttt.tools.cli", "evaluate", str(file), *sys.argv[1:]]
+    code = subprocess.run(command, check=False).returncode
+    if code == 0:
+        found = json.loads((place / "results.json").read_text())["tasks"]["zero_shot"]["tasks"]
+        print("  ".join(f"{name} {100 * task['accuracy']:.1f}%" for name, task in found.items()), "(chance 50%)")
+        print(f"the evaluation took {(time.perf_counter() - begin) / 60:.1f} minutes; read {(place / 'report.html').relative_to(ROOT)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
