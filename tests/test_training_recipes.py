@@ -73,13 +73,17 @@ def test_slurm_script_is_a_shell_script():
         ("model.path=none.json", "no file none.json"),
     ],
 )
-def test_wrong_settings(override, message, tmp_path):
+def test_wrong_settings(override, message):
     recipe = str(ROOT / "configuration" / "train" / "demo.yaml")
     where = [] if override.startswith("model.path") else [f"model.path={TINY}"]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run = load_run_config(recipe, [*where, override])
-        setup.check_trackers(run.trackers)
-        setup.build_model(run.model, 0)
+        start(recipe, [*where, override])
+
+
+def start(recipe, overrides):
+    run = load_run_config(recipe, overrides)
+    setup.check_trackers(run.trackers)
+    setup.build_model(run.model, 0)
 
 
 def test_run_config_round_trips_through_json():

@@ -44,7 +44,9 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     else:
         model = MoshiTTTForConditionalGeneration.from_pretrained(settings.path, dtype=dtype, **settings.ttt)
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.2x renames it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

@@ -1,0 +1,76 @@
+"""The plain case with transformers' own Trainer: python examples/trainer.py [--steps 20] [--output runs/trainer]
+
+Each dialogue is one example; the processor makes frames and labels, the model computes its loss. Memory carried over windows, losses divided
+over unequal ranks, and exact resume with lanes are what `moshi-ttt train` is for.
+"""
+
+import argparse
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainingArguments
+
+from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
+from modeling_moshi_ttt.common.audio import read_audio
+from modeling_moshi_ttt.common.recordings import read_manifest
+
+PADDING = {"input_ids": -1, "moshi_audio_codes": -1, "user_audio_codes": -1, "text_labels": -100, "audio_labels": -100}
+
+
+def load_examples(manifest: str, processor: MoshiTTTProcessor) -> list[dict[str, torch.Tensor]]:
+    """One dict of frames a recording, without the batch dimension."""
+    examples = []
+    for recording in read_manifest(manifest):
+        samples = torch.from_numpy(read_audio(recording.path, processor.sampling_rate))
+        frames = processor(samples, sampling_rate=processor.sampling_rate, words=recording.words)
+        examples.append({name: tensor[0] for name, tensor in frames.items()})
+    return examples
+
+
+def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Recordings of unequal lengths as one batch, filled up on the right with frames that are absent and not trained."""
+    batch = {}
+    for name, fill in PADDING.items():
+        rows = [example[name].T if example[name].dim() == 2 else example[name] for example in examples]  # [T, K] or [T]
+        padded = pad_sequence(rows, batch_first=True, padding_value=fill)
+        batch[name] = padded.transpose(1, 2) if padded.dim() == 3 else padded
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    return batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configuration/model/tiny.json")
+    parser.add_argument("--processor", default="configuration/model/tiny")
+    parser.add_argument("--manifest", default="examples/data/dialogues/train.jsonl")
+    parser.add_argument("--output", default="runs/trainer")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    processor = MoshiTTTProcessor.from_pretrained(options.processor)
+    model = MoshiTTTForConditionalGeneration(MoshiTTTConfig.from_json_file(options.config))
+    arguments = TrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=3e-3,
+        warmup_steps=max(options.steps // 10, 1),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=load_examples(options.manifest, processor))
+    trainer.train()
+    trainer.save_model(options.output)
+    processor.save_pretrained(options.output)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the model is in {options.output}")
+
+
+if __name__ == "__main__":
+    main()
