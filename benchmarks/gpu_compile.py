@@ -29,7 +29,7 @@ def pointer_type(name: str, tokens: str) -> str:
     return "*" + (tokens if name in TOKENS else "i8" if name == "complete_ptr" else "fp32")
 
 
-def compile_one(name: str, dim: int, b: int, precision: str, block: int, warps: int) -> dict[str, Any]:
+def compile_one(name: str, dim: int, b: int, precision: str, block: int, warps: int, stages: int) -> dict[str, Any]:
     """One kernel in one configuration, as a row of the table."""
     kernel, padded = KERNELS[name], max(16, 1 << (b - 1).bit_length())
     known = {"D": dim, "F": 4 * dim, "TOKENS": b, "BT": padded, "QUERY": True, "SAVE": True, "PRECISION": precision, "BLOCK_F": block}
@@ -43,9 +43,9 @@ def compile_one(name: str, dim: int, b: int, precision: str, block: int, warps: 
             signature[parameter.name] = "fp32" if parameter.name == "eps" else "i32"
     begin = time.perf_counter()
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     taken = time.perf_counter() - begin
-    row = {"kernel": name, "D": dim, "b": b, "tokens": DTYPE[precision], "products": precision, "BLOCK_F": block, "warps": warps}
+    row = {"kernel": name, "D": dim, "b": b, "tokens": DTYPE[precision], "products": precision, "BLOCK_F": block, "warps": warps, "stages": stages}
     return row | {"shared_bytes": compiled.metadata.shared, **resources(compiled.asm["cubin"]), "seconds": round(taken, 1)}
 
 
@@ -71,15 +71,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
-    print(f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products BLOCK_F warps  shared KB registers spilled B  compiled in s")
+    print(f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products BLOCK_F warps stages  shared KB registers spilled B  compiled in s")
     for name in args.kernels:
         for dim in args.head_dims:
             for precision in args.precision:
-                for block, warps in CONFIGURATIONS[name][dim]:
-                    row = compile_one(name, dim, args.mini_batch, precision, block, warps)
+                for block, warps, stages in CONFIGURATIONS[name][dim]:
+                    row = compile_one(name, dim, args.mini_batch, precision, block, warps, stages)
                     rows.append(row)
                     print(
-                        f"{name:16} {dim:3} {row['b']:2} {row['tokens']:>6} {precision:>8} {block:7} {warps:5} {row['shared_bytes'] / 1024:10.1f} "
+                        f"{name:16} {dim:3} {row['b']:2} {row['tokens']:>6} {precision:>8} {block:7} {warps:5} {stages:6} {row['shared_bytes'] / 1024:10.1f} "
                         f"{row['registers']:9} {row['stack_bytes']:9} {row['seconds']:14.1f}",
                         flush=True,
                     )

@@ -26,14 +26,15 @@ MAX_MINI_BATCH = 64
 
 TOKEN_DTYPES = (torch.float32, torch.bfloat16)
 
-# The widths BLOCK_F of the tiles and the numbers of warps that are tried, once per kernel, head width and mini-batch size; Triton keeps the
-# winner in its cache directory. Every pair fits in the 227 KB of shared memory of one H100 multiprocessor (tests compile them all).
-# BLOCK_F = 4 D in the MLP's forward means: fast weights in registers from one mini-batch to the next.
+# What is tried, once per kernel, head width and mini-batch size: (width BLOCK_F of a tile, warps, stages of prefetched loads). Triton keeps the
+# winner in its cache directory. Each fits in the 227 KB of shared memory of one H100 multiprocessor (the tests compile them all). BLOCK_F = 4 D
+# in the MLP's forward means: fast weights in registers from one mini-batch to the next. Prefetching stays inside a loop over tiles, and no loop
+# reads what it has written, so it never overtakes the barriers between the passes.
 CONFIGURATIONS = {
-    "linear_forward": {32: [(0, 1), (0, 2), (0, 4)], 64: [(0, 4), (0, 8)], 128: [(0, 8), (0, 16)]},
-    "linear_backward": {32: [(0, 1), (0, 2), (0, 4)], 64: [(0, 4), (0, 8)], 128: [(0, 8), (0, 16)]},
-    "mlp_forward": {32: [(64, 4), (128, 8)], 64: [(64, 8), (64, 4), (256, 16)], 128: [(64, 8), (32, 8), (32, 4)]},
-    "mlp_backward": {32: [(64, 4), (128, 8)], 64: [(64, 8), (64, 4)], 128: [(32, 8), (32, 4), (64, 8)]},
+    "linear_forward": {32: [(0, 1, 1), (0, 4, 2)], 64: [(0, 4, 2), (0, 8, 2)], 128: [(0, 8, 1), (0, 8, 2), (0, 16, 1)]},
+    "linear_backward": {32: [(0, 1, 1), (0, 4, 2)], 64: [(0, 4, 2), (0, 8, 2)], 128: [(0, 8, 1), (0, 16, 1)]},
+    "mlp_forward": {32: [(64, 4, 2), (128, 8, 1)], 64: [(64, 8, 2), (64, 4, 2), (256, 16, 1)], 128: [(64, 8, 1), (32, 8, 2), (32, 4, 2)]},
+    "mlp_backward": {32: [(64, 4, 2), (128, 8, 1)], 64: [(64, 8, 1), (64, 8, 2), (64, 4, 2)], 128: [(32, 8, 1), (32, 8, 2), (32, 4, 2)]},
 }
 KERNELS = {
     "linear_forward": linear_forward,
@@ -62,6 +63,8 @@ def is_supported(q: Tensor, weights: tuple[Tensor, ...]) -> str | None:
         return "Triton is not installed"
     if q.device.type != ("cpu" if interpreted() else "cuda"):
         return f"the tensors are on {q.device}; the kernels run on CUDA (or, with TRITON_INTERPRET=1, on the CPU)"
+    if torch.version.hip is not None:
+        return "the GPU is AMD's; the kernels use NVIDIA's tf32 products"
     if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
         return f"the GPU's compute capability is {torch.cuda.get_device_capability(q.device)}; the kernels need (8, 0) or newer"
     if q.dtype not in TOKEN_DTYPES:
@@ -184,7 +187,7 @@ def _ranges(row: int, first: int, count: int, total: int, starts: int, start_ind
 def _rows_at_once(q: Tensor, saved: list[Tensor], group: int) -> int:
     """How many (row, head) pairs one launch of the backward takes, so that their recomputed weights stay in bounds."""
     each = 4 * group * sum(w[0, 0, 0].numel() for w in saved)
-    at_least = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    at_least = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     return min(max(at_least, SCRATCH_BYTES // each), q.shape[0] * q.shape[3])
 
 
@@ -233,7 +236,8 @@ def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges
 def _tuned(name: str, dim: int):
     """The kernel with the choice of its configuration, which the first call with a new shape makes by measurement."""
     configs = [
-        triton.Config({"BLOCK_F": block} if block else {}, num_warps=warps, num_stages=1) for block, warps in CONFIGURATIONS[name][dim]
+        triton.Config({"BLOCK_F": block} if block else {}, num_warps=warps, num_stages=stages)
+        for block, warps, stages in CONFIGURATIONS[name][dim]
     ]
     changed = [*ADDED_TO, *(n for n in KERNELS[name].arg_names if n in ("d_w1_ptr", "d_b1_ptr", "d_w2_ptr", "d_b2_ptr"))]
     key = [n for n in KERNELS[name].arg_names if n in ("TOKENS", "QUERY", "SAVE", "PRECISION")]

@@ -9,10 +9,14 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from ttt_cases import INPUTS, WEIGHTS, layer_config, make_inputs, run, run_all, start
 
 from modeling_moshi_ttt import ttt_kernels, ttt_scan
-from tests.ttt_cases import INPUTS, WEIGHTS, make_inputs, run, run_all, start
+from modeling_moshi_ttt.ttt_layer import TTTMLP, TTTLinear
 
 GUARD, MARK = 64, 12345.0
 
@@ -80,9 +84,9 @@ def test_odd_sizes(mixer, shape, group):
 
 
 @pytest.mark.parametrize("mixer", ["linear", "mlp"])
-@pytest.mark.parametrize("shape", [(2, 9, 1, 32, 4), (1, 18, 1, 64, 16), (1, 6, 1, 128, 3)])
-def test_bfloat16(mixer, shape):
-    check(mixer, shape, bound=1e-2, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("shape", "cuts"), [((2, 9, 1, 32, 4), (3,)), ((1, 18, 1, 64, 16), ()), ((1, 6, 1, 128, 3), ())])
+def test_bfloat16(mixer, shape, cuts):
+    check(mixer, shape, bound=1e-2, dtype=torch.bfloat16, cuts=cuts)
 
 
 @pytest.mark.parametrize("mixer", ["linear", "mlp"])
@@ -175,6 +179,14 @@ def test_inference_keeps_no_states(guards):
     assert not out.requires_grad
 
 
+def test_memory_kept_for_the_backward_is_one_state_a_group(guards):
+    inputs, complete = arguments("linear", number=5)
+    ttt_kernels.scan_mini_batches(*inputs[:7], tuple(inputs[7:]), complete, group_size=2, eps=1e-6)
+    states = [x for x in guards if x.numel() == 2 * 3 * 32 * 32 + 2 * GUARD]  # rows x groups x W1
+    assert len(states) == 1
+    assert len(guards) == 1 + 2 + 2  # the output, the last weights, those kept
+
+
 def test_inputs_stay_as_they_are():
     inputs, complete = arguments("mlp")
     before = [x.detach().clone() for x in inputs]
@@ -225,3 +237,37 @@ def test_what_the_kernels_do_not_take_is_named(guards):
     values = make_inputs("linear", 1, 2, 1, 48, 2, dtype=torch.float32)
     with pytest.raises(ValueError, match="head dimension is 48"):
         run("linear", values, start("linear", values, 1), backend="triton")
+
+
+def layer_outcome(layer, x):
+    y = layer(x)[0]
+    y.square().sum().backward()
+    return {"y": y.detach()} | {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in layer.named_parameters()}
+
+
+def make_layer(mixer, implementation):
+    torch.manual_seed(2)
+    config = layer_config(hidden_size=64, ttt_num_heads=2, ttt_head_dim=32, ttt_mixer=mixer, ttt_implementation=implementation)
+    layer = {"linear": TTTLinear, "mlp": TTTMLP}[mixer](config)
+    torch.nn.init.normal_(layer.wo.weight, std=0.1)
+    return layer
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mlp"])
+def test_a_layer_gives_what_it_gives_in_torch(mixer):
+    x = torch.randn(1, 6, 64)
+    ours, theirs = (layer_outcome(make_layer(mixer, implementation), x) for implementation in ("triton", "scan"))
+    found = errors(ours, theirs)
+    assert max(found.values()) <= 1e-4, found
+
+
+def test_a_layer_under_fsdp2(tmp_path):
+    x = torch.randn(1, 5, 64)
+    plain = layer_outcome(make_layer("linear", "triton"), x)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/meeting")
+    try:
+        sharded = fully_shard(make_layer("linear", "triton"), mesh=init_device_mesh("cpu", (1,)))
+        found = errors(layer_outcome(sharded, x), plain)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert max(found.values()) <= 1e-6, found

@@ -72,8 +72,7 @@ def test_cpu_tensors_are_refused_outside_the_interpreter():
 @pytest.mark.parametrize("dim", ttt_kernels.HEAD_DIMS)
 def test_tuning_tries_what_is_listed_and_restores_what_a_kernel_adds_to(name, dim):
     tuned = ttt_kernels._tuned(name, dim)
-    assert [(c.kwargs.get("BLOCK_F", 0), c.num_warps) for c in tuned.configs] == ttt_kernels.CONFIGURATIONS[name][dim]
-    assert all(c.num_stages == 1 for c in tuned.configs)  # a pipelined loop would load weights before the mini-batch before has stored them
+    assert [(c.kwargs.get("BLOCK_F", 0), c.num_warps, c.num_stages) for c in tuned.configs] == ttt_kernels.CONFIGURATIONS[name][dim]
     assert {"TOKENS", "PRECISION"} <= set(tuned.keys)
     source = inspect.getsource(ttt_kernels.KERNELS[name].fn)
     changed = set(re.findall(r"add_to\((\w+_ptr)", source)) | set(re.findall(r"tl\.store\((d_[wb][12]_ptr)", source))
