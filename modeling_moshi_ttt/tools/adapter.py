@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from ..common.files import atomic_write
@@ -58,19 +59,49 @@ def hub_base(adapter_config: dict[str, Any], base: str | None) -> tuple[str, str
     return own, adapter_config.get("revision")
 
 
+def base_config(folder: Path) -> MoshiTTTConfig:
+    """The configuration an adapter's base must have: from beside it, or from the base itself with the TTT settings of the adapter's run.
+
+    Raises ValueError for a base that is missing, of another type, or with other TTT layers than the adapter.
+    """
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    base, revision = str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
+    if (folder / BASE_CONFIG).is_file():
+        config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
+    else:
+        config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
+    check_layers(adapter_layers(folder), config.ttt_layers, base)
+    return config
+
+
+def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
+    if not base:
+        raise ValueError("the adapter names no base model: name it in adapter_config.json, as base_model_name_or_path")
+    try:
+        raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
+    check_model_type(raw, base)
+    return raw
+
+
+def _run_ttt(folder: Path) -> dict[str, Any]:
+    """TTT settings that the run put on top of its base."""
+    path = folder / "run.json"
+    return dict(read_json(path).get("run", {}).get("model", {}).get("ttt") or {}) if path.is_file() else {}
+
+
 def load_base(folder: Path) -> MoshiTTTForConditionalGeneration:
     """The base of an adapter in its own dtype. Its configuration is compared before any weights are read."""
-    adapter_config = read_json(folder / ADAPTER_CONFIG)
-    base = adapter_config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model")
-    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
-        raise FileNotFoundError(f"the adapter's base {base} is missing")
-    revision: Any = adapter_config.get("revision")
-    raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
-    check_model_type(raw, base)
-    check_layers(adapter_layers(folder), MoshiTTTConfig.from_dict(raw).ttt_layers, base)
-    return MoshiTTTForConditionalGeneration.from_pretrained(base, revision=revision, dtype="auto")
+    adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
+    base, revision = str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
+    raw = _raw_config(base, revision)
+    if raw.get("ttt_layers"):  # a base without TTT layers gets fresh ones, which the adapter then fills
+        check_layers([int(layer) for layer in config.ttt_layers], MoshiTTTConfig.from_dict(raw).ttt_layers, base)
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    return MoshiTTTForConditionalGeneration.from_pretrained(base, config=config, dtype="auto", **options)
 
 
 def load_adapter(folder: Path) -> PeftModel:
@@ -92,24 +123,9 @@ def weight_problems(folder: Path, config: MoshiTTTConfig) -> list[str]:
     return sorted(problems) + finite_problems(files)
 
 
-def base_config(folder: Path) -> MoshiTTTConfig:
-    """From beside the adapter, or from the base itself."""
-    if (folder / BASE_CONFIG).is_file():
-        return MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
-    adapter_config = read_json(folder / ADAPTER_CONFIG)
-    base: Any = adapter_config.get("base_model_name_or_path")
-    revision: Any = adapter_config.get("revision")
-    try:
-        return MoshiTTTConfig.from_pretrained(base, revision=revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
-
-
 def verify_adapter(folder: Path, run_probe: bool) -> Facts:
     """As `verify`, for an adapter: its own weights, its base's configuration, and the two together on the probe."""
     adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
-    check_layers(adapter_layers(folder), config.ttt_layers, str(adapter_config.get("base_model_name_or_path")))
     refuse(weight_problems(folder, config), folder)
     layers = [int(layer) for layer in config.ttt_layers]
     facts = Facts("adapter", ttt_layers=layers, ttt_mixer=config.ttt_mixer, base=str(adapter_config.get("base_model_name_or_path")))

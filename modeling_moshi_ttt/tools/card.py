@@ -1,6 +1,5 @@
 """The model card: what a run and its checkpoint say of themselves, set into the template."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ SHOWN = (
 
 
 def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
-    """Render README.md for a staged folder from what lies in it: configuration, run_config.json, results.json, summary.json."""
-    run, results, summary = (_optional(folder / name) for name in ("run_config.json", "results.json", "summary.json"))
+    """Render README.md for a staged folder from what lies in it: configuration, run_config.json, results.json and pictures."""
+    run, results = (_optional(folder / name) for name in ("run_config.json", "results.json"))
     config = read_json(folder / (BASE_CONFIG if kind == "adapter" else "config.json"))
     details = run.get("card", {})
     rows = evaluation_rows(results)
@@ -68,10 +67,11 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
         ttt_mixer="linear" if facts.ttt_mixer == "linear" else "two-layer",
         window=config["sliding_window"],
         window_seconds=round(config["sliding_window"] / FRAME_RATE, 1),
-        facts=fact_rows(facts, config, summary),
+        facts=fact_rows(facts, config),
         training=training_rows(run),
         evaluation=rows,
-        long_context=(folder / "long_context.png").is_file(),
+        curve=(folder / "loss.png").is_file(),
+        long_context=long_context_pictures(folder, results),
         languages=", ".join(details.get("languages", [])),
         license=data.license,
     )
@@ -98,7 +98,7 @@ def _spans(layers: list[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}–{span[-1]}" for span in spans)
 
 
-def fact_rows(facts: Facts, config: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
+def fact_rows(facts: Facts, config: dict[str, Any]) -> list[tuple[str, str]]:
     """The table of what the checkpoint holds."""
     rows = [("parameters", f"{facts.total:,}")]
     rows += [(f"… {kind}", f"{number:,}") for kind, number in facts.parameters.items()]
@@ -106,7 +106,6 @@ def fact_rows(facts: Facts, config: dict[str, Any], summary: dict[str, Any]) -> 
     if facts.ttt_layers:
         rows.append(("TTT layers", f"{_spans(facts.ttt_layers)}: {facts.ttt_mixer}, mini-batch {config['ttt_mini_batch_size']}"))
     rows.append(("codebooks", f"{config['num_codebooks']} of Moshi's, {config['num_user_codebooks']} of the user's"))
-    rows += [(key.replace("_", " "), str(value)) for key, value in summary.items() if isinstance(value, str | int | float)]
     return rows
 
 
@@ -120,6 +119,12 @@ def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
         if value is not None:
             rows.append((name, str(value)))
     return rows
+
+
+def long_context_pictures(folder: Path, results: dict[str, Any]) -> list[str]:
+    """The pictures of loss against position, as far as they are there."""
+    names = [f"pictures/{name}.png" for name, part in results.get("tasks", {}).items() if part.get("kind") == "long_context"]
+    return [name for name in names if (folder / name).is_file()]
 
 
 def evaluation_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,16 +152,10 @@ def evaluation_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def without_paths(text: str) -> str:
-    """JSON for others to read: absolute paths of this machine keep their last part only."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        if isinstance(value, str) and value.startswith(("/", "~")):
-            return Path(value).name
-        return value
-
-    return json.dumps(clean(json.loads(text)), indent=1)
+def without_paths(value: Any) -> Any:
+    """Settings or results for others to read: absolute paths of this machine keep their last part only."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value

@@ -36,6 +36,7 @@ def push(
     tag: str | None = None,
     base: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    results: str | os.PathLike[str] | None = None,
     api: HfApi | None = None,
 ) -> Pushed:
     """Push a run folder or a checkpoint folder to `repo_id`.
@@ -44,6 +45,7 @@ def push(
         kind: "full", "adapter" or "merged" (an adapter put into its base); by default what the folder holds.
         tag: also name the commit.
         base: the adapter's base on the Hub, where its own configuration names a local folder.
+        results: the folder of an evaluation, whose results and pictures go up too.
 
     Raises:
         ValueError: what is wrong with the source, the name or the login. OSError: a transfer that failed; the old revision stands.
@@ -59,7 +61,7 @@ def push(
     with TemporaryDirectory(prefix=".push-", dir=_room(folder)) as temporary:
         staged = Path(temporary) / "staged"
         staged.mkdir()
-        facts = stage(folder if folder.name != "final" else source, staged, repo_id, kind, base, max_shard_size)
+        facts = stage(source, staged, repo_id, kind, base, max_shard_size, results)
         with hub_errors(f"pushing to {repo_id}"):
             oid = _upload(api, staged, repo_id, private, remote)
     if tag:
@@ -116,11 +118,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--tag", help="also name this commit, such as v1")
     parser.add_argument("--base", help="the adapter's base on the Hub, when it was trained on a local copy")
+    parser.add_argument("--results", metavar="FOLDER", help="an evaluation's output folder, to be shown in the card")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    done = push(args.source, args.repo_id, args.kind, args.private, args.tag, args.base, args.max_shard_size)
+    done = push(args.source, args.repo_id, args.kind, args.private, args.tag, args.base, args.max_shard_size, args.results)
     print(done.facts.describe())
     print(f"pushed to {done.url}" + (f" as {args.tag}" if args.tag else "") + f" (commit {done.oid[:8]})")
     return 0

@@ -25,9 +25,9 @@ AUTO_MAP = {
     "AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor",
 }
 PROCESSOR_CONFIG = "processor_config.json"
-# Where a run keeps its final model, and what else of a run is worth showing.
-FINAL = "final"
-RUN_FILES = ("run_config.json", "results.json", "summary.json", "curve.png", "long_context.png")
+# Where a run keeps its final model, its settings and its loss curve; where an evaluation keeps what it found.
+FINAL, RUN_CONFIG, FINAL_RUN, CURVE = "final", "run_config.json", "run.json", "loss.png"
+RESULTS, PICTURES = "results.json", "pictures"
 KINDS = ("full", "adapter", "merged")
 
 
@@ -47,7 +47,8 @@ def locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
                 f"{root} holds neither a config.json, nor an {ADAPTER_CONFIG}, nor a folder {FINAL!r} with one: nothing to push"
             )
         return root / FINAL, root
-    return root, root if any((root / name).is_file() for name in RUN_FILES[:1]) else root.parent if root.name == FINAL else root
+    run = root.parent if root.name == FINAL and (root.parent / RUN_CONFIG).is_file() else root
+    return root, run
 
 
 def choose_kind(folder: Path, kind: str | None) -> str:
@@ -69,8 +70,11 @@ def stage(
     kind: str | None = None,
     base: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    results: str | os.PathLike[str] | None = None,
 ) -> Facts:
     """Fill the empty folder `target` from a run or checkpoint, load it again, and compare its loss on the probe with the source's.
+
+    `results` is the folder of an evaluation; without it the run's own results.json is taken where there is one.
 
     Raises ValueError where the source is no whole checkpoint, or where what was staged is not the same model.
     """
@@ -86,7 +90,8 @@ def stage(
     for path in model_files():
         shutil.copyfile(path, target / path.name)
     add_auto_map(target)
-    copy_run(run, target)
+    copy_run(folder, run, target)
+    copy_results(Path(results) if results else run, target, wanted=results is not None)
     facts = verify(target)
     if facts.probe != loss:
         compare(loss, float("nan") if facts.probe is None else facts.probe, getattr(torch, next(iter(facts.dtypes))))
@@ -108,6 +113,9 @@ def _stage_full(folder: Path, target: Path, max_shard_size: int | str) -> float:
     return loss
 
 
+REWRITTEN = (MANIFEST, PROBE, "README.md", "config.json", ADAPTER_CONFIG, FINAL_RUN, RUN_CONFIG, RESULTS)
+
+
 def _is_weights(path: Path) -> bool:
     return path.name in (SINGLE, INDEX, ADAPTER_WEIGHTS) or (path.name.startswith("model-") and path.suffix == ".safetensors")
 
@@ -126,14 +134,26 @@ def copy_others(folder: Path, target: Path) -> None:
                 shutil.copyfile(path, target / name)
 
 
-def copy_run(run: Path, target: Path) -> None:
-    """The run's settings, results and pictures, without the paths of the machine it ran on."""
-    for name in RUN_FILES:
-        path = run / name
-        if path.is_file() and path.suffix == ".json":
-            atomic_write(target / name, without_paths(path.read_text()))
-        elif path.is_file():
-            shutil.copyfile(path, target / name)
+def copy_run(folder: Path, run: Path, target: Path) -> None:
+    """The run's settings and loss curve, without the paths of the machine it ran on."""
+    for path in (folder / FINAL_RUN, run / RUN_CONFIG, folder / RUN_CONFIG):
+        if path.is_file() and not (target / RUN_CONFIG).exists():
+            content = read_json(path)
+            atomic_write(target / RUN_CONFIG, json.dumps(without_paths(content.get("run", content)), indent=1))
+    if (run / CURVE).is_file():
+        shutil.copyfile(run / CURVE, target / CURVE)
+
+
+def copy_results(source: Path, target: Path, wanted: bool) -> None:
+    """An evaluation's results.json and pictures."""
+    if not (source / RESULTS).is_file():
+        if wanted:
+            raise FileNotFoundError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
+        return
+    atomic_write(target / RESULTS, json.dumps(without_paths(read_json(source / RESULTS)), indent=1))
+    for picture in sorted((source / PICTURES).glob("*.png")):
+        (target / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(picture, target / PICTURES / picture.name)
 
 
 def add_auto_map(target: Path) -> None:

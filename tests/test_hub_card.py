@@ -1,0 +1,129 @@
+"""The model card says what the checkpoint holds, its metadata are the Hub's own, and its code runs as it stands."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from hub_checkpoints import save_adapter, save_checkpoint
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+
+from modeling_moshi_ttt.tools.stage import stage
+
+RUN = {
+    "run_dir": "/home/somebody/runs/one",
+    "mode": "full",
+    "model": {"path": "kyutai/moshiko", "ttt": {"ttt_layers": "all"}, "dtype": "float32"},
+    "data": {"train": "/home/somebody/data/talk:1", "window_seconds": 20.0, "batch_size": 4},
+    "optim": {"steps": 300, "lr": 1e-3, "ttt_lr": 5e-3},
+    "lora": None,
+    "seed": 7,
+}
+RESULTS = {
+    "tasks": {
+        "zero_shot": {
+            "kind": "zero_shot",
+            "scoring": {"reduction": "mean", "user": "absent", "text": "not scored"},
+            "tasks": {
+                "sWUGGY": {"accuracy": 0.6335, "interval": [0.61, 0.655], "groups": {}},
+                "sBLIMP": {"accuracy": 0.545, "interval": None, "groups": {}},
+            },
+        },
+        "long_context": {"kind": "long_context"},
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory):
+    """Staged folders of a trained model with results, and of an adapter for it; the run they come from."""
+    root = tmp_path_factory.mktemp("card")
+    run = root / "run"
+    save_checkpoint(run / "final")
+    (run / "run_config.json").write_text(json.dumps({"run": RUN, "fixed": {}}))
+    (run / "loss.png").write_bytes(b"a picture")
+    (root / "evaluation" / "pictures").mkdir(parents=True)
+    (root / "evaluation" / "results.json").write_text(json.dumps(RESULTS))
+    (root / "evaluation" / "pictures" / "long_context.png").write_bytes(b"a picture")
+    for name in ("whole", "plain"):
+        (root / name).mkdir()
+    stage(run, root / "whole", "user/whole", results=root / "evaluation")
+    stage(run / "final", root / "plain", "user/plain")
+    return root
+
+
+def test_metadata_are_what_the_hub_reads(cards):
+    card = ModelCard.load(cards / "whole" / "README.md")
+    data = card.data
+    assert (data.license, data.pipeline_tag, data.library_name) == ("cc-by-4.0", "audio-to-audio", "transformers")
+    assert (data.base_model, data.base_model_relation, data.language) == ("kyutai/moshiko", "finetune", ["en"])
+    assert {"moshi", "test-time-training"} <= set(data.tags)
+    results = {result.dataset_name: result for result in data.eval_results}
+    assert results["sWUGGY"].metric_value == 63.35
+    assert results["sWUGGY"].metric_args == {"chance": 50.0, "protocol": "reduction mean, user absent, text not scored"}
+    assert "chance 50" in results["sBLIMP"].metric_name
+
+
+def test_tables_show_the_run_and_its_results(cards):
+    text = (cards / "whole" / "README.md").read_text()
+    for line in (
+        "| steps | 300 |",
+        "| learning rate of TTT weights | 0.005 |",
+        "| started from | kyutai/moshiko |",
+        "| sWUGGY | 63.35 | 61.0–65.5 | 50.0 | reduction mean, user absent, text not scored |",
+        "| sBLIMP | 54.5 | – | 50.0 | reduction mean, user absent, text not scored |",
+        "| TTT layers | 0–1: mlp, mini-batch 4 |",
+    ):
+        assert line in text
+    assert "![Loss against position in the recording](pictures/long_context.png)" in text
+    assert "![Loss against step](loss.png)" in text
+    assert "Limits and risks" in text
+    assert "{{" not in text
+    assert "{%" not in text
+    plain = (cards / "plain" / "README.md").read_text()
+    assert "No evaluation results were stored" in plain
+    assert ModelCard(plain).data.eval_results is None
+
+
+def test_paths_of_the_machine_stay_at_home(cards):
+    for path in (cards / "whole").rglob("*"):
+        if path.is_file():
+            assert b"/home/somebody" not in path.read_bytes(), path.name
+    assert json.loads((cards / "whole" / "run_config.json").read_text())["run_dir"] == "one"
+
+
+def test_staging_twice_gives_the_same_bytes(cards, tmp_path):
+    stage(cards / "run", tmp_path, "user/whole", results=cards / "evaluation")
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(cards / "whole").as_posix() for path in (cards / "whole").rglob("*") if path.is_file()}
+    assert all((tmp_path / name).read_bytes() == (cards / "whole" / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_the_cards_code_runs_as_it_stands(cards, tmp_path, kind):
+    """Every python block, one after the other, in a Python without this package."""
+    with HubServer() as hub:
+        environment = {**os.environ, **hub.environment(str(tmp_path / "home")), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        whole = {path.relative_to(cards / "whole").as_posix(): path.read_bytes() for path in (cards / "whole").rglob("*") if path.is_file()}
+        hub.add("user/whole", whole)
+        if kind == "adapter":
+            save_adapter(tmp_path / "adapter", str(cards / "whole"))
+            push = ["push", str(tmp_path / "adapter"), "user/adapter", "--base", "user/whole"]
+            code = f"from modeling_moshi_ttt.tools.cli import main\nassert main({push!r}) == 0"
+            subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+        text = hub.repos[f"user/{kind}"].files()["README.md"].decode()
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(blocks) == (4 if kind == "whole" else 3)
+        absent = "import sys\nsys.modules['modeling_moshi_ttt'] = None\n"  # an import of it fails
+        done = subprocess.run(
+            [sys.executable, "-c", absent + "\n".join(blocks)], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert "step 1: loss" in done.stdout
+    assert ("'input_ids': (1, 25)" in done.stdout) == (kind == "whole")
+    if kind == "adapter":
+        data = ModelCard(text).data
+        assert (data.base_model, data.base_model_relation, data.library_name) == ("user/whole", "adapter", "peft")
