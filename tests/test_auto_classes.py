@@ -47,9 +47,8 @@ def test_loading_in_bfloat16_sharded_and_with_a_device_map(folder, tmp_path):
 
 
 def test_loading_quantized(folder):
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    model = AutoModel.from_pretrained(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not in [dev]: installed, it slows every import down")
+    model = AutoModel.from_pretrained(folder, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()))
     layer = model.decoder.model.layers[0]
     assert type(layer.self_attn.q_proj.linear.weight.data).__name__ == "Int8Tensor"
     assert type(layer.ttt.wq.weight.data).__name__ == "Int8Tensor"
