@@ -12,6 +12,10 @@ IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
 # Published inner learning rates, TTT paper section 2.7 (linear) and appendix (MLP).
 DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
+# Which file of a saved checkpoint holds what transformers' Auto classes ask for.
+_MODEL = "modeling_moshi_ttt.MoshiTTTForConditionalGeneration"
+AUTO_MAP = {"AutoModel": _MODEL, "AutoModelForTextToWaveform": _MODEL, "AutoModelForMultimodalLM": _MODEL}
+
 
 def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
     """Turn a choice of layers into a sorted list of layer numbers.
@@ -88,6 +92,7 @@ class MoshiTTTConfig(MoshiConfig):
     """
 
     model_type = "moshi_ttt"
+    _auto_class = "AutoConfig"  # saved checkpoints carry this file
 
     ttt_layers: list[int] | str = "middle"
     ttt_mixer: str = "mlp"
@@ -124,7 +129,7 @@ class MoshiTTTConfig(MoshiConfig):
         if self.audio_delays is None:
             self.audio_delays = [min(k, 1) for count in (self.num_codebooks, self.num_user_codebooks) for k in range(count)]
         self._check_codebooks()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         self._check_rope()
 
     def _check_choices(self) -> None:

@@ -274,6 +274,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model.
     """
 
+    _auto_class = "AutoModel"  # saved checkpoints carry the code
     # The loss is a mean already; `Trainer` then divides by the accumulation steps as it should.
     accepts_loss_kwargs = False
 
