@@ -64,6 +64,9 @@ def place(tmp_path_factory):
             ["push", "adapter", "user/merged", "--merged"],
         ]
         code = f"from modeling_moshi_ttt.tools.cli import main\nfor command in {commands!r}:\n    assert main(command) == 0, command\n"
+        code += "from modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTProcessor\n"
+        code += "MoshiTTTForConditionalGeneration.from_pretrained('whole').push_to_hub('user/direct')\n"
+        code += "MoshiTTTProcessor.from_pretrained('whole').push_to_hub('user/direct')\n"
         done = python(code, folder, environment)
         yield hub, environment, folder, wanted, done.stdout + done.stderr
 
@@ -97,6 +100,8 @@ keep("device_map", AutoModel.from_pretrained("user/whole", device_map="cpu", **f
 keep("merged", AutoModel.from_pretrained("user/merged", **far))
 keep("adapter", AutoPeftModel.from_pretrained("user/adapter", **far))
 keep("by_hand", PeftModel.from_pretrained(AutoModel.from_pretrained("user/whole", **far), "user/adapter"))
+keep("direct", AutoModelForTextToWaveform.from_pretrained("user/direct", **far))
+assert AutoProcessor.from_pretrained("user/direct", **far).num_codebooks == 3
 config = AutoConfig.from_pretrained("user/whole", **far)
 assert config.model_type == "moshi_ttt" and config.ttt_layers == [0, 1], config
 processor = AutoProcessor.from_pretrained("user/whole", **far)
@@ -108,7 +113,7 @@ assert batch["moshi_audio_codes"].shape == (1, 3, 3), batch
     said = python(code, folder, environment).stdout
     assert said.splitlines()[-1].endswith("False")  # the package was not there
     results = load_file(folder / "results.safetensors")
-    same = {name: name for name in wanted} | {"tag": "whole", "device_map": "whole", "by_hand": "adapter"}
+    same = {name: name for name in wanted} | {"tag": "whole", "device_map": "whole", "direct": "whole", "by_hand": "adapter"}
     assert {name: difference(results, wanted, name, source) for name, source in same.items()} == dict.fromkeys(same, 0.0)
 
 
@@ -116,8 +121,9 @@ def test_shipped_python_is_exactly_the_flat_files(place):
     hub, *_ = place
     flat = {path.name: path.read_bytes() for path in model_files()}
     assert "modeling_moshi_ttt.py" in flat
-    for repo in hub.repos.values():
-        assert {name: data for name, data in repo.files().items() if name.endswith(".py")} == flat
+    for name, repo in hub.repos.items():
+        shipped = {name: data for name, data in repo.files().items() if name.endswith(".py")}
+        assert shipped == flat if name != "user/direct" else shipped.items() <= flat.items()  # save_pretrained takes what is needed
 
 
 def test_whole_repository_holds_what_was_promised(place):

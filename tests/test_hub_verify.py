@@ -1,0 +1,129 @@
+"""`moshi-ttt verify`: a whole checkpoint is described, and every way of not being whole is named."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_checkpoints import save_adapter, small_model
+from safetensors.torch import load_file, save_file
+
+from modeling_moshi_ttt.common.files import write_manifest
+from modeling_moshi_ttt.tools import cli
+from modeling_moshi_ttt.tools.probe import make_probe, probe_loss, write_probe
+from modeling_moshi_ttt.tools.verify import verify
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = small_model(ttt_layers=[1], ttt_mixer="linear")
+    model.save_pretrained(tmp_path / "model")
+    probe = make_probe(model.config)
+    write_probe(tmp_path / "model", probe, probe_loss(model, probe))
+    return tmp_path / "model"
+
+
+def change(folder, edit):
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+def test_a_whole_checkpoint_is_described(checkpoint, capsys):
+    write_manifest(checkpoint)
+    assert cli.main(["verify", str(checkpoint)]) == 0
+    said = capsys.readouterr().out
+    facts = verify(checkpoint)
+    model = small_model(ttt_layers=[1], ttt_mixer="linear")
+    assert facts.total == sum(parameter.numel() for parameter in model.parameters())
+    assert facts.parameters["gates"] == 32
+    assert facts.parameters["ttt"] == sum(p.numel() for n, p in model.named_parameters() if ".ttt." in n or ".ttt_layernorm." in n)
+    assert "TTT layers: 1 (linear)" in said
+    assert "dtype: float32 100%" in said
+    assert "as stored" in said
+    assert said.endswith("all is well\n")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("decoder.model.layers.1.ttt.W1"), "layers.1.ttt.W1 is missing: the configuration calls for it"),
+        (lambda t: t.pop("decoder.model.layers.1.ttt_gate.gating_alpha"), "ttt_gate.gating_alpha is missing"),
+        (lambda t: t.update({"decoder.model.layers.0.ttt.W1": torch.ones(1)}), "layers.0.ttt.W1 is unknown to this configuration"),
+        (lambda t: t.update({"decoder.lm_head.weight": torch.ones(3, 32)}), r"lm_head.weight has shape \[3, 32\]; .* \[30, 32\]"),
+        (lambda t: t["embed_tokens.2.weight"].fill_(float("inf")), "embed_tokens.2.weight holds 672 values that are NaN or infinite"),
+        (lambda t: t["decoder.model.norm.weight"].mul_(2), "this is not the same model"),
+    ],
+)
+def test_what_is_wrong_with_the_weights_is_named(checkpoint, edit, message):
+    change(checkpoint, edit)
+    with pytest.raises(ValueError, match=message):
+        verify(checkpoint)
+
+
+def test_what_is_wrong_with_the_files_is_named(checkpoint, capsys):
+    write_manifest(checkpoint)
+    (checkpoint / "notes.txt").write_text("new")
+    with pytest.raises(ValueError, match="notes.txt is not in the manifest"):
+        verify(checkpoint)
+    (checkpoint / "notes.txt").unlink()
+    data = (checkpoint / WEIGHTS).read_bytes()
+    (checkpoint / WEIGHTS).write_bytes(data[:-8])
+    with pytest.raises(ValueError, match=f"{WEIGHTS} has {len(data) - 8} bytes, the manifest says {len(data)}"):
+        verify(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    assert cli.main(["verify", str(checkpoint)]) == cli.FAILED
+    assert f"error: {checkpoint / WEIGHTS} is no whole safetensors file" in capsys.readouterr().err
+    (checkpoint / WEIGHTS).write_bytes(data)
+    (checkpoint / "optimizer.pt").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match="optimizer.pt is a pickle: it will not be read"):
+        verify(checkpoint)
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        verify(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        verify(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moshi"}))
+    with pytest.raises(ValueError, match="holds a model of type 'moshi', not 'moshi_ttt'; turn it into one with: moshi-ttt convert"):
+        verify(tmp_path)
+
+
+def test_adapters_are_checked_with_their_base(checkpoint, tmp_path):
+    adapted = save_adapter(tmp_path / "adapter", str(checkpoint))
+    probe = make_probe(adapted.config)
+    write_probe(tmp_path / "adapter", probe, probe_loss(adapted, probe))
+    facts = verify(tmp_path / "adapter")
+    assert (facts.kind, facts.base, facts.ttt_layers) == ("adapter", str(checkpoint), [1])
+    assert set(facts.parameters) == {"ttt", "gates", "lora"}
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("ttt.wq.bias")}, weights)
+    with pytest.raises(ValueError, match="decoder.model.layers.1.ttt.wq.bias is missing"):
+        verify(tmp_path / "adapter")
+    save_file({name.replace("layers.1.ttt", "layers.0.ttt"): tensor for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ValueError, match=r"the adapter is for TTT layers \[0\], its base .* has \[1\]"):
+        verify(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(ValueError, match="the adapter's base .*gone.* is missing"):
+        verify(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["push", "pull", "convert"])
+def test_the_scripts_are_the_commands(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"hub/{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "hub" / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == 0
+    assert f"usage: moshi-ttt {name}" in capsys.readouterr().out
+
+
+def test_the_card_template_is_shown_beside_them():
+    assert (ROOT / "hub" / "model_card.md.jinja").read_text() == (ROOT / "modeling_moshi_ttt" / "tools" / "model_card.md.jinja").read_text()
