@@ -1,0 +1,144 @@
+"""The recall task is what it says, window attention cannot do it, and a TTT layer can."""
+
+import json
+
+import pytest
+import torch
+
+from modeling_moshi_ttt.evaluation import recall, recall_task
+from modeling_moshi_ttt.evaluation.recall_task import (
+    FIRST_TEXT,
+    KEYS,
+    VALUES,
+    TrainSettings,
+    Variant,
+    make_batch,
+    make_model,
+    measure,
+    train,
+)
+from modeling_moshi_ttt.tools import cli
+
+
+def test_answers_are_the_values_of_the_repeated_keys():
+    batch = make_batch(20, 4, 24, torch.Generator().manual_seed(0))
+    codes, labels = batch.user_audio_codes[:, 0], batch.text_labels
+    assert codes.shape == labels.shape == (20, 2 * 4 + 24 + 4 + 1)
+    for row, label in zip(codes.tolist(), labels.tolist()):
+        told = {row[2 * i]: row[2 * i + 1] for i in range(4)}
+        assert len(told) == 4
+        assert all(code >= KEYS + VALUES for code in row[8:32])
+        assert sorted(row[32:36]) == sorted(told)
+        assert label[:33] == [-100] * 33
+        assert [FIRST_TEXT + told[key] - KEYS for key in row[32:36]] == label[33:]
+        assert row[36] == -1
+    order = {tuple(sorted(range(4), key=lambda i: row[32 + i])) for row in codes.tolist()}
+    assert len(order) > 5
+    with pytest.raises(ValueError, match="pairs is 51"):
+        make_batch(1, 51, 0, torch.Generator())
+
+
+def test_the_answer_is_not_in_what_the_model_is_given():
+    """The frame of the answer holds nothing, and text is absent: the answer can come from the memory alone."""
+    model = make_model(Variant())
+    seen = {}
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    batch = make_batch(2, 4, 24, torch.Generator().manual_seed(0))
+    recall_task._answers(model, batch)
+    assert set(seen) == {"user_audio_codes", "text_labels", "use_cache"}
+
+
+def test_without_ttt_the_model_has_no_ttt_weights():
+    names = [name for name, _ in make_model(Variant(None)).named_parameters()]
+    assert not any("ttt" in name for name in names)
+    with_ttt = {name for name, _ in make_model(Variant()).named_parameters()}
+    assert set(names) < with_ttt
+
+
+def test_one_pair_beyond_the_reach_of_two_windows():
+    """The short form of the claim: two layers of window 8 reach 14 frames back; after 16 and after 40 only TTT still knows."""
+    settings = TrainSettings(steps=220, batch_size=32, pairs=(1,), distances=(16, 16), learning_rate=5e-3, warm_up=20, cool_down=50)
+    remembering, forgetting = make_model(Variant("linear", 8), window=8), make_model(Variant(None), window=8)
+    steps = int(train(remembering, settings)["steps"])
+    train(forgetting, TrainSettings(**{**vars(settings), "steps": steps}))
+    for distance in (16, 40):
+        assert measure(remembering, 1, distance, 256)["accuracy"] >= 0.97
+        assert measure(forgetting, 1, distance, 256)["accuracy"] <= 0.06  # chance is 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mixer", "four", "eight"), [("linear", (0.97, 1.0), (0.9, 1.0)), (None, (0.0, 0.04), (0.0, 0.04))])
+def test_four_and_eight_pairs_beyond_the_window(mixer, four, eight):
+    """The claim in full; the picture in the README is of the same run."""
+    model = make_model(Variant(mixer, 16))
+    train(model, TrainSettings(seconds=3600))
+    for distance in (24, 48, 96):
+        assert four[0] <= measure(model, 4, distance)["accuracy"] <= four[1]
+        assert eight[0] <= measure(model, 8, distance)["accuracy"] <= eight[1]
+
+
+def test_training_stops_early_and_cools_down():
+    class Oracle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, user_audio_codes, text_labels, use_cache):
+            logits = torch.nn.functional.one_hot(text_labels.clamp(min=0), FIRST_TEXT + VALUES).float() + self.weight
+            return type("Output", (), {"logits": logits, "text_loss": logits.mean()})
+
+    steps = train(Oracle(), TrainSettings(steps=500, batch_size=2, cool_down=30, enough=0.9))["steps"]
+    assert steps == 45 + 30  # 1 - 0.95 ** 45 is the first above 0.9
+
+
+def small(tmp_path, **changes):
+    fields = {
+        "pairs": "[2]",
+        "distances": "[20]",
+        "steps": 2,
+        "batch_size": 4,
+        "sequences": 8,
+        "variants": "[{mixer: none}, {mixer: linear}]",
+    }
+    return ["recall", f"output={tmp_path / 'out'}", *[f"{key}={value}" for key, value in (fields | changes).items()]]
+
+
+def test_the_command_writes_numbers_and_the_picture(tmp_path, capsys):
+    assert cli.main(small(tmp_path)) == 0
+    results = json.loads((tmp_path / "out" / "recall.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["window attention alone", "TTT-linear, b = 16"]
+    assert (results["window"], results["chance"]) == (16, 0.02)
+    assert (tmp_path / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "recall.svg").is_file()
+    assert "TTT-linear, b = 16" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    real, trained = recall._run_variant, []
+
+    def stop_at_second(variant, *rest):
+        trained.append(variant.mixer)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return real(variant, *rest)
+
+    monkeypatch.setattr(recall, "_run_variant", stop_at_second)
+    assert cli.main(small(tmp_path)) == 130
+    assert cli.main(small(tmp_path)) == 0
+    assert trained == ["none", "linear", "linear"]
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path, capsys):
+    assert cli.main(small(tmp_path, variants="[{mixer: none}]")) == 0
+    assert cli.main(small(tmp_path, steps=3)) == 2
+    assert "other settings" in capsys.readouterr().err
+    assert cli.main(small(tmp_path, pairs="[]")) == 2
+    assert cli.main(small(tmp_path, stepps=3)) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    runs = [train(make_model(Variant()), TrainSettings(steps=3, batch_size=4)) for _ in range(2)]
+    assert runs[0]["running_accuracy"] == runs[1]["running_accuracy"]
+    models = [make_model(Variant()) for _ in range(2)]
+    assert measure(models[0], 4, 24, 16) == measure(models[1], 4, 24, 16)
