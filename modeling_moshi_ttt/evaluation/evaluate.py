@@ -33,6 +33,7 @@ class ZeroShotSettings:
     acoustic_weight: float = 1.0
     reduction: Literal["mean", "sum"] = "mean"
     submission: bool = False  # also write ZeroSpeech's submission files
+    published: bool = True  # set the published rows beside this model's; false for sets of your own in these layouts
 
 
 @dataclass

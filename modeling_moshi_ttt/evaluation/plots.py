@@ -64,17 +64,17 @@ def recall_figure(data: dict[str, Any]) -> Figure:
     """Heat maps: a panel for each number of pairs, a row for each model, a column for each distance; accuracy in percent."""
     cells = {(run["name"], cell["pairs"], cell["distance"]): cell["accuracy"] for run in data["runs"] for cell in run["results"]}
     counts = sorted({pairs for _, pairs, _ in cells})
-    figure = Figure(figsize=(1.6 + 3.4 * len(counts), 1.2 + 0.36 * len(data["runs"])), layout="constrained")
-    for axes, pairs in zip(np.atleast_1d(figure.subplots(1, len(counts))), counts):
+    names = [run["name"] for run in data["runs"]]
+    figure = Figure(figsize=(2.4 + 2.6 * len(counts), 1.2 + 0.36 * len(names)), layout="constrained")
+    for axes, pairs in zip(np.atleast_1d(figure.subplots(1, len(counts), sharey=True)), counts):
         distances = sorted({distance for _, p, distance in cells if p == pairs})
-        names = [run["name"] for run in data["runs"] if any(cell["pairs"] == pairs for cell in run["results"])]
         grid = np.array([[100.0 * cells.get((name, pairs, distance), np.nan) for distance in distances] for name in names])
         image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         _annotate(axes, grid)
         axes.set_xticks(range(len(distances)), [str(distance) for distance in distances])
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel(f"frames between (window {data['window']})")
-        axes.set_title(f"{pairs} pairs", fontsize=9)
+        axes.set_xlabel("frames between hearing and asking")
+        axes.set_title(f"{pairs} pairs, attention window {data['window']}", fontsize=9)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=figure.axes, label=f"recall, % (chance {100 * data['chance']:.0f})")

@@ -93,7 +93,7 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str
 
 def _resume(target: Path, settings: RecallSettings) -> dict[str, Any]:
     """What is there of a run with these very settings, or an empty result."""
-    kept = {key: value for key, value in asdict(settings).items() if key not in ("output", "variants", "threads")}
+    kept = {key: value for key, value in asdict(settings).items() if key not in ("output", "variants", "threads", "seconds")}
     if not target.is_file():
         from .recall_task import CHANCE
 

@@ -50,7 +50,7 @@ def _interval(bounds: list[float] | None, scale: float = 1.0, digits: int = 3) -
 def zero_shot_section(part: dict[str, Any]) -> Section:
     """This model beside the published rows; then, in the note, how it was scored, with the intervals and groups of each task."""
     tasks = part["tasks"]
-    table = comparison_table({name: task["accuracy"] for name, task in tasks.items()})
+    table = comparison_table({name: task["accuracy"] for name, task in tasks.items()}, published=part["published"])
     rows = [[row["name"], *[_percent(row[name]) for name in tasks]] for row in table]
     rows.insert(1, ["95% interval", *[_interval(task["interval"], 100, 1) for task in tasks.values()]])
     for variant in next(iter(tasks.values()))["variants"]:

@@ -182,13 +182,15 @@ def _finite(scores: Mapping[Path, float], path: Path) -> float:
     return value
 
 
-def comparison_table(accuracies: Mapping[str, float], name: str = "this model") -> list[dict[str, Any]]:
+def comparison_table(
+    accuracies: Mapping[str, float], name: str = "this model", published: Mapping[str, Mapping[str, float]] = PUBLISHED
+) -> list[dict[str, Any]]:
     """Rows {name, task: percent or None} for the tasks given: this model, the published rows, and chance."""
     tasks = list(accuracies)
     rows: list[dict[str, Any]] = [{"name": name} | {task: 100.0 * accuracies[task] for task in tasks}]
-    for published, values in PUBLISHED.items():
+    for other, values in published.items():
         if any(task in values for task in tasks):
-            rows.append({"name": published} | {task: values.get(task) for task in tasks})
+            rows.append({"name": other} | {task: values.get(task) for task in tasks})
     return rows + [{"name": "chance"} | {task: 100.0 * CHANCE for task in tasks}]
 
 

@@ -97,7 +97,8 @@ def result(pairs: Sequence[Pair], sums: dict[Path, StreamSums], weights: ScoreWe
 def section(tasks: dict[str, Any], settings: Any) -> dict[str, Any]:
     """The zero-shot part of results.json."""
     names = ("user", "text", "semantic_weight", "acoustic_weight", "reduction")
-    return {"kind": "zero_shot", "tasks": tasks, "published": PUBLISHED, "scoring": {name: getattr(settings, name) for name in names}}
+    published = PUBLISHED if settings.published else {}
+    return {"kind": "zero_shot", "tasks": tasks, "published": published, "scoring": {name: getattr(settings, name) for name in names}}
 
 
 def submission(folder: Path, task: str, split: str, sums: dict[Path, StreamSums], weights: ScoreWeights, reduction: str) -> Path | None:
