@@ -4,13 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import hub_checkpoints
 import pytest
 import torch
 import yaml
 import zero_shot_folders as folders
+from tiny import random_frames
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
 from modeling_moshi_ttt.evaluation import runner, scoring, zero_shot
+from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.tools import cli
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +194,25 @@ def test_the_model_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configuration" / "evaluate").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_shipped_settings_are_understood(path):
     from modeling_moshi_ttt.common.settings import load_settings
-    from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 
     found = load_settings(EvaluateSettings, path)
     assert any(getattr(found, name) for name in runner.SECTIONS)
+
+
+def test_an_adapter_is_merged_into_the_model(tmp_path):
+    adapted = hub_checkpoints.save_adapter(tmp_path / "adapter", str(hub_base(tmp_path)))
+    subject = runner.Subject(EvaluateSettings(model=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), device="cpu"))
+    plain = runner.Subject(EvaluateSettings(model=str(tmp_path / "base"), device="cpu"))
+    model, _ = subject.load()
+    frames = random_frames(model.config, 2, 12)
+    with torch.no_grad():
+        merged, expected, base = (one(**frames).logits for one in (model, adapted, plain.load()[0]))
+    assert (merged - expected).abs().max() < 1e-4
+    assert (base - expected).abs().max() > 1e-2
+    assert subject.fingerprint != plain.fingerprint
+    assert "adapter" in subject.about()["name"]
+
+
+def hub_base(folder):
+    hub_checkpoints.save_checkpoint(folder / "base")
+    return folder / "base"

@@ -116,7 +116,7 @@ def inner_loss_figure(data: dict[str, Any]) -> Figure:
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(3.0 * columns, 2.5 * rows), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (layer, curves) in zip(grid, layers.items()):
         for colour, key, label in ((GREY, "initial", "ℓ(W₀; xₜ)"), (ORANGE, "before", "ℓ(Wₜ₋₁; xₜ)"), (BLUE, "after", "ℓ(Wₜ; xₜ)")):
             axes.plot(curves["position"], curves[key], color=colour, linewidth=1.2, label=label)
@@ -155,14 +155,20 @@ def zero_shot_figure(data: dict[str, Any]) -> Figure:
 def training_figure(data: dict[str, Any]) -> Figure:
     """Training curves: a panel for each group of series {name: {"step": [...], "value": [...]}}."""
     panels = data["panels"]
-    figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
-    for axes, (title, series) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, series) in zip(grid, panels.items()):
         for index, (name, curve) in enumerate(series.items()):
-            axes.plot(curve["step"], curve["value"], color=PALETTE[index % 7], linewidth=1.2, label=name)
+            mark = MARKS[index % 7] if len(curve["step"]) < 20 else None  # evaluations are few
+            axes.plot(curve["step"], curve["value"], color=PALETTE[index % 7], linewidth=1.2, marker=mark, markersize=3, label=name)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         if len(series) > 1:
             axes.legend(fontsize=7, frameon=False)
+    for axes in grid[len(panels) :]:
+        axes.remove()
     return figure
 
 
