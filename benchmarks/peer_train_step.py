@@ -53,7 +53,7 @@ def main() -> None:
     def step() -> None:
         loss = loss_of(model, codes)
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         model.zero_grad(set_to_none=True)
 
     (taken,) = seconds(step, repeats=repeats)

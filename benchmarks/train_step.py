@@ -34,7 +34,7 @@ def medium(ttt_layers: list[int]) -> MoshiTTTForConditionalGeneration:
         ffn_dim=2816,
         sliding_window=256,
         ttt_layers=ttt_layers,
-        depth_decoder_config={"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "ffn_dim": 1056},
+        depth_decoder_config={"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "ffn_dim": 1408},
     )
     model = MoshiTTTForConditionalGeneration(config).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -57,7 +57,7 @@ class Step:
     def __call__(self) -> None:
         loss = self.model(**self.inputs).loss
         loss.backward()
-        self.loss = float(loss)
+        self.loss = float(loss.detach())
         self.model.zero_grad(set_to_none=True)
 
 
