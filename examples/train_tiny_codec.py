@@ -11,7 +11,6 @@ import datetime
 import json
 import math
 import random
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -261,7 +260,7 @@ def finish(run: Run, corpus: Corpus, out: Path) -> None:
     """Writes the processor (codec, tokenizer, feature extractor) and the measured quality into `out`, file by file."""
     quality = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "examples/train_tiny_codec.py", *sys.argv[1:]]),
+        "command": f"python examples/train_tiny_codec.py --minutes {run.plan.minutes:g} --steps {run.plan.steps}",
         "plan": asdict(run.plan),
         "loss_weights": WEIGHTS,
         "steps": run.step,

@@ -6,6 +6,7 @@ Letters: B rows, T frames of 80 ms, n samples, K codebooks.
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class MoshiTTTProcessor(ProcessorMixin):
     reads it back.
     """
 
+    _auto_class = "AutoProcessor"  # saved processors carry the code
     CODEC_FOLDER = "audio_tokenizer"
     LONGEST_PIECE = 125  # frames encoded or decoded at once; memory does not grow with the recording
 
@@ -311,7 +313,10 @@ class MoshiTTTProcessor(ProcessorMixin):
         """Everything into one folder; the codec's weights go to its sub-folder `audio_tokenizer`."""
         if self.audio_tokenizer is not None:
             self.audio_tokenizer.save_pretrained(f"{save_directory}/{self.CODEC_FOLDER}")
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory)
+        if push_to_hub:  # from a folder of its own: the base class would take the codec, saved just before, for one already uploaded
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
 
     def to_dict(self) -> dict[str, Any]:
         """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
