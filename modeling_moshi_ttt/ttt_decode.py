@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ttt_scan import gelu_gate, gelu_slope
+from .ttt_scan import gelu_gate, gelu_slope, normalise, normalise_backward
 from .ttt_state import TTTState
 
 Weights = tuple[Tensor, ...]
@@ -70,7 +70,7 @@ def decode_step(
     z1 = torch.baddbmm(weights[1], torch.cat([key, query], 1), weights[0])  # [M, 2, F]
     new = _factors(key, z1[:, :1], value - key, lr.reshape(-1, 1, 1), weights, norm)
     factors = kept.map_with(lambda old, x: torch.addcmul(old, slot, x), new)  # empty slots hold zeros; `where` is five times as slow
-    unit = torch.native_layer_norm(_read(query, z1[:, 1:], share, factors, weights), [dim], None, None, eps)[0]
+    unit = normalise(_read(query, z1[:, 1:], share, factors, weights), eps)[0]
     out = torch.addcmul(query + norm.bias, unit, norm.weight).view(q.shape)
     if valid is not None:
         out = torch.where(valid[:, None, None, None], out, 0.0)
@@ -124,10 +124,9 @@ def _factors(k: Tensor, z1: Tensor, target: Tensor, rate: Tensor, weights: Weigh
 
 def _step(z: Tensor, target: Tensor, rate: Tensor, norm: _Norm) -> Tensor:
     """lr times the gradient of 1/2 ||LN(z) - target||^2 with respect to z."""
-    unit, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, norm.eps)
+    unit, mean, rstd = normalise(z, norm.eps)
     pull = torch.addcmul(norm.bias - target, unit, norm.weight).mul_(norm.weight)
-    gradient = torch.ops.aten.native_layer_norm_backward.default(pull, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
-    return gradient * rate
+    return normalise_backward(pull, z, mean, rstd).mul_(rate)
 
 
 def _read(q: Tensor, z1: Tensor, share: Tensor, factors: OpenFactors, weights: Weights) -> Tensor:

@@ -153,7 +153,7 @@ class TTTState:
         return TTTState.of(tuple(map(change, self.weights)), *(change(x) for x in (self.k, self.v, self.lr, self.frames)))
 
 
-def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None, b2: Tensor | None) -> tuple[int, int]:
+def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None) -> tuple[int, int]:
     if W1.dim() != 3:
         raise ValueError(f"W1 has shape {tuple(W1.shape)}; it must be [H, D, F] (MLP) or [H, D, D] (linear)")
     heads, dim, width = W1.shape
