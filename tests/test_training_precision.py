@@ -1,0 +1,47 @@
+"""bf16 training with float32 TTT, and recomputed layers that change nothing, also with memory carried through them."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from training_runs import make_model, make_recordings, make_run, make_trainer
+
+from modeling_moshi_ttt.training.data import Loader
+
+LENGTHS = [21, 13, 30, 9]
+
+
+@pytest.mark.parametrize("mode", ["lora+ttt", "ttt"])
+def test_bf16_base_trains_with_float32_ttt(tmp_path, mode):
+    model = make_model().to(torch.bfloat16)
+    recordings = make_recordings(tmp_path / "codes", LENGTHS, model.config)
+    run = make_run(tmp_path / "run", mode, data={"carry": "state+attention"}, optim={"steps": 3})
+    trainer = make_trainer(run, recordings, model, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.fit()
+    assert trainer.progress.bad_steps == 0
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
+    (cache,) = trainer.memory.caches
+    state = cache.ttt_state(model.config.ttt_layers[0])
+    assert state.W1.dtype == state.b1.dtype == torch.float32
+
+
+@pytest.mark.parametrize("carry", ["none", "state", "state+attention"])
+def test_recomputing_layers_changes_no_gradient(tmp_path, carry):
+    turns = 1 if carry == "none" else 2
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model(seed=3).double()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        recordings = make_recordings(tmp_path / "codes", [30, 26], model.config)
+        run = make_run(tmp_path / f"{checkpointing}", data={"carry": carry, "tbptt_windows": turns})
+        trainer = make_trainer(run, recordings, model)
+        steps = iter(Loader(trainer.plan, trainer.reader, 2, 1, turns, 0))
+        model.train()
+        for _ in range(2):  # the second step begins with memory from the first
+            batches = next(steps).micro_batches[0]
+            trainer._micro_batch(0, batches, trainer.memory.loss_weights(0, batches).sum(0))
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.allclose(grads[0][name], grads[1][name], rtol=0, atol=1e-10) for name in grads[0])
