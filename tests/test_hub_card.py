@@ -7,17 +7,17 @@ import subprocess
 import sys
 
 import pytest
-from hub_checkpoints import save_adapter, save_checkpoint
+from hub_checkpoints import save_adapter, save_checkpoint, small_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
 from modeling_moshi_ttt.tools.stage import stage
 
 RUN = {
-    "run_dir": "/home/somebody/runs/one",
+    "run_dir": "/users/somebody/runs/one",
     "mode": "full",
     "model": {"path": "kyutai/moshiko", "ttt": {"ttt_layers": "all"}, "dtype": "float32"},
-    "data": {"train": "/home/somebody/data/talk:1", "window_seconds": 20.0, "batch_size": 4},
+    "data": {"train": "/users/somebody/data/talk:1", "window_seconds": 20.0, "batch_size": 4},
     "optim": {"steps": 300, "lr": 1e-3, "ttt_lr": 5e-3},
     "lora": None,
     "seed": 7,
@@ -44,7 +44,14 @@ def cards(tmp_path_factory):
     run = root / "run"
     save_checkpoint(run / "final")
     (run / "run_config.json").write_text(json.dumps({"run": RUN, "fixed": {}}))
+    (run / "final" / "run.json").write_text(json.dumps({"step": 300, "run": RUN}))
     (run / "loss.png").write_bytes(b"a picture")
+    (run / "card.json").write_text(json.dumps({"datasets": ["user/talk"], "hardware": "one H100", "description": "It likes tea."}))
+    metrics = [
+        {"step": 0, "eval_text_loss": 6.2},
+        *({"step": i, "text_loss": 1 / i, "tokens_per_second": 100.0 * i, "peak_memory_gb": 3.5} for i in (1, 2, 4)),
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (root / "evaluation" / "pictures").mkdir(parents=True)
     (root / "evaluation" / "results.json").write_text(json.dumps(RESULTS))
     (root / "evaluation" / "pictures" / "long_context.png").write_bytes(b"a picture")
@@ -61,6 +68,7 @@ def test_metadata_are_what_the_hub_reads(cards):
     assert (data.license, data.pipeline_tag, data.library_name) == ("cc-by-4.0", "audio-to-audio", "transformers")
     assert (data.base_model, data.base_model_relation, data.language) == ("kyutai/moshiko", "finetune", ["en"])
     assert {"moshi", "test-time-training"} <= set(data.tags)
+    assert data.datasets == ["user/talk"]
     results = {result.dataset_name: result for result in data.eval_results}
     assert results["sWUGGY"].metric_value == 63.35
     assert results["sWUGGY"].metric_args == {"chance": 50.0, "protocol": "reduction mean, user absent, text not scored"}
@@ -76,6 +84,11 @@ def test_tables_show_the_run_and_its_results(cards):
         "| sWUGGY | 63.35 | 61.0–65.5 | 50.0 | reduction mean, user absent, text not scored |",
         "| sBLIMP | 54.5 | – | 50.0 | reduction mean, user absent, text not scored |",
         "| TTT layers | 0–1: mlp, mini-batch 4 |",
+        "| last text loss | 0.25 |",
+        "| tokens per second | 200 |",
+        "| peak memory gb | 3.5 |",
+        "| hardware | one H100 |",
+        "It likes tea.",
     ):
         assert line in text
     assert "![Loss against position in the recording](pictures/long_context.png)" in text
@@ -91,8 +104,22 @@ def test_tables_show_the_run_and_its_results(cards):
 def test_paths_of_the_machine_stay_at_home(cards):
     for path in (cards / "whole").rglob("*"):
         if path.is_file():
-            assert b"/home/somebody" not in path.read_bytes(), path.name
+            assert b"/users/somebody" not in path.read_bytes(), path.name
     assert json.loads((cards / "whole" / "run_config.json").read_text())["run_dir"] == "one"
+
+
+def test_a_card_json_with_a_key_that_has_no_place_is_refused(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "card.json").write_text('{"licence": "mit"}')
+    (tmp_path / "staged").mkdir()
+    with pytest.raises(ValueError, match="card.json holds 'licence'; the card has places for base_model"):
+        stage(tmp_path / "model", tmp_path / "staged", "user/name")
+
+
+def test_a_staged_folder_staged_again_says_the_same(cards, tmp_path):
+    """Who pulls, looks and pushes on loses nothing of what the card said."""
+    stage(cards / "whole", tmp_path, "user/whole")
+    assert (tmp_path / "README.md").read_text() == (cards / "whole" / "README.md").read_text()
 
 
 def test_staging_twice_gives_the_same_bytes(cards, tmp_path):

@@ -246,7 +246,7 @@ def plain_moshi(dtype) -> tuple[MoshiForConditionalGeneration, MoshiConfig]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model.to(dtype).eval(), config
+    return (model if dtype is None else model.to(dtype)).eval(), config
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

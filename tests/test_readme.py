@@ -1,0 +1,95 @@
+"""Everything in the README runs: its Python as it stands, its commands against a local Hub, its files and links are there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.tools.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PICTURE_OF_A_MACHINE = re.compile(r"(?<![\w.])/(?:work|root|home|farm)/")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.replace("\n   ", "\n"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs_as_it_stands(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["sound"].shape == (1, 1920)
+    assert isinstance(names["text"], str)
+
+
+def test_any_moshi_becomes_a_moshi_ttt(tmp_path, monkeypatch):
+    """The block that names Kyutai's 7B checkpoint, with a small one of the same kind in its place."""
+    from test_model import plain_moshi
+
+    (code,) = blocks("py")
+    assert "kmhf/hf-moshiko" in code
+    plain, _ = plain_moshi(dtype=None)
+    plain.save_pretrained(tmp_path / "moshi")
+    small = code.replace("kmhf/hf-moshiko", str(tmp_path / "moshi")).replace("23-31", "0-1")
+    names: dict = {}
+    exec(compile(small, "README.md", "exec"), names)
+    assert isinstance(names["model"], MoshiTTTForConditionalGeneration)
+    assert names["model"].config.ttt_layers == [0, 1]
+
+
+def shell_lines() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_of_the_road_runs(tmp_path):
+    """From recordings to an adapter on the Hub and back, as the README says it, in a copy of the checkout, against a local Hub."""
+    place = tmp_path / "checkout"
+    place.mkdir()
+    for name in ("configuration", "examples"):
+        shutil.copytree(ROOT / name, place / name)
+    start = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt prepare"))
+    stop = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt pull"))
+    road = [line for line in shell_lines()[start : stop + 1] if not line.startswith("huggingface-cli login")]
+    assert [line.split()[0] for line in road] == ["moshi-ttt", "accelerate", *["moshi-ttt"] * 4]
+    # `make demo` has trained the base by then: three steps stand in for its training here.
+    demo = road[1].split(" run_dir=")[0] + " optim.steps=3 evaluate_start=false"
+    road = [demo, *(line.replace("optim.steps=20", "optim.steps=2 evaluate_start=false") for line in road)]
+    with HubServer() as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        for line in road:
+            done = subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert (place / "my-moshi").is_dir()
+
+
+def test_named_commands_targets_and_files_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README.replace("and make,", "")):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for command in re.findall(r"moshi-ttt ([a-z]+)", README):
+        assert command in COMMANDS, command
+    paths = re.findall(r"(?:configuration|examples|benchmarks|docs|tests|modeling_moshi_ttt|hub)/[\w./*-]+", README)
+    for path in paths:
+        assert list(ROOT.glob(path.rstrip("./"))), path
+    for link in re.findall(r"\]\(([^)h#][^)]*)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_project_speaks_of_itself_alone():
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
+    texts = [name for name in tracked if name.endswith((".md", ".py", ".yaml", ".cfg", ".sh", ".toml", ".txt", ".jinja", ".html", ".json"))]
+    texts = texts or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
+    assert texts
+    named = [name for name in texts if PICTURE_OF_A_MACHINE.search((ROOT / name).read_text(errors="replace")) and name != "tests/test_readme.py"]
+    assert named == []
