@@ -50,7 +50,7 @@ def hub_base(adapter_config: dict[str, Any], base: str | None) -> tuple[str, str
     if base:
         return base, None
     if not own:
-        raise ValueError(f"{ADAPTER_CONFIG} names no base model; name it with --base user/name")
+        raise ValueError(f"{ADAPTER_CONFIG} names no base model; name it with --base user/name, or push the two as one with --merged")
     if _is_local(own):
         raise ValueError(
             f"the adapter's base is {own!r}, a folder of this machine, which nobody else could load; push the base first and name it with "
@@ -68,6 +68,8 @@ def base_config(folder: Path) -> MoshiTTTConfig:
     base, revision = str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
     if (folder / BASE_CONFIG).is_file():
         config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
+    elif not base:
+        config = _fresh_base(folder).config
     else:
         config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
     check_layers(adapter_layers(folder), config.ttt_layers, base)
@@ -75,8 +77,6 @@ def base_config(folder: Path) -> MoshiTTTConfig:
 
 
 def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
-    if not base:
-        raise ValueError("the adapter names no base model: name it in adapter_config.json, as base_model_name_or_path")
     try:
         raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
     except OSError as error:
@@ -86,16 +86,33 @@ def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
     return raw
 
 
+def _run(folder: Path) -> dict[str, Any]:
+    """The settings of the run that made the adapter, as far as they lie beside it."""
+    return read_json(folder / "run.json").get("run", {}) if (folder / "run.json").is_file() else {}
+
+
 def _run_ttt(folder: Path) -> dict[str, Any]:
     """TTT settings that the run put on top of its base."""
-    path = folder / "run.json"
-    return dict(read_json(path).get("run", {}).get("model", {}).get("ttt") or {}) if path.is_file() else {}
+    return dict(_run(folder).get("model", {}).get("ttt") or {})
+
+
+def _fresh_base(folder: Path) -> MoshiTTTForConditionalGeneration:
+    """The base of a run that started from fresh weights: made again from the run's configuration and seed."""
+    from ..training.run_config import ModelSettings
+    from ..training.setup import build_model
+
+    run = _run(folder)
+    if not str(run.get("model", {}).get("path", "")).endswith(".json"):
+        raise ValueError(f"the adapter names no base model: name it in {folder / ADAPTER_CONFIG}, as base_model_name_or_path")
+    return build_model(ModelSettings(**run["model"]), int(run["seed"]))
 
 
 def load_base(folder: Path) -> MoshiTTTForConditionalGeneration:
     """The base of an adapter in its own dtype. Its configuration is compared before any weights are read."""
     adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
     base, revision = str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
+    if not base:
+        return _fresh_base(folder)
     raw = _raw_config(base, revision)
     if raw.get("ttt_layers"):  # a base without TTT layers gets fresh ones, which the adapter then fills
         check_layers([int(layer) for layer in config.ttt_layers], MoshiTTTConfig.from_dict(raw).ttt_layers, base)
@@ -128,7 +145,8 @@ def verify_adapter(folder: Path, run_probe: bool) -> Facts:
     adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
     refuse(weight_problems(folder, config), folder)
     layers = [int(layer) for layer in config.ttt_layers]
-    facts = Facts("adapter", ttt_layers=layers, ttt_mixer=config.ttt_mixer, base=str(adapter_config.get("base_model_name_or_path")))
+    base = str(adapter_config.get("base_model_name_or_path") or "")
+    facts = Facts("adapter", ttt_layers=layers, ttt_mixer=config.ttt_mixer, base=base)
     count(facts, TensorFiles(folder / ADAPTER_WEIGHTS))
     stored = read_probe(folder) if run_probe else None
     if stored is not None:

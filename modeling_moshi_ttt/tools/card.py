@@ -1,5 +1,7 @@
 """The model card: what a run and its checkpoint say of themselves, set into the template."""
 
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ from ..common.files import atomic_write
 from .verify import BASE_CONFIG, Facts, human_size, read_json
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-CARD = "README.md"
+CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.json", "training_summary.json"
+# What only the people behind a model know: a JSON file in the run folder.
+CARD_FACTS = "card.json"
+FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license")
 FRAME_RATE = 12.5
 CHANCE = 50.0
 # Kyutai's weights and everything that derives from them.
@@ -38,14 +43,14 @@ SHOWN = (
 
 def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
     """Render README.md for a staged folder from what lies in it: configuration, run_config.json, results.json and pictures."""
-    run, results = (_optional(folder / name) for name in ("run_config.json", "results.json"))
+    run, results, summary, details = (_optional(folder / name) for name in (RUN_CONFIG, RESULTS, SUMMARY, CARD_FACTS))
     config = read_json(folder / (BASE_CONFIG if kind == "adapter" else "config.json"))
-    details = run.get("card", {})
+    fresh = str(run.get("model", {}).get("path", "")).endswith(".json")
     rows = evaluation_rows(results)
     base = facts.base or details.get("base_model") or _hub_name(run.get("model", {}).get("path", ""))
     data = ModelCardData(
         language=details.get("languages") or ["en"],
-        license=details.get("license", LICENSE),
+        license=details.get("license", "apache-2.0" if fresh else LICENSE),
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="audio-to-audio",
         tags=TAGS,
@@ -68,7 +73,8 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
         window=config["sliding_window"],
         window_seconds=round(config["sliding_window"] / FRAME_RATE, 1),
         facts=fact_rows(facts, config),
-        training=training_rows(run),
+        training=training_rows(run, summary, details),
+        description=details.get("description", ""),
         evaluation=rows,
         curve=(folder / "loss.png").is_file(),
         long_context=long_context_pictures(folder, results),
@@ -109,8 +115,8 @@ def fact_rows(facts: Facts, config: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
-    """The table of the settings that matter, from run_config.json."""
+def training_rows(run: dict[str, Any], summary: dict[str, Any], details: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table of the settings that matter, of what the run reached and of what it took."""
     rows = []
     for key, name in SHOWN:
         value: Any = run
@@ -118,7 +124,33 @@ def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             rows.append((name, str(value)))
-    return rows
+    rows += [(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in summary.items()]
+    return rows + ([("hardware", str(details["hardware"]))] if details.get("hardware") else [])
+
+
+def summarise(metrics: Path) -> dict[str, Any]:
+    """The last losses, the best held-out loss, the median throughput and the peak memory of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    found: dict[str, Any] = {}
+    for key in ("text_loss", "audio_loss", "eval_text_loss", "eval_audio_loss", "eval_text_accuracy"):
+        values = [line[key] for line in lines if line.get(key) is not None]
+        if values:
+            found[f"last_{key}"] = values[-1]
+    speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+    memory = [line["peak_memory_gb"] for line in lines if line.get("peak_memory_gb")]
+    if speeds:
+        found["tokens_per_second"] = round(statistics.median(speeds))
+    if memory:
+        found["peak_memory_gb"] = round(max(memory), 2)
+    return found
+
+
+def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """card.json as it is; ValueError for a key that the card has no place for."""
+    unknown = sorted(set(facts) - set(FACT_KEYS))
+    if unknown:
+        raise ValueError(f"{CARD_FACTS} holds {unknown[0]!r}; the card has places for {', '.join(FACT_KEYS)}")
+    return facts
 
 
 def long_context_pictures(folder: Path, results: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 The folder is made, loaded and its loss compared on the stored probe before anything is uploaded. Until the one commit at the end the
 repository stays as it was; an interrupted push goes on where it stopped when it is repeated.
+
+A file card.json in the run folder tells the card what only you know: base_model, datasets, description, hardware, languages, license.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import torch
 
 from ..common.files import MANIFEST, atomic_write, write_manifest
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .card import without_paths, write_card
+from .card import CARD, CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
 from .probe import PROBE, compare, stage_probe
 from .shards import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
 from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, check_model_type, is_adapter, read_json, verify
@@ -26,8 +26,7 @@ AUTO_MAP = {
 }
 PROCESSOR_CONFIG = "processor_config.json"
 # Where a run keeps its final model, its settings and its loss curve; where an evaluation keeps what it found.
-FINAL, RUN_CONFIG, FINAL_RUN, CURVE = "final", "run_config.json", "run.json", "loss.png"
-RESULTS, PICTURES = "results.json", "pictures"
+FINAL, FINAL_RUN, METRICS, CURVE, PICTURES = "final", "run.json", "metrics.jsonl", "loss.png", "pictures"
 KINDS = ("full", "adapter", "merged")
 
 
@@ -113,7 +112,7 @@ def _stage_full(folder: Path, target: Path, max_shard_size: int | str) -> float:
     return loss
 
 
-REWRITTEN = (MANIFEST, PROBE, "README.md", "config.json", ADAPTER_CONFIG, FINAL_RUN, RUN_CONFIG, RESULTS)
+REWRITTEN = (MANIFEST, PROBE, CARD, CARD_FACTS, SUMMARY, "config.json", ADAPTER_CONFIG, FINAL_RUN, RUN_CONFIG, RESULTS)
 
 
 def _is_weights(path: Path) -> bool:
@@ -125,9 +124,7 @@ def copy_others(folder: Path, target: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
-        replaced = len(name.parts) == 1 and (
-            _is_weights(path) or path.name in (MANIFEST, PROBE, "README.md", "config.json", ADAPTER_CONFIG)
-        )
+        replaced = len(name.parts) == 1 and (_is_weights(path) or path.name in REWRITTEN)
         if path.is_file() and not path.is_symlink() and not hidden and not replaced and path.suffix not in (*PICKLES, ".py", ".pyc"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if not (target / name).exists():
@@ -135,11 +132,17 @@ def copy_others(folder: Path, target: Path) -> None:
 
 
 def copy_run(folder: Path, run: Path, target: Path) -> None:
-    """The run's settings and loss curve, without the paths of the machine it ran on."""
+    """The run's settings, what it cost and reached, and its loss curve, without the paths of the machine it ran on."""
     for path in (folder / FINAL_RUN, run / RUN_CONFIG, folder / RUN_CONFIG):
         if path.is_file() and not (target / RUN_CONFIG).exists():
             content = read_json(path)
             atomic_write(target / RUN_CONFIG, json.dumps(without_paths(content.get("run", content)), indent=1))
+    if (run / METRICS).is_file():
+        atomic_write(target / SUMMARY, json.dumps(summarise(run / METRICS), indent=1))
+    elif (folder / SUMMARY).is_file():
+        shutil.copyfile(folder / SUMMARY, target / SUMMARY)
+    if (run / CARD_FACTS).is_file():
+        atomic_write(target / CARD_FACTS, json.dumps(check_facts(read_json(run / CARD_FACTS)), indent=1))
     if (run / CURVE).is_file():
         shutil.copyfile(run / CURVE, target / CURVE)
 
