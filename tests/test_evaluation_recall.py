@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from modeling_moshi_ttt.evaluation import recall, recall_task
+from modeling_moshi_ttt.evaluation import inner_loss, recall, recall_task
 from modeling_moshi_ttt.evaluation.recall_task import (
     FIRST_TEXT,
     KEYS,
@@ -17,6 +17,7 @@ from modeling_moshi_ttt.evaluation.recall_task import (
     measure,
     train,
 )
+from modeling_moshi_ttt.evaluation.scoring import CodeSequence
 from modeling_moshi_ttt.tools import cli
 
 
@@ -64,6 +65,19 @@ def test_one_pair_beyond_the_reach_of_two_windows():
     for distance in (16, 40):
         assert measure(remembering, 1, distance, 256)["accuracy"] >= 0.97
         assert measure(forgetting, 1, distance, 256)["accuracy"] <= 0.06  # chance is 0.02
+    assert_published_order(remembering)
+
+
+def assert_published_order(model):
+    """Inner losses in the order of the TTT paper's figure 5, in the layer that holds the pairs: W_0 > W_{t-1} > W_t."""
+    means = []
+    for seed in range(8):
+        codes = make_batch(1, 8, 100, torch.Generator().manual_seed(seed)).user_audio_codes[0]
+        last = inner_loss.inner_losses(model, CodeSequence(torch.full_like(codes, -1), codes))[1]
+        means.append([last[name].mean() for name in ("initial", "before", "after")])
+    initial, before, after = torch.tensor(means).mean(0).tolist()
+    assert initial > 2 * before
+    assert before > after
 
 
 @pytest.mark.slow
