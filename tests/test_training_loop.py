@@ -330,6 +330,49 @@ def test_another_configuration_is_refused_by_name(tmp_path):
     long_run(tmp_path, optim={"steps": 2}, checkpoint={"every": 7, "keep": 1}).fit()  # this touches no number
 
 
+def test_micro_batches_may_be_exchanged_only_where_that_is_exact(tmp_path):
+    def run(name, steps, **data):
+        trainer = make_trainer(
+            make_run(tmp_path / name, data={"own_noise": 0.2, **data}, optim={"steps": steps}, checkpoint={"every": 1}),
+            make_recordings(tmp_path / "codes", LENGTHS, make_model().config),
+            make_model(),
+        )
+        trainer.fit()
+        return trainer
+
+    whole = run("a", 3, batch_size=2, accumulation=2)
+    original = type(whole)._after_step
+
+    def after(self, metrics):
+        original(self, metrics)
+        if self.progress.step == 2:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(whole), "_after_step", after)
+        with pytest.raises(Killed):
+            run("b", 3, batch_size=2, accumulation=2)
+    again = run("b", 3, batch_size=4, accumulation=1)
+    for name, weight in weights(again).items():
+        assert torch.allclose(weight, weights(whole)[name], atol=1e-5), name
+    run("c", 1, batch_size=2, accumulation=2, carry="state")
+    with pytest.raises(ValueError, match=r"data\.accumulation was 2 and is 1; data\.batch_size was 2 and is 4"):
+        run("c", 1, batch_size=4, accumulation=1, carry="state")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_tells_nothing_twice(tmp_path, monkeypatch):
+    def dies(*_):
+        raise Killed
+
+    first = long_run(tmp_path, optim={"steps": 2}, evaluate_start=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(first), "_clip", dies)
+        with pytest.raises(Killed):
+            first.fit()
+    long_run(tmp_path, optim={"steps": 2}, evaluate_start=True).fit()
+    assert [r["step"] for r in told(tmp_path / "run")] == [0, 1, 2, 2]
+
+
 def test_another_number_of_processes_is_refused_with_the_reason(tmp_path):
     trainer = long_run(tmp_path, optim={"steps": 2})
     trainer.fit()

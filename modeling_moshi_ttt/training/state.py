@@ -16,17 +16,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> tuple[Tensors, Tensors]:
-    """Copies of all trainable weights, and of the optimizer's entries for them as "name|entry".
+def weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool, keep: bool = True) -> tuple[Tensors, Tensors]:
+    """Copies on the CPU of all trainable weights, and of the optimizer's entries for them as "name|entry".
 
-    Every rank must call it; with `sharded` each gets its own part of sharded tensors, else each gets the whole.
+    Every rank must call it; with `sharded` each gets its own part of sharded tensors, else the whole. A rank that does not `keep` them
+    helps to gather and returns nothing.
     """
     weights: Tensors = {}
     moments: Tensors = {}
     for name, parameter in trainable(model).items():
-        weights[name] = _out(parameter.detach(), sharded)
+        _out(weights, name, parameter.detach(), sharded, keep)
         for entry, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{entry}"] = _out(value if isinstance(value, torch.Tensor) else torch.tensor(value), sharded)
+            _out(moments, f"{name}|{entry}", value if isinstance(value, torch.Tensor) else torch.tensor(value), sharded, keep)
     return weights, moments
 
 
@@ -48,15 +49,19 @@ def load_weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer,
             optimizer.state[parameter] = {entry: _like(parameter, value, name, sharded) for entry, value in entries.items()}
 
 
-def full_state(model: nn.Module) -> Tensors:
-    """The whole state dict on the CPU, gathered from all ranks; every rank must call it."""
-    return {name.removeprefix("module."): _out(tensor.detach(), False) for name, tensor in model.state_dict().items()}
+def full_state(model: nn.Module, keep: bool = True) -> Tensors:
+    """The whole state dict on the CPU, gathered from all ranks; every rank must call it, and gets nothing when it does not `keep` it."""
+    state: Tensors = {}
+    for name, tensor in model.state_dict().items():
+        _out(state, name.removeprefix("module."), tensor.detach(), False, keep)
+    return state
 
 
-def _out(tensor: torch.Tensor, sharded: bool) -> torch.Tensor:
+def _out(gathered: Tensors, name: str, tensor: torch.Tensor, sharded: bool, keep: bool) -> None:
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local() if sharded else tensor.full_tensor()
-    return tensor.detach().to("cpu", copy=True)
+    if keep:
+        gathered[name] = tensor.detach().to("cpu", copy=True)
 
 
 def _into(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> None:

@@ -98,7 +98,7 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     from .state import full_state
 
     accelerator = trainer.accelerator
-    state = full_state(trainer.model)
+    state = full_state(trainer.model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trainer.model)
         with atomic_folder(run_dir / "final") as folder:

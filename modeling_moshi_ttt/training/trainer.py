@@ -83,8 +83,9 @@ class Trainer:
             ValueError: the run folder belongs to another configuration, or cannot be resumed with this number of processes.
             FloatingPointError: too many steps in a row were not finite; the batch is saved in the run folder.
         """
-        self._resume()
-        metrics = MetricsFile(self.run_dir / "metrics.jsonl", self.progress.step) if self.accelerator.is_main_process else None
+        resumed = self._resume()
+        told = self.progress.step if resumed else -1
+        metrics = MetricsFile(self.run_dir / "metrics.jsonl", told) if self.accelerator.is_main_process else None
         if self.progress.step == 0 and self.run.evaluate_start:
             self._tell(metrics, {"step": 0, **self.evaluate()})
         data = self.run.data
@@ -261,7 +262,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of everything that the run needs to go on."""
         sharded = self.run.checkpoint.sharded
-        weights, moments = weights_and_moments(self.model, self.optimizer, sharded)
+        weights, moments = weights_and_moments(self.model, self.optimizer, sharded, keep=sharded or self.accelerator.is_main_process)
         randoms, plain = random_state()
         own = {**randoms, **{f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}}
         shared = {"model": weights, "optimizer": moments}
@@ -271,12 +272,12 @@ class Trainer:
         state = {"progress": vars(self.progress), "random": plain, "world": self.accelerator.num_processes, "run": self.run.to_dict()}
         return self.folder.save(self.progress.step, Snapshot(state, shared, own), self.progress.best_step)
 
-    def _resume(self) -> None:
-        """Go on from the newest whole checkpoint; check that the folder belongs to this configuration."""
+    def _resume(self) -> bool:
+        """Go on from the newest whole checkpoint, if there is one; check that the folder belongs to this configuration."""
         self._check_folder()
         path = self.folder.newest()
         if path is None:
-            return
+            return False
         snapshot = self.folder.load(path, ("model", "optimizer"))
         self._check_world(snapshot.state)
         sharded, own = self.run.checkpoint.sharded, snapshot.own
@@ -290,6 +291,7 @@ class Trainer:
         self.progress = Progress(**snapshot.state["progress"])
         self.plan.load_state_dict(self.progress.place)
         logger.info("Going on from %s.", path)
+        return True
 
     def _check_world(self, state: dict[str, Any]) -> None:
         saved, now = state["world"], self.accelerator.num_processes
@@ -308,6 +310,9 @@ class Trainer:
         """The folder's run_config.json must say what this run says, but for what touches no number."""
         path = self.run_dir / "run_config.json"
         now = _fixed(self.run.to_dict()) | {"rows of a step": self.rows}
+        if self.run.data.carry != "none" or (self.run.lora is not None and self.run.lora.dropout > 0):
+            # memories and dropout belong to micro-batches, so these cannot be exchanged for one another
+            now |= {"data.batch_size": self.run.data.batch_size, "data.accumulation": self.run.data.accumulation}
         if path.exists():
             before = json.loads(path.read_text())["fixed"]
             changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
