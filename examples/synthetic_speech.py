@@ -97,6 +97,7 @@ class Espeak:
             raise ValueError(f"espeak-ng knows no voice {voice!r}")
         for parameter, value in ((1, rate), (3, pitch), (4, spread)):
             self.library.espeak_SetParameter(parameter, value, 0)
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the breath of some voices is noise
         self.blocks.clear()
         data = text.encode()
         self.library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 1, 0, 1, None, None)

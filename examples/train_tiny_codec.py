@@ -270,6 +270,7 @@ def finish(run: Run, corpus: Corpus, out: Path) -> None:
         "held_out_dialogues": measure(run.codec, corpus.held_out_dialogues),
     }
     processor = MoshiTTTProcessor(EncodecFeatureExtractor(), train_tokenizer(), run.codec)
+    processor._auto_class = None  # the folder stays within this repository: it needs no copy of the code
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         processor.save_pretrained(folder)

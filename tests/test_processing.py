@@ -322,7 +322,8 @@ def test_one_folder_holds_everything(processor, tmp_path):
     ours, theirs = processor(audio, RATE, words), loaded(audio, RATE, words)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert json.loads((tmp_path / "processor_config.json").read_text())["audio_tokenizer_folder"] == "audio_tokenizer"
-    assert processor.to_dict() == loaded.to_dict()
+    described = [{key: value for key, value in one.to_dict().items() if key != "auto_map"} for one in (processor, loaded)]
+    assert described[0] == described[1]
     assert processor.audio_tokenizer is not None  # to_dict left it in place
 
 
@@ -348,12 +349,7 @@ def test_auto_processor_with_remote_code(processor, tmp_path):
     import subprocess
     import sys
 
-    class Carried(MoshiTTTProcessor):
-        """Registered here only, so that no other test sees it."""
-
-    Carried.__name__, Carried.__module__ = "MoshiTTTProcessor", MoshiTTTProcessor.__module__
-    Carried.register_for_auto_class("AutoProcessor")
-    Carried(processor.feature_extractor, processor.tokenizer, processor.audio_tokenizer).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     assert (tmp_path / "mimi_stream.py").is_file()
     script = (
         "import sys; from transformers import AutoProcessor; import torch\n"
