@@ -37,6 +37,7 @@ class _Norm(NamedTuple):
     eps: float
 
 
+@torch.compiler.disable  # whether weights are rewritten depends on the positions, which a graph cannot hold
 def decode_step(
     q: Tensor,
     k: Tensor,

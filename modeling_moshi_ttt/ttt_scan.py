@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 Weights = tuple[Tensor, ...]
 
 
+@torch.compiler.disable  # unrolled over its mini-batches it would take a compiler minutes, and win nothing
 def scan_mini_batches(
     q: Tensor,
     k: Tensor,

@@ -201,6 +201,19 @@ def test_autocast_keeps_the_inner_learning_in_float32():
     assert (state.W1 - expected.W1).abs().max() <= 0.02 * expected.W1.abs().max()
 
 
+def test_a_compiled_layer_gives_the_same_numbers():
+    layer = make_layer("mlp")
+    compiled = torch.compile(layer, backend="eager")
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    (y, state), (found, after) = layer(x), compiled(x)
+    assert torch.equal(found, y)
+    expected = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    gradients = torch.autograd.grad(found.square().sum(), list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
+    with torch.no_grad():
+        assert torch.equal(compiled(x[:, :1], after)[0], layer(x[:, :1], state)[0])
+
+
 def test_rope_positions_count_on_from_the_state():
     layer = make_layer("mlp", ttt_rope="absolute")
     x = torch.randn(1, 9, 24, dtype=torch.float64)
