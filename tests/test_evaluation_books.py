@@ -1,0 +1,90 @@
+"""Long recordings, read and encoded in pieces, are what they are in one piece; conversations answer frame for frame."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_checkpoints import small_model, small_processor
+
+from modeling_moshi_ttt.common.audio import write_audio
+from modeling_moshi_ttt.common.recordings import Recording
+from modeling_moshi_ttt.evaluation import books, conversations
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_processor()
+
+
+def noise(seconds, channels=1, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, (channels, round(24000 * seconds))).astype(np.float32)
+
+
+def test_books_are_folders_in_natural_order(tmp_path):
+    for name in ("a/emma/emma_10.flac", "a/emma/emma_9.flac", "a/emma/emma_100.flac", "b/dracula/x.flac"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = books.find_books(tmp_path)
+    assert {name: [path.stem for path in paths] for name, paths in found.items()} == {
+        "a/emma": ["emma_9", "emma_10", "emma_100"],
+        "b/dracula": ["x"],
+    }
+    assert list(books.find_books(tmp_path / "a" / "emma")) == ["emma"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no flac"):
+        books.find_books(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no such folder"):
+        books.find_books(tmp_path / "none")
+
+
+def test_files_of_a_book_join_without_a_seam(tmp_path, processor):
+    first, second = noise(10.5), noise(3.33, seed=1)
+    for name, samples in (("p_2.wav", first), ("p_10.wav", second)):
+        write_audio(tmp_path / name, samples, 24000)
+    sequence = books.encode_book(processor, [tmp_path / "p_2.wav", tmp_path / "p_10.wav"])
+    whole = torch.from_numpy(np.concatenate([_sixteen_bit(first), _sixteen_bit(second)], 1))
+    expected = processor.encode_audio(whole)[0]
+    assert sequence.user is None
+    assert sequence.text is None
+    assert sequence.moshi.shape == expected.shape == (3, -(-whole.shape[1] // 1920))
+    assert (sequence.moshi == expected).float().mean() > 0.99
+    assert torch.equal(books.encode_book(processor, [tmp_path / "p_2.wav"], max_frames=7).moshi, sequence.moshi[:, :7])
+
+
+def _sixteen_bit(samples):
+    return (np.rint(np.clip(samples, -1, 1) * 32767) / 32768).astype(np.float32)
+
+
+def test_a_recording_has_both_sides_and_its_words(tmp_path, processor):
+    write_audio(tmp_path / "talk.wav", noise(12.3, channels=2), 24000)
+    words = (("hello", (0.2, 0.6), "SPEAKER_MAIN"), ("no", (1.0, 1.2), "SPEAKER_USER"), ("again", (10.4, 11.0), "SPEAKER_MAIN"))
+    sequence = books.encode_recording(processor, Recording(tmp_path / "talk.wav", 12.3, words))
+    samples = _sixteen_bit(noise(12.3, channels=2))
+    expected = processor(samples, sampling_rate=24000, words=[[word, list(times), who] for word, times, who in words])
+    assert torch.equal(sequence.text, expected["input_ids"][0])
+    assert (sequence.moshi == expected["moshi_audio_codes"][0]).float().mean() > 0.99
+    assert (sequence.user == expected["user_audio_codes"][0]).float().mean() > 0.99
+    silent = books.encode_recording(processor, Recording(tmp_path / "talk.wav", 12.3, None), max_frames=20)
+    assert silent.text is None
+    assert silent.moshi.shape == (3, 20)
+
+
+def test_the_model_answers_every_frame_but_the_delay(processor):
+    model = small_model(audio_vocab_size=16)
+    user = torch.randint(16, (3, 15), generator=torch.Generator().manual_seed(0))
+    first = conversations.answer(model, user, torch.Generator().manual_seed(1))
+    again = conversations.answer(model, user, torch.Generator().manual_seed(1))
+    assert first[0].shape == (15 - 1,)
+    assert first[1].shape == (3, 15 - 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert int(first[1].min()) >= 0
+    with pytest.raises(ValueError, match="too few"):
+        conversations.answer(model, user[:, :1])
+
+
+def test_a_mono_recording_is_no_dialogue(tmp_path, processor):
+    write_audio(tmp_path / "mono.wav", noise(1.0), 24000)
+    with pytest.raises(ValueError, match=r"mono.wav: has 1 channel"):
+        conversations.measure(None, processor, [Recording(Path(tmp_path / "mono.wav"), 1.0, None)])
