@@ -78,9 +78,9 @@ class Fault:
 
 
 class Refused(Exception):
-    def __init__(self, status: int, message: str, code: str = ""):
+    def __init__(self, status: int, message: str, code: str = "", **more: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.more = status, code, more
 
 
 class HubServer:
@@ -186,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(200, json.dumps(reply).encode(), {"Content-Type": "application/json"})
         except Refused as refusal:
             headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
-            self.send(refusal.status, json.dumps({"error": str(refusal)}).encode(), headers)
+            self.send(refusal.status, json.dumps({"error": str(refusal), **refusal.more}).encode(), headers)
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -247,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         wish = json.loads(self.body)
         repo_id = f"{wish.get('organization') or 'user'}/{wish['name']}"
         if repo_id in self.hub.repos:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"{self.hub.url}/{repo_id}")
         private = wish.get("visibility") == "private" or bool(wish.get("private"))
         self.hub.repos[repo_id] = repo = Repo(private=private)
         repo.commit({".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
