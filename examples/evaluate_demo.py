@@ -4,7 +4,7 @@ The model is the one that `make demo` trained (runs/demo/final) where it is ther
 zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards, phrases
 against their words in another order, the right ending of a dialogue against another's, one voice against a change of voice.
 
-    python examples/evaluate_demo.py [key=value ...]    # settings for `moshi-ttt evaluate`, as in recall.steps=100
+    python examples/evaluate_demo.py [key=value ...]    # settings for `moshi-ttt evaluate`, as in recall.steps=100 or output=FOLDER
 """
 
 import csv
@@ -140,7 +140,8 @@ def settings(place: Path, model: Path) -> dict:
 
 
 def main() -> int:
-    begin, place = time.perf_counter(), ROOT / "runs" / "evaluate-demo"
+    begin, given = time.perf_counter(), dict(item.split("=", 1) for item in sys.argv[1:])
+    place = Path(given.get("output", ROOT / "runs" / "evaluate-demo"))
     shutil.rmtree(place, ignore_errors=True)
     recordings = read_manifest(DIALOGUES / "train.jsonl") + read_manifest(DIALOGUES / "eval.jsonl")
     cut_words(place / "data" / "sLM21", recordings)
@@ -154,7 +155,7 @@ def main() -> int:
     if code == 0:
         found = json.loads((place / "results.json").read_text())["tasks"]["zero_shot"]["tasks"]
         print("  ".join(f"{name} {100 * task['accuracy']:.1f}%" for name, task in found.items()), "(chance 50%)")
-        print(f"the evaluation took {(time.perf_counter() - begin) / 60:.1f} minutes; read {(place / 'report.html').relative_to(ROOT)}")
+        print(f"the evaluation took {(time.perf_counter() - begin) / 60:.1f} minutes; read {place / 'report.html'}")
     return code
 
 
