@@ -8,6 +8,8 @@ import pytest
 import sentencepiece
 import torch
 from hub_checkpoints import save_adapter, save_checkpoint, small_model, small_processor
+from hub_server import HubServer
+from huggingface_hub import HfApi, constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import random_frames
@@ -318,6 +320,19 @@ def test_what_does_not_fit_is_refused_and_nothing_is_half_written(kyutai, tmp_pa
     with pytest.raises(ValueError, match=message):
         convert(kyutai, tmp_path / "here")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_repository_on_the_hub_is_fetched_without_its_pickles(kyutai, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with HubServer() as hub:
+        hub.add("kyutai/small", {path.name: path.read_bytes() for path in kyutai.iterdir()} | {"old.pt": b"\x80\x02"})
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        assert "its codec and its tokenizer" in convert("kyutai/small", tmp_path / "here", api=api)
+        with pytest.raises(ValueError, match="fetching kyutai/large"):
+            convert("kyutai/large", tmp_path / "there", api=api)
+        assert not any("old.pt" in line for line in hub.log if line.startswith("GET"))
+    assert verify(tmp_path / "here").ttt_layers == []
 
 
 def test_bad_requests(kyutai, tmp_path):

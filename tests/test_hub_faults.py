@@ -209,6 +209,17 @@ def test_names_and_places_that_are_taken(hub, api, pushed, checkpoints, tmp_path
         push(checkpoints / "new", "user/another", api=HfApi(endpoint=hub.url, token="hf_wrongTokenAltogether"))
 
 
+def test_a_repository_without_a_manifest_is_checked_all_the_same(hub, api, checkpoints, tmp_path):
+    """As `model.push_to_hub` makes them."""
+    files = {path.name: path.read_bytes() for path in (checkpoints / "old").iterdir() if path.is_file()}
+    hub.add("user/plain", files)
+    assert pull("user/plain", tmp_path / "here", api=api).probe is None
+    hub.add("user/plain", {"model.safetensors": files["model.safetensors"][:-4]})
+    with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
+        pull("user/plain", tmp_path / "there", api=api)
+    assert not (tmp_path / "there").exists()
+
+
 def test_a_manifest_cannot_name_files_outside(hub, api, pushed, tmp_path):
     manifest = json.loads(hub.repos[REPO].files()["manifest.json"])
     manifest["files"]["../outside"] = {"size": 1, "sha256": "0" * 64}

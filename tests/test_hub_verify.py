@@ -1,5 +1,6 @@
 """`moshi-ttt verify`: a whole checkpoint is described, and every way of not being whole is named."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -9,11 +10,16 @@ import pytest
 import torch
 from hub_checkpoints import save_adapter, small_model
 from safetensors.torch import load_file, save_file
+from tiny import random_frames
+from transformers import AutoModel, TorchAoConfig
 
 from modeling_moshi_ttt.common.files import write_manifest
 from modeling_moshi_ttt.tools import cli
 from modeling_moshi_ttt.tools.probe import make_probe, probe_loss, write_probe
 from modeling_moshi_ttt.tools.verify import verify
+from modeling_moshi_ttt.training import modes
+from modeling_moshi_ttt.training.run_config import ModelSettings
+from modeling_moshi_ttt.training.setup import build_model
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "model.safetensors"
@@ -116,6 +122,32 @@ def test_adapters_are_checked_with_their_base(checkpoint, tmp_path):
         verify(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("start", ["fresh", "plain"])
+def test_an_adapter_of_a_run_finds_its_base_by_the_runs_settings(tmp_path, start):
+    """A run may start from a config.json, or put TTT layers on a base that has none: run.json beside the adapter tells."""
+    ttt = {"ttt_layers": [1], "ttt_mixer": "linear"}
+    base = small_model(ttt_layers=[])
+    base.save_pretrained(tmp_path / "plain")
+    base.config.save_pretrained(tmp_path / "config")
+    path = tmp_path / "plain" if start == "plain" else tmp_path / "config" / "config.json"
+    settings = ModelSettings(str(path), ttt=ttt, activation_checkpointing=False)
+    model = build_model(settings, seed=3)
+    adapted = modes.apply(model, "ttt")
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.eval().save_pretrained(tmp_path / "final")
+    probe = make_probe(model.config)
+    write_probe(tmp_path / "final", probe, probe_loss(adapted, probe))
+    with pytest.raises(ValueError, match=r"names no base model|the adapter is for TTT layers \[1\]"):
+        verify(tmp_path / "final")
+    (tmp_path / "final" / "run.json").write_text(json.dumps({"run": {"model": dataclasses.asdict(settings), "seed": 3}}))
+    facts = verify(tmp_path / "final")
+    assert (facts.kind, facts.ttt_layers) == ("adapter", [1])
+    assert facts.probe is not None
+
+
 @pytest.mark.parametrize("name", ["push", "pull", "convert"])
 def test_the_scripts_are_the_commands(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"hub/{name}.py", "--help"])
@@ -123,6 +155,17 @@ def test_the_scripts_are_the_commands(name, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "hub" / f"{name}.py"), run_name="__main__")
     assert stopped.value.code == 0
     assert f"usage: moshi-ttt {name}" in capsys.readouterr().out
+
+
+def test_eight_bits_by_a_quantization_config(checkpoint):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao, an optional backend of quantization_config, is not installed")
+    whole = AutoModel.from_pretrained(checkpoint).eval()
+    small = AutoModel.from_pretrained(checkpoint, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig())).eval()
+    frames = random_frames(whole.config, 2, 12)
+    with torch.no_grad():
+        wanted, found = whole(**frames).logits, small(**frames).logits
+    assert 0 < float((found - wanted).std() / wanted.std()) < 0.1
+    assert small.new_stream().step(torch.zeros(1, 3, dtype=torch.long)).text.shape == (1,)
 
 
 def test_the_card_template_is_shown_beside_them():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
@@ -86,32 +87,30 @@ def _kyutai_weights(folder: Path, config: dict[str, Any]) -> Path | None:
     return None
 
 
-def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], options: Options | None = None) -> str:
-    """Convert `src` into the new folder `dst`; returns one sentence saying what was done.
+def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], options: Options | None = None, api: HfApi | None = None) -> str:
+    """Convert `src` into the new folder `dst`; returns one sentence saying what was done. `api` is the Hub that `src` may be on.
 
     Raises ValueError, FileNotFoundError or FileExistsError that says what does not fit; then there is no `dst`.
     """
     options, dst = options or Options(), Path(dst)
     if dst.exists():
         raise FileExistsError(f"{dst} exists already; choose a new folder")
-    source = _local(str(src))
+    source = _local(str(src), api or HfApi())
     folder, weights = (source.parent, source) if source.is_file() else (source, None)
     kind = find_kind(folder, weights)
     with atomic_folder(dst) as out:
         return f"{CONVERTERS[kind](folder, weights, out, options)} in {dst}"
 
 
-def _local(src: str) -> Path:
-    """The source on this machine; a Hub repository is fetched into the Hub's cache."""
+def _local(src: str, api: HfApi) -> Path:
+    """The source on this machine; a Hub repository is fetched into the Hub's cache, without pickles."""
     path = Path(src)
     if path.exists():
         return path
     if src.count("/") != 1 or src.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{src}: there is no such file or folder")
-    from huggingface_hub import snapshot_download
-
     with hub_errors(f"fetching {src}", then="run the same command again to go on"):
-        return Path(snapshot_download(src, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(api.snapshot_download(src, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
 
 
 def _lm_kwargs(folder: Path) -> dict[str, Any]:
