@@ -45,7 +45,7 @@ def encode_book(processor: Any, paths: Sequence[Path], max_frames: int | None = 
 
 
 def encode_recording(processor: Any, recording: Recording, max_frames: int | None = None) -> CodeSequence:
-    """A recording of ours: left channel Moshi, right the user (absent when mono), the main speaker's words as text (absent without words)."""
+    """A recording of ours: left channel Moshi, right the user (absent when mono), the main speaker's words as text."""
     first = next(_pieces(recording.path, processor))
     codes = _encode(processor, _pieces(recording.path, processor), len(first), max_frames)
     text = None

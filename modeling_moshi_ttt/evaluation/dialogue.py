@@ -66,8 +66,8 @@ def _bridge(segments: Sequence[Segment], gap: float) -> list[Segment]:
 def reply_delays(user: Sequence[Segment], moshi: Sequence[Segment]) -> tuple[list[float], int]:
     """(delays of the answered user turns, number of unanswered ones).
 
-    A turn is answered by the first sound of Moshi that starts after its end, within 10 s and before the user's next turn ends; where Moshi is
-    already speaking at the turn's end and goes on, the delay is 0.
+    A turn is answered by the first sound of Moshi that starts after its end, within 10 s and before the user's next turn ends; where
+    Moshi is already speaking at the turn's end and goes on, the delay is 0.
     """
     delays, unanswered = [], 0
     for index, (_, end) in enumerate(user):
@@ -108,7 +108,7 @@ def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
 
 
 def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, reference: str | None = None) -> Behaviour:
-    """Behaviour of a stereo recording `samples` [2, N] (Moshi left, user right), with what Moshi's text stream said and should have said."""
+    """Behaviour of a stereo recording `samples` [2, N] (Moshi left, user right), with what its text stream said and should have said."""
     if samples.ndim != 2 or samples.shape[0] != 2:
         raise ValueError(f"measure: samples must be stereo [2, N] with Moshi on the left, their shape is {samples.shape}")
     duration = samples.shape[1] / sample_rate

@@ -1,5 +1,5 @@
-"""Score a model on spoken benchmarks and long recordings. Takes one or more settings files (configuration/evaluate/*.yaml) and key=value pairs
-that override them; resumes where it stopped; writes results.json, pictures and a report.html that stands alone into the output folder."""
+"""Score a model on spoken benchmarks and long recordings. Takes settings files (configuration/evaluate/*.yaml) and key=value pairs that
+override them; resumes where it stopped; writes results.json, pictures and a report.html that stands alone into the output folder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class DialogueSettings:
 
 @dataclass
 class EvaluateSettings:
-    """What `moshi-ttt evaluate` runs: every section that is given. `model` is a folder or a Hub name, `adapter` a PEFT folder on top of it."""
+    """What `moshi-ttt evaluate` runs: every section that is given. `model` is a folder or a Hub name, `adapter` a PEFT folder."""
 
     output: Path = Path("runs/evaluate")
     model: str | None = None

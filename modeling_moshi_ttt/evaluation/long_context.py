@@ -93,7 +93,7 @@ def _chunks(frames: int, chunk: int, stop: int) -> list[tuple[int, int]]:
 
 
 def by_stream(losses: np.ndarray) -> dict[str, np.ndarray]:
-    """[S, T] -> mean loss [T] of text, of the semantic codebook, and of the acoustic ones; a stream that is absent throughout is left out."""
+    """[S, T] -> mean loss [T] of text, of the semantic codebook, and of the acoustic ones; an absent stream is left out."""
     groups = {"text": losses[:1], "semantic": losses[1:2], "acoustic": losses[2:]}
     means = {}
     for name, rows in groups.items():

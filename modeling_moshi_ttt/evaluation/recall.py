@@ -27,7 +27,8 @@ class VariantSettings:
 
 
 def _variants() -> list[VariantSettings]:
-    return [VariantSettings("none"), *[VariantSettings(mixer, b) for b in (16, 4, 1) for mixer in ("linear", "mlp")]]  # type: ignore[arg-type]
+    mixers: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
+    return [VariantSettings("none"), *[VariantSettings(mixer, b) for b in (16, 4, 1) for mixer in mixers]]
 
 
 @dataclass

@@ -151,9 +151,10 @@ def _recordings(processor: Any, section: RecordingsSettings, show_progress: bool
             sources[name] = lambda paths=paths: books.encode_book(processor, paths, section.max_frames)  # type: ignore[misc]
     else:
         for recording in read_manifest(section.manifest, allow_outside=True):  # type: ignore[arg-type]
-            if recording.path.name in sources:
-                raise ValueError(f"{section.manifest}: two recordings are named {recording.path.name}; give each its own name")
-            sources[recording.path.name] = lambda one=recording: books.encode_recording(processor, one, section.max_frames)  # type: ignore[misc]
+            name = recording.path.name
+            if name in sources:
+                raise ValueError(f"{section.manifest}: two recordings are named {name}; give each its own name")
+            sources[name] = lambda one=recording: books.encode_recording(processor, one, section.max_frames)  # type: ignore[misc]
     chosen = list(sources.items())[: section.max_recordings]
     return {name: read() for name, read in tqdm(chosen, desc="encoding", disable=not show_progress)}
 

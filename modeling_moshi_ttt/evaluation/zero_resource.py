@@ -254,7 +254,8 @@ def _by_key(
         if row["correct"] in found:
             key = ", ".join(f"{name} {row[name]}" for name in columns)
             raise ValueError(
-                f"{root / 'gold.csv'}: two rows with correct = {row['correct']} for {key}: {found[row['correct']]['filename']}, {row['filename']}"
+                f"{root / 'gold.csv'}: two rows with correct = {row['correct']} for {key}: "
+                f"{found[row['correct']]['filename']}, {row['filename']}"
             )
         found[row["correct"]] = row
     for values, both in sides.items():
