@@ -18,9 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_moshi_ttt.ttt_kernels import CONFIGURATIONS, KERNELS
+from modeling_moshi_ttt.ttt_kernels import CONFIGURATIONS, HOPPER_SHARED_BYTES, KERNELS, LONG_MINI_BATCH, TOO_LONG
 
-SHARED_LIMIT = 227 * 1024
 TOKENS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "d_q_ptr", "d_k_ptr", "d_v_ptr")
 DTYPE = {"tf32": "bf16", "tf32x3": "fp32"}  # the tokens that each precision is for
 
@@ -62,6 +61,13 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack_bytes": int(found[2])}
 
 
+def choices(name: str, dim: int, b: int, precision: str) -> list[tuple[int, int, int]]:
+    """The configurations that tuning chooses from; none where `is_supported` refuses."""
+    if b <= 32:
+        return CONFIGURATIONS[name][dim]
+    return [] if (name.split("_")[0], dim, precision) in TOO_LONG else [LONG_MINI_BATCH[name]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
@@ -75,7 +81,7 @@ def main() -> None:
     for name in args.kernels:
         for dim in args.head_dims:
             for precision in args.precision:
-                for block, warps, stages in CONFIGURATIONS[name][dim]:
+                for block, warps, stages in choices(name, dim, args.mini_batch, precision):
                     row = compile_one(name, dim, args.mini_batch, precision, block, warps, stages)
                     rows.append(row)
                     print(
@@ -84,7 +90,7 @@ def main() -> None:
                         flush=True,
                     )
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "target": "sm_90", "shared_limit": SHARED_LIMIT, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"triton": triton.__version__, "target": "sm_90", "shared_limit": HOPPER_SHARED_BYTES, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

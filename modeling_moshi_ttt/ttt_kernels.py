@@ -27,7 +27,7 @@ MAX_MINI_BATCH = 64
 TOKEN_DTYPES = (torch.float32, torch.bfloat16)
 
 # What is tried, once per kernel, head width and mini-batch size: (width BLOCK_F of a tile, warps, stages of prefetched loads). Triton keeps the
-# winner in its cache directory. Each fits in the 227 KB of shared memory of one H100 multiprocessor (the tests compile them all). BLOCK_F = 4 D
+# winner in its cache directory. Each fits in the 227 KB of shared memory of one H100 multiprocessor (the tests compile them). BLOCK_F = 4 D
 # in the MLP's forward means: fast weights in registers from one mini-batch to the next. Prefetching stays inside a loop over tiles, and no loop
 # reads what it has written, so it never overtakes the barriers between the passes.
 CONFIGURATIONS = {
@@ -36,6 +36,10 @@ CONFIGURATIONS = {
     "mlp_forward": {32: [(64, 4, 2), (128, 8, 1)], 64: [(64, 8, 2), (64, 4, 2), (256, 16, 1)], 128: [(64, 8, 1), (32, 8, 2), (32, 4, 2)]},
     "mlp_backward": {32: [(64, 4, 2), (128, 8, 1)], 64: [(64, 8, 1), (64, 8, 2), (64, 4, 2)], 128: [(32, 8, 1), (32, 8, 2), (32, 4, 2)]},
 }
+# For mini-batches padded to 64 tokens, where Hopper's tensor cores take both sides of a product from shared memory; and what does not fit then.
+LONG_MINI_BATCH = {"linear_forward": (0, 8, 1), "linear_backward": (0, 8, 1), "mlp_forward": (32, 8, 1), "mlp_backward": (16, 8, 1)}
+TOO_LONG = (("linear", 128, "tf32"), ("linear", 128, "tf32x3"), ("mlp", 64, "tf32x3"), ("mlp", 128, "tf32x3"))
+HOPPER_SHARED_BYTES = 227 * 1024
 KERNELS = {
     "linear_forward": linear_forward,
     "linear_backward": linear_backward,
@@ -77,7 +81,21 @@ def is_supported(q: Tensor, weights: tuple[Tensor, ...]) -> str | None:
         return f"the hidden width is {width}; the kernels take 4 times the head dimension {dim}"
     if b > MAX_MINI_BATCH:
         return f"the mini-batch size is {b}; the kernels take up to {MAX_MINI_BATCH}"
+    return None if interpreted() else _too_large(b, dim, _mixer(weights), _precision(q), _shared_bytes(q.device))
+
+
+def _too_large(b: int, dim: int, mixer: str, precision: str, available: int) -> str | None:
+    """Why the backward would not fit in a multiprocessor's shared memory (the forward needs less); from compiling it for Hopper."""
+    if b > 32 and (mixer, dim, precision) in TOO_LONG:
+        return f"the mini-batch size is {b}; at head dimension {dim}, {mixer} and {precision} products the kernels take up to 32"
+    if available < HOPPER_SHARED_BYTES and (dim > 64 or b > 16):
+        return f"the GPU has {available} bytes of shared memory; head dimension {dim} and mini-batch size {b} need Hopper's {HOPPER_SHARED_BYTES}"
     return None
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def scan_mini_batches(
@@ -191,7 +209,7 @@ def _rows_at_once(q: Tensor, saved: list[Tensor], group: int) -> int:
     return min(max(at_least, SCRATCH_BYTES // each), q.shape[0] * q.shape[3])
 
 
-def _mixer(weights: list[Tensor]) -> str:
+def _mixer(weights: list[Tensor] | tuple[Tensor, ...]) -> str:
     return "linear" if len(weights) == 2 else "mlp"
 
 
@@ -227,17 +245,17 @@ def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges
         if name.startswith("mlp"):
             constants["BLOCK_F"] = min(INTERPRETED_BLOCK_F, 4 * dim)
     else:
-        kernel = _tuned(name, dim)
+        kernel = _tuned(name, dim, b > 32)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](*arguments, *ranges, heads, eps, **constants)
 
 
 @functools.cache
-def _tuned(name: str, dim: int):
+def _tuned(name: str, dim: int, long: bool):
     """The kernel with the choice of its configuration, which the first call with a new shape makes by measurement."""
     configs = [
         triton.Config({"BLOCK_F": block} if block else {}, num_warps=warps, num_stages=stages)
-        for block, warps, stages in CONFIGURATIONS[name][dim]
+        for block, warps, stages in ([LONG_MINI_BATCH[name]] if long else CONFIGURATIONS[name][dim])
     ]
     changed = [*ADDED_TO, *(n for n in KERNELS[name].arg_names if n in ("d_w1_ptr", "d_b1_ptr", "d_w2_ptr", "d_b2_ptr"))]
     key = [n for n in KERNELS[name].arg_names if n in ("TOKENS", "QUERY", "SAVE", "PRECISION")]
