@@ -39,7 +39,7 @@ DONE = '\nsave_file(results, "results.safetensors")\nprint("triton" in sys.modul
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A Hub with user/whole (3 shards, tagged v1, then changed), user/half (bf16), user/adapter and user/merged; expected outputs; a folder."""
+    """A Hub with user/whole (3 shards, tagged v1), user/half (bf16), user/adapter, user/merged, user/direct; wanted outputs; a folder."""
     folder = tmp_path_factory.mktemp("place")
     with HubServer() as hub:
         environment = {**os.environ, **hub.environment(str(folder / "home")), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

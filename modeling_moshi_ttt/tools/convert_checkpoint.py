@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def to_kyutai(folder: Path, weights: Path | None, out: Path, options: Options) -
     """This package's checkpoint in Kyutai's layout."""
     config, files = MoshiTTTConfig.from_pretrained(folder), TensorFiles(folder)
     names, said = _without_ttt(files, config, options.keep_ttt)
-    options.dtype = options.dtype or files.fetch("decoder.lm_head.weight").dtype  # Kyutai's loader reads one file
+    options = replace(options, dtype=options.dtype or files.fetch("decoder.lm_head.weight").dtype)  # Kyutai's loader reads one file
     with ShardWriter(out, ONE_FILE) as writer:
         writer.add_all(options.cast(stream_to_kyutai(names, files.fetch, config, options.fused)))
     raw = kyutai_from_config(config) | {"model_type": "moshi", "moshi_name": SINGLE}

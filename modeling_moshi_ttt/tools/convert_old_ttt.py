@@ -19,9 +19,8 @@ LEAF = "|".join(re.escape(leaf) for leaf in sorted(LEAVES, key=len, reverse=True
 IN_LAYER = re.compile(rf"(?:^|\.)layers\.(\d+)\.(?:.*\.)?({LEAF})$")
 KYUTAI_LAYER = r"(?:.*\.)?((?:self_attn|gating|norm[12])\..+)$"
 WRAPPED_LAYER = re.compile(r"(?:^|.*\.)(transformer|depformer)\.layers\.(\d+)\." + KYUTAI_LAYER)
-WHOLE = re.compile(
-    r"(?:^|.*\.)((?:emb|depformer_emb|depformer_in|linears)\.\d+\.weight|(?:text_emb|text_linear|depformer_text_emb)\.weight|out_norm\.alpha)$"
-)
+NUMBERED, SINGLE = r"(?:emb|depformer_emb|depformer_in|linears)\.\d+\.weight", r"(?:text_emb|text_linear|depformer_text_emb)\.weight"
+WHOLE = re.compile(rf"(?:^|.*\.)({NUMBERED}|{SINGLE}|out_norm\.alpha)$")
 NORM = "ttt_layernorm.weight"
 TOKEN_WEIGHT = "ttt.learnable_token_weight"
 

@@ -169,7 +169,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConf
 
 
 def kyutai_from_config(config: MoshiTTTConfig) -> dict[str, Any]:
-    """Kyutai's `lm_kwargs` for a configuration: what `config_from_kyutai` reads back to the same model. TTT settings have no place there."""
+    """Kyutai's `lm_kwargs` for a configuration, which `config_from_kyutai` reads back. TTT settings have no place there."""
     fields: Any = config  # typed Optional, filled by the configuration itself
     depth = fields.depth_decoder_config
     norms = {eps: name for name, eps in NORM_EPS.items()}

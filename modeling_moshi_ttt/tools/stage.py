@@ -120,7 +120,7 @@ def _is_weights(path: Path) -> bool:
 
 
 def copy_others(folder: Path, target: Path) -> None:
-    """Processor, tokenizer, codec and generation configuration: what stands beside the weights, apart from pickles, code and hidden files."""
+    """Processor, tokenizer, codec, generation configuration: what stands beside the weights, apart from pickles, code and hidden files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
