@@ -10,6 +10,7 @@ from ttt_cases import INPUTS, WEIGHTS, make_inputs, run_all, start
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from baseline_loop import Decoder, loop
+from run import compare
 
 from modeling_moshi_ttt.ttt_ops import ttt_linear, ttt_mlp
 
@@ -40,3 +41,8 @@ def test_its_decoding_step_gives_the_ops_outputs(mixer):
         q, k, v, lr = (values[name][:, t : t + 1].transpose(1, 2) for name in INPUTS[:4])
         found = decoder.step(q, k, v, lr[..., None]).transpose(1, 2)
         assert (found - expected[:, t : t + 1]).abs().max() <= 1e-7
+
+
+def test_a_ratio_that_got_worse_is_named():
+    found = {"op time": (1.0, True), "frame": (1.5, False), "op memory": (2.0, True), "new one": (1.0, True)}
+    assert compare(found, {"op time": 2.0, "frame": 1.0, "op memory": 1.9}, tolerance=0.3) == ["op time", "frame"]
