@@ -1,6 +1,6 @@
 """How much faster than real time one core makes batches from cached codes, in shuffled windows and in lanes.
 
-    python benchmarks/train_loader.py --out train_loader.json
+python benchmarks/train_loader.py --out train_loader.json
 """
 
 import argparse

@@ -87,7 +87,9 @@ def account(frames: int, rows: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, nargs="+", default=[64, 128, 256, 512], help="lengths of the window, with TTT in 4 of 8 layers")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[64, 128, 256, 512], help="lengths of the window, with TTT in 4 of 8 layers"
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 2, 4, 8], help="numbers of layers with TTT, at 128 frames")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
@@ -95,7 +97,10 @@ def main() -> None:
     lengths = table("frames", {frames: (4, frames) for frames in options.frames})
     layers = table("TTT layers", {count: (count, 128) for count in options.layers})
     slope, straight = fitted_line([row["frames"] for row in lengths], [row["checkpointed"] for row in lengths])
-    print(f"\ncheckpointed, a frame costs {1000 * slope:.0f} kB (R^2 of the line {straight:.3f}); without TTT {layers[0]['checkpointed']:.1f} MB, with it in all layers {layers[-1]['checkpointed']:.1f} MB")
+    print(f"\ncheckpointed, a frame costs {1000 * slope:.0f} kB (R^2 of the line {straight:.3f}); ", end="")
+    print(
+        f"without TTT {layers[0]['checkpointed']:.1f} MB, with it in {layers[-1]['TTT layers']} layers {layers[-1]['checkpointed']:.1f} MB"
+    )
     accounts = {}
     for name, frames, rows in (("15 s x 1", 188, 1), ("100 s x 16", 1250, 16)):
         accounts[name] = account(frames, rows)
@@ -104,7 +109,9 @@ def main() -> None:
             print(f"  {part:<20}{gigabytes:8.2f} GB")
         print(f"  {'together':<20}{sum(accounts[name].values()):8.2f} GB")
     if options.out:
-        options.out.write_text(json.dumps({"lengths": lengths, "layers": layers, "kB a frame": 1000 * slope, "account": accounts}, indent=2))
+        options.out.write_text(
+            json.dumps({"lengths": lengths, "layers": layers, "kB a frame": 1000 * slope, "account": accounts}, indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,13 @@ def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(0, 32000, (ROWS, FRAMES), generator=generator)
     codes = torch.randint(0, 2048, (ROWS, 16, FRAMES), generator=generator)
-    return {"input_ids": text, "moshi_audio_codes": codes[:, :8], "user_audio_codes": codes[:, 8:], "text_labels": text, "audio_labels": codes[:, :8]}
+    return {
+        "input_ids": text,
+        "moshi_audio_codes": codes[:, :8],
+        "user_audio_codes": codes[:, 8:],
+        "text_labels": text,
+        "audio_labels": codes[:, :8],
+    }
 
 
 class Step:
@@ -85,7 +91,8 @@ def main() -> None:
     steps = {"ours, no TTT": Step(medium([])), "ours, TTT-MLP in 3 of 8 layers": Step(medium([3, 4, 5]))}
     times = seconds(*steps.values(), repeats=options.repeats)
     rows = {
-        name: {"seconds": taken, "gigabytes": peak_bytes(step) / 1e9, "loss": step.loss} for (name, step), taken in zip(steps.items(), times)
+        name: {"seconds": taken, "gigabytes": peak_bytes(step) / 1e9, "loss": step.loss}
+        for (name, step), taken in zip(steps.items(), times)
     }
     if PEER.exists():
         rows["Kyutai's moshi 0.2.13"] = peer_row(steps["ours, no TTT"].model, options.repeats)

@@ -1,6 +1,6 @@
 """Load a trained model and talk to it: python examples/talk.py runs/demo/final examples/data/dialogues/train.jsonl
 
-It reads the model with AutoModel.from_pretrained, says how much of the training dialogues it knows when it is led, lets it answer by itself,
+It reads the model with AutoModel.from_pretrained, says how much of the training dialogues it knows when it is led, lets it answer freely,
 then listens to the user's channel of one dialogue, 80 ms at a time, prints what it answers and writes the sound of it.
 """
 

@@ -1,7 +1,7 @@
 """The plain case with transformers' own Trainer: python examples/trainer.py [--steps 20] [--output runs/trainer]
 
-Each dialogue is one example; the processor makes frames and labels, the model computes its loss. Memory carried over windows, losses divided
-over unequal ranks, and exact resume with lanes are what `moshi-ttt train` is for.
+Each dialogue is one example; the processor makes frames and labels, the model computes its loss. Memory carried over windows, losses
+divided over unequal ranks, and exact resume with lanes are what `moshi-ttt train` is for.
 """
 
 import argparse

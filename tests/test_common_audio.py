@@ -72,7 +72,7 @@ def test_manifest_with_words(tmp_path):
 def test_other_word_layout(tmp_path):
     (tmp_path / "w.json").write_text(json.dumps([{"speaker": "A", "word": "hai", "start": 1, "end": 2}]))
     assert read_words(tmp_path / "w.json") == (("hai", (1.0, 2.0), "SPEAKER_MAIN"),)
-    for bad in ("{}", "[[1]]", "[[\"a\", [1], \"x\"]]", "[[\"a\", [1, NaN], \"x\"]]", "{"):
+    for bad in ("{}", "[[1]]", '[["a", [1], "x"]]', '[["a", [1, NaN], "x"]]', "{"):
         (tmp_path / "w.json").write_text(bad)
         with pytest.raises(ValueError, match=r"w\.json"):
             read_words(tmp_path / "w.json")

@@ -13,7 +13,9 @@ from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, Snapshot, r
 
 def snapshot(value):
     tensors = {"a": torch.full((300,), float(value)), "b": torch.arange(6).reshape(2, 3).T}
-    return Snapshot({"step": value, "lanes": [1, 2]}, {"model": tensors, "optimizer": {"m": torch.ones(2, 2)}}, {"lane": torch.ones(4) * value})
+    return Snapshot(
+        {"step": value, "lanes": [1, 2]}, {"model": tensors, "optimizer": {"m": torch.ones(2, 2)}}, {"lane": torch.ones(4) * value}
+    )
 
 
 def folder_with(path, steps, **kwargs):

@@ -28,7 +28,9 @@ def test_every_frame_once_and_resets_where_recordings_change(lengths, rows, wind
     for windows in turns(finite_lanes(lengths, rows, window)):
         for row, now in enumerate(windows):
             assert now.frames <= window
-            follows = not before[row].last and now.recording == before[row].recording and now.start == before[row].start + before[row].frames
+            follows = (
+                not before[row].last and now.recording == before[row].recording and now.start == before[row].start + before[row].frames
+            )
             assert now.reset == (not follows)
             assert now.last == (now is EMPTY or now.start + now.frames == lengths[now.recording])
             frames = {(now.recording, t) for t in range(now.start, now.start + now.frames)}

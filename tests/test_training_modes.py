@@ -25,7 +25,11 @@ def plain(name):
 @pytest.mark.parametrize("mode", ["lora", "ttt", "lora+ttt", "full"])
 def test_exactly_the_named_parameters_change(tmp_path, mode):
     model = make_model()
-    trainer = make_trainer(make_run(tmp_path, mode, optim={"steps": 3, "weight_decay": 0.1}), make_recordings(tmp_path / "codes", [20] * 4, model.config), model)
+    trainer = make_trainer(
+        make_run(tmp_path, mode, optim={"steps": 3, "weight_decay": 0.1}),
+        make_recordings(tmp_path / "codes", [20] * 4, model.config),
+        model,
+    )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.fit()
     for name, parameter in trainer.model.named_parameters():
@@ -97,7 +101,14 @@ def test_groups_have_their_rates_and_decay_spares_norms_biases_gates():
     layer = f"decoder.model.layers.{model.config.ttt_layers[0]}."
     assert by_name[layer + "ttt_gate.gating_alpha"] == (3e-3, 0.0)
     assert by_name[layer + "ttt.W1"] == (2e-3, 0.1)
-    for spared in ("ttt.b1", "ttt.ttt_norm_weight", "ttt.learnable_token_weight", "ttt.learnable_ttt_lr_weight", "ttt_layernorm.weight", "ttt.wq.bias"):
+    for spared in (
+        "ttt.b1",
+        "ttt.ttt_norm_weight",
+        "ttt.learnable_token_weight",
+        "ttt.learnable_ttt_lr_weight",
+        "ttt_layernorm.weight",
+        "ttt.wq.bias",
+    ):
         assert by_name[layer + spared] == (2e-3, 0.0)
     assert by_name["decoder.model.layers.0.input_layernorm.weight"] == (1e-3, 0.0)
     assert by_name["decoder.model.layers.0.mlp.fc1.weight"] == (1e-3, 0.1)
@@ -107,7 +118,9 @@ def test_table_counts_every_parameter_once():
     model = make_model()
     total = sum(p.numel() for p in model.parameters())
     adapted = modes.apply(model, "lora+ttt", LoraConfig(r=2, target_modules=modes.TEMPORAL))
-    lines = {line.split()[0]: [int(x.replace(",", "")) for x in line.split()[1:]] for line in modes.parameter_table(adapted).splitlines()[1:]}
+    lines = {
+        line.split()[0]: [int(x.replace(",", "")) for x in line.split()[1:]] for line in modes.parameter_table(adapted).splitlines()[1:]
+    }
     lora = sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
     assert lines["lora"] == [lora, 0]
     assert lines["base"][0] == lines["ttt"][1] == lines["gate"][1] == 0

@@ -15,9 +15,7 @@ from scipy.signal import resample_poly
 from .files import atomic_write
 
 
-def read_audio(
-    path: str | os.PathLike[str], sample_rate: int = 24000, start: float = 0.0, duration: float | None = None
-) -> np.ndarray:
+def read_audio(path: str | os.PathLike[str], sample_rate: int = 24000, start: float = 0.0, duration: float | None = None) -> np.ndarray:
     """Read WAV, FLAC, MP3 or OGG from `start` for `duration` seconds (None: to the end), resampled to `sample_rate`.
 
     Returns float32 [channels, samples], cut to the file's end (never padded).

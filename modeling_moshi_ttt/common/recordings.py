@@ -28,9 +28,7 @@ class Recording:
     words: tuple[Word, ...] | None = None
 
 
-def read_manifest(
-    path: str | os.PathLike[str], allow_outside: bool = False, problems: list[str] | None = None
-) -> list[Recording]:
+def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, problems: list[str] | None = None) -> list[Recording]:
     """Read a jsonl of {"path", "duration"} lines; paths are relative to the file, words come from the .json beside each sound.
 
     `allow_outside` permits absolute paths and '..'. With a list in `problems`, bad lines are described there and left out;
@@ -38,7 +36,7 @@ def read_manifest(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such manifest (a .jsonl of {{\"path\": …, \"duration\": …}} lines).")
+        raise FileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     found: list[str] = []
     recordings: list[Recording] = []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -105,7 +103,7 @@ def _word(path: Path, index: int, item: Any) -> Word:
         else:
             text, (start, end), speaker = item[0], map(float, item[1]), item[2]
     except (KeyError, TypeError, ValueError, IndexError):
-        raise ValueError(f"{path}: word {index} is {item!r}, it must be [\"word\", [start, end], \"speaker\"].") from None
+        raise ValueError(f'{path}: word {index} is {item!r}, it must be ["word", [start, end], "speaker"].') from None
     if not (isinstance(text, str) and isinstance(speaker, str) and math.isfinite(start) and math.isfinite(end)):
         raise ValueError(f"{path}: word {index} is {item!r}: text and speaker must be strings, times finite.")
     return text, (start, end), speaker

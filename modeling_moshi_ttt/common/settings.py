@@ -21,9 +21,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers: 1e-4 is a number here too, where YAML 1.1 reads a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:

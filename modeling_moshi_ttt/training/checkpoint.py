@@ -82,7 +82,7 @@ class CheckpointFolder:
         return self.path(step)
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; a torn or altered one is passed over with a warning that says what is wrong. None when there is none.
+        """The newest whole checkpoint, None without any; a torn or altered one is passed over with a warning that says what is wrong.
 
         Raises:
             ValueError: there are checkpoints, but none of them is whole.

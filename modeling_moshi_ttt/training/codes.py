@@ -28,7 +28,9 @@ def codec_fingerprint(processor: Any) -> str:
     codec = processor.codec
     for name, tensor in sorted(codec.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor.item()).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor.item()).encode()
+        )
     digest.update(str(processor.num_codebooks).encode())
     return digest.hexdigest()[:16]
 

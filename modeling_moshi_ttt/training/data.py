@@ -192,7 +192,9 @@ class Loader:
             except RuntimeError as error:
                 if "worker" not in str(error):
                     raise
-                raise OSError(f"A data worker died ({error}). The same command goes on from the last checkpoint; data.workers=0 reads in the main process.") from None
+                raise OSError(
+                    f"A data worker died ({error}). The same command goes on from the last checkpoint; data.workers=0 does without them."
+                ) from None
             yield Step(step, states.popleft())
 
     def _batches(self, states: deque[dict[str, Any]]) -> Any:

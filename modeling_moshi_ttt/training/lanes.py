@@ -1,7 +1,7 @@
 """Which window of which recording stands in which row of which step: pure arithmetic over lengths, the same on every rank.
 
-Rows are those of the whole step, over all ranks and micro-batches; a rank takes its own slice. So nothing overlaps, nothing is lost, and the
-order does not change when ranks are exchanged for accumulation. Everything that must be remembered is a few whole numbers.
+Rows are those of the whole step, over all ranks and micro-batches; a rank takes its own slice. So nothing overlaps, nothing is lost, and
+the order does not change when ranks are exchanged for accumulation. Everything that must be remembered is a few whole numbers.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Lanes:
     def __init__(self, lengths: Sequence[int], order: WeightedOrder, rows: int, window: int):
         if order.epochs is None and len(lengths) < rows:
             raise ValueError(
-                f"There are {len(lengths)} recordings for {rows} lanes (batch_size x accumulation x processes), so one recording would stand in "
-                "two lanes at once; add recordings, lower data.batch_size or data.accumulation, or set data.carry: none."
+                f"There are {len(lengths)} recordings for {rows} lanes (batch_size x accumulation x processes), so one would stand "
+                "in two lanes at once; add recordings, lower data.batch_size or data.accumulation, or set data.carry: none."
             )
         self.lengths, self.order, self.window = list(lengths), order, window
         self.current: list[int] = [-1] * rows
@@ -187,6 +187,6 @@ def _cut(recording: int, length: int, window: int) -> Iterator[Window]:
 def _check_state(plan: Plan, state: dict[str, Any], rows: int, sources: int) -> None:
     if len(state.get("drawn", ())) != sources or len(state.get("current", ())) != rows:
         raise ValueError(
-            f"The saved place in the data ({len(state.get('current', ()))} rows, {len(state.get('drawn', ()))} sources) does not fit this run's "
-            f"{type(plan).__name__} of {rows} rows and {sources} sources; resume with the settings of the run, or start a new run_dir."
+            f"The saved place in the data ({len(state.get('current', ()))} rows, {len(state.get('drawn', ()))} sources) does not fit "
+            f"this run's {type(plan).__name__} of {rows} rows and {sources} sources; resume with the run's settings, or start a new run_dir."
         )

@@ -37,7 +37,7 @@ class LaneMemory:
         if self.carry == "state":
             cache.forget_attention()
         if cache.fresh is None:
-            # Ranks must agree on which parameters get a gradient: initial fast weights stay in the graph, with gradient 0, where no row begins.
+            # ranks must agree on which parameters get a gradient: where no row begins, that of the initial fast weights is 0
             cache.fresh = torch.zeros(self.rows, dtype=torch.bool, device=cache.frames.device)
         return cache
 

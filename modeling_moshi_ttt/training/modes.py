@@ -105,9 +105,16 @@ def parameter_groups(
         if parameter.requires_grad:
             groups.setdefault((kind_of(name), _decays(name, parameter)), []).append(parameter)
     if not groups:
-        raise ValueError("Nothing is trainable (mode 'frozen'): there is nothing for an optimizer to do; choose lora, ttt, lora+ttt or full.")
+        raise ValueError(
+            "Nothing is trainable (mode 'frozen'): there is nothing for an optimizer to do; choose lora, ttt, lora+ttt or full."
+        )
     return [
-        {"params": parameters, "lr": rates[kind], "weight_decay": weight_decay if decays else 0.0, "name": f"{kind}{'' if decays else ', no decay'}"}
+        {
+            "params": parameters,
+            "lr": rates[kind],
+            "weight_decay": weight_decay if decays else 0.0,
+            "name": f"{kind}{'' if decays else ', no decay'}",
+        }
         for (kind, decays), parameters in groups.items()
     ]
 

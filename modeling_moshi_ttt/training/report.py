@@ -25,7 +25,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class MetricsFile:
-    """One JSON line a record in metrics.jsonl. After a resume, lines beyond the checkpoint's step are cut, so each step stands there once."""
+    """One JSON line a record in metrics.jsonl. After a resume, lines beyond the checkpoint are cut, so each step stands there once."""
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path

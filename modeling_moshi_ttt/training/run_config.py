@@ -47,7 +47,11 @@ class DataSettings:
     cache: folder of the Mimi codes, encoded once; None keeps it in the run folder.
     window_seconds: length of one window. carry: what a batch row takes on from window to window ("none": shuffled windows).
     tbptt_windows: windows through which gradients flow before the state is cut from its past.
+    batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
     own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay.
+    text_weight: what the text loss counts beside the audio loss.
+    on_bad_files: stop with a list of them, or skip them. allow_outside: accept absolute paths and '..' in manifests.
+    require_words: a recording without words is a bad file. workers: processes that read ahead; 0 reads in the training process.
     """
 
     train: str
@@ -70,7 +74,10 @@ class DataSettings:
 
 @dataclass
 class OptimSettings:
-    """AdamW. ttt_lr and gate_lr default to lr; no weight decay on norms, biases, gates and inner learning-rate parameters."""
+    """AdamW. ttt_lr and gate_lr default to lr; no weight decay on norms, biases, gates and inner learning-rate parameters.
+
+    clip: largest norm of all gradients together. warmup: share of the steps in which rates rise. max_bad_steps: not finite in a row.
+    """
 
     steps: int = 2000
     lr: float = 2e-6

@@ -41,7 +41,9 @@ def load_weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer,
     parameters = trainable(model)
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[:3]
-        raise ValueError(f"The checkpoint's trainable weights are not this model's (for example {', '.join(odd)}); use the run's own settings.")
+        raise ValueError(
+            f"The checkpoint's trainable weights are not this model's (for example {', '.join(odd)}); use the run's own settings."
+        )
     for name, parameter in parameters.items():
         _into(parameter, weights[name], name, sharded)
         entries = {key.split("|")[1]: value for key, value in moments.items() if key.split("|")[0] == name}
@@ -77,7 +79,9 @@ def _like(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -
             raise ValueError(f"{name} has the shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model.")
         return value.to(target.device)
     if sharded:
-        return DTensor.from_local(value.to(target.device), target.device_mesh, target.placements, shape=target.shape, stride=target.stride())
+        return DTensor.from_local(
+            value.to(target.device), target.device_mesh, target.placements, shape=target.shape, stride=target.stride()
+        )
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -120,4 +120,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return flat
-

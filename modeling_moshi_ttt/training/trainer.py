@@ -28,7 +28,10 @@ from .state import load_weights_and_moments, weights_and_moments
 
 logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on: they do not touch a number of it.
-FREE_SETTINGS = ("run_dir", "trackers", "checkpoint.every", "checkpoint.keep", "data.workers", "data.cache", "data.batch_size", "data.accumulation")
+FREE_SETTINGS = (
+    *("run_dir", "trackers", "checkpoint.every", "checkpoint.keep"),
+    *("data.workers", "data.cache", "data.batch_size", "data.accumulation"),
+)
 
 
 @dataclass
@@ -89,8 +92,8 @@ class Trainer:
         if self.progress.step == 0 and self.run.evaluate_start:
             self._tell(metrics, {"step": 0, **self.evaluate()})
         data = self.run.data
-        loader = Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, self.accelerator.process_index, data.workers)
-        steps = iter(loader)
+        rank = self.accelerator.process_index
+        steps = iter(Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, rank, data.workers))
         bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
         with bar:
             while self.progress.step < self.run.optim.steps:
@@ -196,8 +199,8 @@ class Trainer:
         save_file(tensors, path)
         names = sorted({name for batches in micro_batches for batch in batches for name in batch.names})
         raise FloatingPointError(
-            f"{self.progress.bad_in_a_row} steps in a row were not finite (optim.max_bad_steps); the batch of {', '.join(names)} is in {path}. "
-            "Lower optim.lr or look at these recordings."
+            f"{self.progress.bad_in_a_row} steps in a row were not finite (optim.max_bad_steps); the batch of {', '.join(names)} is in "
+            f"{path}. Lower optim.lr or look at these recordings."
         )
 
     def _record(
@@ -304,7 +307,7 @@ class Trainer:
         }
         for reason, holds in reasons.items():
             if holds:
-                raise ValueError(f"The checkpoint was written by {saved} processes and there are {now}: {reason}. Resume with {saved} processes.")
+                raise ValueError(f"The checkpoint was written by {saved} processes and there are {now}: {reason}. Resume with {saved}.")
 
     def _check_folder(self) -> None:
         """The folder's run_config.json must say what this run says, but for what touches no number."""
@@ -315,9 +318,10 @@ class Trainer:
             now |= {"data.batch_size": self.run.data.batch_size, "data.accumulation": self.run.data.accumulation}
         if path.exists():
             before = json.loads(path.read_text())["fixed"]
-            changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
-            if changed:
-                raise ValueError(f"{self.run_dir} belongs to another configuration: {'; '.join(changed)}. Use its settings, or another run_dir.")
+            keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
+            if keys:
+                changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
+                raise ValueError(f"{self.run_dir} belongs to another configuration: {changes}. Use its settings, or another run_dir.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))
