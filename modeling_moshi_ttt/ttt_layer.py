@@ -117,7 +117,7 @@ class TTTLayer(nn.Module):
             ValueError: shapes that do not fit, or a state that is not of this layer and batch.
         """
         state, mask = self._check(hidden_states, state, position_ids, attention_mask)
-        x = hidden_states.to(self.wq.weight.dtype)
+        x = hidden_states.to(self.ttt_norm_weight.dtype)  # never quantized, unlike the projections
         projected = self.wq(x), self.wk(x), self.wv(x)
         with torch.autocast(x.device.type, enabled=False):  # the inner learning is float32 whatever is around it
             inputs = self._op_inputs(x, projected, self._positions(x, state, position_ids, mask))
@@ -126,7 +126,7 @@ class TTTLayer(nn.Module):
             out, state = self.op(*inputs, state, **options)  # [B, T, H, D]
             scale, shift = self.post_norm.weight.to(out.dtype), self.post_norm.bias.to(out.dtype)
             out = F.layer_norm(out.flatten(2), self.post_norm.normalized_shape, scale, shift, self.post_norm.eps)
-        return self.wo(out.to(self.wo.weight.dtype)).to(hidden_states.dtype), state
+        return self.wo(out.to(self.ttt_norm_weight.dtype)).to(hidden_states.dtype), state
 
     @torch.no_grad()
     def inner_losses(
@@ -144,7 +144,7 @@ class TTTLayer(nn.Module):
         state, mask = self._check(hidden_states, state, position_ids, attention_mask)
         if (mask is not None and not bool(mask.all())) or bool((state.frames != state.frames[0]).any()):
             raise ValueError("inner losses need rows of one length that stand at the same frame; measure one recording at a time")
-        x, b, frames = hidden_states.to(self.wq.weight.dtype), self.config.ttt_mini_batch_size, int(state.frames[0])
+        x, b, frames = hidden_states.to(self.ttt_norm_weight.dtype), self.config.ttt_mini_batch_size, int(state.frames[0])
         projected = self.wq(x), self.wk(x), self.wv(x)
         with torch.autocast(x.device.type, enabled=False):
             *tokens, token_weight, norm_weight, norm_bias = self._op_inputs(x, projected, self._positions(x, state, position_ids, None))
