@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Subject:
         self.adapter = _local(settings.adapter) if settings.adapter else None
         self._loaded: tuple[Any, Any] | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the weights and configurations of model and adapter."""
         digest = hashlib.sha256(self.settings.dtype.encode())
