@@ -26,7 +26,7 @@ from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy
-from .ttt_layer import TTTMLP, TTTLayer, TTTLinear
+from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState
 
 TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
@@ -46,7 +46,7 @@ class MoshiTTTModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     past_key_values: MoshiTTTCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, Any] | None = None
+    inner_losses: dict[int, TTTInnerLosses] | None = None
 
 
 @dataclass
@@ -69,7 +69,7 @@ class MoshiTTTOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     past_key_values: MoshiTTTCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, Any] | None = None
+    inner_losses: dict[int, TTTInnerLosses] | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -78,7 +78,7 @@ class LayerOutput(NamedTuple):
     hidden_states: torch.Tensor
     key_values: KeyValues
     ttt_state: TTTState | None
-    inner_losses: Any | None
+    inner_losses: TTTInnerLosses | None
 
 
 class TTTGate(nn.Module):
