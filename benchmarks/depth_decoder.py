@@ -20,7 +20,7 @@ from modeling_moshi_ttt.depth_decoder import MoshiTTTDepthDecoder
 
 def medium() -> MoshiDepthConfig:
     """The configuration that both sides are built with."""
-    return MoshiDepthConfig(hidden_size=256, input_size=512, num_hidden_layers=6, num_attention_heads=8, ffn_dim=1056, vocab_size=32000)
+    return MoshiDepthConfig(hidden_size=256, input_size=512, num_hidden_layers=6, num_attention_heads=8, ffn_dim=1408, vocab_size=32000)
 
 
 def step(decoder: torch.nn.Module, frames: int, transformers_layout: bool):

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from medium import medium
 
-from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 
 PEER = Path(__file__).resolve().parent.parent / ".venv-peer" / "bin" / "python"
 PEER_CODE = """
@@ -38,20 +39,6 @@ print(json.dumps({"ms": 1e3 * statistics.median(times[skip:]), "parameters": sum
 """
 
 
-def medium(ttt_layers: list[int]) -> MoshiTTTForConditionalGeneration:
-    """The medium model with TTT-MLP in these layers."""
-    config = MoshiTTTConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        ffn_dim=2816,
-        sliding_window=256,
-        ttt_layers=ttt_layers,
-        depth_decoder_config={"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "ffn_dim": 1056},
-    )
-    return MoshiTTTForConditionalGeneration(config).eval()
-
-
 def step_times(models: dict[str, MoshiTTTForConditionalGeneration], frames: int) -> dict[str, list[float]]:
     """Milliseconds of each frame of each model's stream; the models take turns."""
     streams = {name: model.new_stream() for name, model in models.items()}
@@ -71,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    times = step_times({"without TTT": medium([]), "TTT-MLP in 3 of 8 layers": medium([3, 4, 5])}, options.frames)
+    times = step_times({"without TTT": medium([]).eval(), "TTT-MLP in 3 of 8 layers": medium([3, 4, 5]).eval()}, options.frames)
     quarter = options.frames // 4
     rows = {}
     for name, taken in times.items():

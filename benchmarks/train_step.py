@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from measure import peak_bytes, seconds
+from medium import medium
 from safetensors.torch import save_file
 
-from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.tools.convert import hf_to_kyutai
 
 HERE = Path(__file__).resolve().parent
@@ -24,19 +25,9 @@ PEER = HERE.parent / ".venv-peer" / "bin" / "python"
 FRAMES, ROWS = 128, 2
 
 
-def medium(ttt_layers: list[int]) -> MoshiTTTForConditionalGeneration:
+def in_training(ttt_layers: list[int]) -> MoshiTTTForConditionalGeneration:
     """The medium model in training, with TTT-MLP in these layers."""
-    torch.manual_seed(0)
-    config = MoshiTTTConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        ffn_dim=2816,
-        sliding_window=256,
-        ttt_layers=ttt_layers,
-        depth_decoder_config={"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "ffn_dim": 1408},
-    )
-    model = MoshiTTTForConditionalGeneration(config).train()
+    model = medium(ttt_layers).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -88,7 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    steps = {"ours, no TTT": Step(medium([])), "ours, TTT-MLP in 3 of 8 layers": Step(medium([3, 4, 5]))}
+    steps = {"ours, no TTT": Step(in_training([])), "ours, TTT-MLP in 3 of 8 layers": Step(in_training([3, 4, 5]))}
     times = seconds(*steps.values(), repeats=options.repeats)
     rows = {
         name: {"seconds": taken, "gigabytes": peak_bytes(step) / 1e9, "loss": step.loss}

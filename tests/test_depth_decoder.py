@@ -74,7 +74,7 @@ def test_the_zero_token_embeds_to_zero(decoder):
 
 def test_weights_are_used_in_place():
     """256 frames of the medium configuration, forward and backward, hold far less than 1.5 GB: no copy of the weights per frame."""
-    medium = config(hidden_size=256, input_size=512, num_hidden_layers=6, num_attention_heads=8, ffn_dim=1056, audio_vocab_size=2048, num_codebooks=8)
+    medium = config(hidden_size=256, input_size=512, num_hidden_layers=6, num_attention_heads=8, ffn_dim=1408, audio_vocab_size=2048, num_codebooks=8)
     decoder, saved = MoshiTTTDepthDecoder(medium), {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
