@@ -197,6 +197,11 @@ def test_ttt_layers_into_kyutais_layout_are_refused_dropped_or_kept(tmp_path):
     kept = load_file(tmp_path / "kept" / "model.safetensors")
     assert equal(kept, hf_to_kyutai(model.state_dict(), model.config))
     assert "decoder.model.layers.1.ttt.W1" in kept
+    convert(tmp_path / "kept", tmp_path / "home")
+    home = MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "home")
+    assert equal(home.state_dict(), model.state_dict())
+    fields = [key for key in model.config.to_dict() if key.startswith("ttt_")]
+    assert [getattr(home.config, key) for key in fields] == [getattr(model.config, key) for key in fields]
     with torch.no_grad():
         for layer in model.decoder.model.layers:
             layer.ttt_gate.gating_alpha.zero_()

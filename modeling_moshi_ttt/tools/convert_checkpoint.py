@@ -35,6 +35,7 @@ from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG, read_json
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
 KYUTAI_MIMI_CONFIG = "mimi_config.json"
 PUBLISHED_MIMI, PUBLISHED_TOKENIZER = "tokenizer-e351c8d8-checkpoint125.safetensors", "tokenizer_spm_32k_3.model"
+KEPT_TTT = "ttt_config.json"  # beside Kyutai's layout with TTT weights: their settings, which its config.json has no place for
 CODEC, SENTENCEPIECE = "audio_tokenizer", "tokenizer.model"
 CODEC_PREFIX = "audio_encoder."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +100,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], options: O
     folder, weights = (source.parent, source) if source.is_file() else (source, None)
     kind = find_kind(folder, weights)
     with atomic_folder(dst) as out:
-        return f"{CONVERTERS[kind](folder, weights, out, options)} in {dst}"
+        return f"{dst}: {CONVERTERS[kind](folder, weights, out, options)}"
 
 
 def _local(src: str, api: HfApi) -> Path:
@@ -127,12 +128,13 @@ def _write_model(out: Path, config: MoshiTTTConfig, tensors: Iterable[tuple[str,
 
 
 def from_kyutai(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
-    """Model, codec and tokenizer of a Kyutai repository."""
+    """Model, codec and tokenizer of a Kyutai repository, and TTT weights that `to_kyutai` has kept in it."""
     raw = _lm_kwargs(folder)
-    config = config_from_kyutai(raw, **options.ttt)
+    kept = read_json(folder / KEPT_TTT) if (folder / KEPT_TTT).is_file() else {}
+    config = config_from_kyutai(raw, **kept | options.ttt)
     files = TensorFiles(weights or _kyutai_weights(folder, raw) or folder / SINGLE)
     _write_model(out, config, stream_to_here(files.names, files.fetch, config), options)
-    return f"Kyutai's Moshi, {_processor_from_kyutai(folder, raw, out, config)}, written"
+    return f"Kyutai's Moshi, {_processor_from_kyutai(folder, raw, out, config)}"
 
 
 def from_old_ttt(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
@@ -147,7 +149,7 @@ def from_old_ttt(folder: Path, weights: Path | None, out: Path, options: Options
         f"; {sorted(unwrapped.absent)[0]} and {len(unwrapped.absent) - 1} more were not there and start neutral" if unwrapped.absent else ""
     )
     processor = _processor_from_kyutai(folder, raw, out, config)
-    return f"an earlier TTT checkpoint with layers {unwrapped.layers} ({unwrapped.mixer}), {processor}{said}, written"
+    return f"an earlier TTT checkpoint with layers {unwrapped.layers} ({unwrapped.mixer}), {processor}{said}"
 
 
 def _processor_from_kyutai(folder: Path, raw: dict[str, Any], out: Path, config: MoshiTTTConfig) -> str:
@@ -200,8 +202,8 @@ def from_moshi(folder: Path, weights: Path | None, out: Path, options: Options) 
         from transformers import AutoTokenizer
 
         _write_processor(out, AutoTokenizer.from_pretrained(folder), config)
-        return "transformers' Moshi with its processor written"
-    return "transformers' Moshi, without a processor, written"
+        return "transformers' Moshi with its processor"
+    return "transformers' Moshi, without a processor"
 
 
 def _codec_fields(folder: Path) -> dict[str, Any]:
@@ -225,9 +227,12 @@ def to_kyutai(folder: Path, weights: Path | None, out: Path, options: Options) -
     if (folder / SENTENCEPIECE).is_file():
         shutil.copyfile(folder / SENTENCEPIECE, out / KYUTAI_TOKENIZER)
         raw["tokenizer_name"] = KYUTAI_TOKENIZER
+    if any(name in names for name in ttt_names(config)):
+        settings = {key: value for key, value in config.to_dict().items() if key.startswith("ttt_") and key != "ttt_implementation"}
+        atomic_write(out / KEPT_TTT, json.dumps(settings, indent=2))
     atomic_write(out / "config.json", json.dumps(raw, indent=2))
     spm = "" if "tokenizer_name" in raw else "; there is no sentencepiece model beside it, so none was written"
-    return f"Kyutai's layout{said}{spm}, written"
+    return f"Kyutai's layout{said}{spm}"
 
 
 def _without_ttt(files: TensorFiles, config: MoshiTTTConfig, keep: bool) -> tuple[list[str], str]:
@@ -266,7 +271,7 @@ def from_kyutai_lora(folder: Path, weights: Path | None, out: Path, options: Opt
     atomic_write(out / ADAPTER_CONFIG, json.dumps(settings, indent=2))
     atomic_write(out / BASE_CONFIG, config.to_json_string(use_diff=False))
     missing = "" if options.base else "; it names no base model yet: set base_model_name_or_path, or give --base"
-    return f"a PEFT adapter of rank {rank}{missing}, written"
+    return f"a PEFT adapter of rank {rank}{missing}"
 
 
 def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
@@ -284,7 +289,7 @@ def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -
     raw = kyutai_from_config(config) | {"model_type": "moshi", "lora": True, "lora_name": KYUTAI_LORA, "lora_rank": new_rank}
     raw["lora_scaling"] = settings["lora_alpha"] / rank
     atomic_write(out / "config.json", json.dumps(raw, indent=2))
-    return f"a LoRA file of rank {new_rank} for moshi-finetune, written"
+    return f"a LoRA file of rank {new_rank} for moshi-finetune"
 
 
 CONVERTERS = {

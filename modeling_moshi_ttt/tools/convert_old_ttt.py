@@ -36,9 +36,10 @@ class Unwrapped:
 
 
 def is_old_ttt(names: Iterable[str]) -> bool:
-    """Whether these keys are a Kyutai model's with TTT weights somewhere inside its layers."""
+    """Whether these keys are a Kyutai model's with TTT weights inside its layers, under other names than this package's."""
     names = list(names)
-    return any(name.endswith(".W1") for name in names) and any(WRAPPED_LAYER.match(name) for name in names)
+    wrapped = [name for name in names if name.endswith(".W1") and not name.startswith(TTT_LAYER.partition("{")[0])]
+    return bool(wrapped) and any(WRAPPED_LAYER.match(name) for name in names)
 
 
 def new_name(name: str) -> str | None:

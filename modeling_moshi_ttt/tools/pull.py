@@ -24,7 +24,7 @@ def pull(repo_id: str, dest: str | os.PathLike[str], revision: str | None = None
         ValueError: another kind of model (seen before any weights are read), no such revision, files that differ from the manifest.
         OSError: a transfer that failed. FileExistsError: `dest` holds something already.
     """
-    api, dest = api or HfApi(), Path(dest)
+    api, dest = api or HfApi(), Path(dest).absolute()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise FileExistsError(f"{dest} holds something already; choose a new folder")
     part = dest.parent / f".{dest.name}.part"
