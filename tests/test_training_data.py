@@ -113,6 +113,7 @@ def test_codes_are_encoded_once_and_found_by_their_content(tmp_path, processor, 
     manifest = make_source(tmp_path / "one")
     settings = DataSettings(train=str(manifest))
     first = prepare_set(str(manifest), settings, CodesCache(tmp_path / "cache", processor))
+    assert len(json.loads((first.recordings[0].codes.parent / "hashes.json").read_text())) == 2
     codes = read_codes(first.recordings[0].codes, 0, first.lengths[0])
     sound = torch.from_numpy(read_audio(tmp_path / "one" / "a.wav"))
     assert np.array_equal(codes, processor.encode_audio(sound).numpy())

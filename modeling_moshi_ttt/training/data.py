@@ -93,7 +93,8 @@ def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progres
     problems: list[str] = []
     found = read_sources(sources, settings.allow_outside, settings.require_words, problems)
     everything = [recording for source in found for recording in source.recordings]
-    paths = dict(zip(map(id, everything), cache.prepare(progress(everything), problems)))
+    codes = list(cache.prepare(progress(everything), problems))
+    paths = dict(zip(map(id, everything), codes))
     prepared: list[Prepared] = []
     sizes: list[int] = []
     for source in found:
