@@ -27,8 +27,7 @@ class VariantSettings:
 
 
 def _variants() -> list[VariantSettings]:
-    mixers: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
-    return [VariantSettings("none"), *[VariantSettings(mixer, b) for b in (16, 4, 1) for mixer in mixers]]
+    return [VariantSettings("none"), *[VariantSettings("linear", b) for b in (16, 4, 1)]]
 
 
 @dataclass
