@@ -81,7 +81,7 @@ def converse(model, processor, recording: Recording) -> tuple[torch.Tensor, np.n
             sound.append(mouth.decode_frames(frame.audio_codes[:, :, None]))
             tell(processor, text)
     took = time.perf_counter() - begin
-    print()
+    print(*[word for word, _ in processor.words(torch.tensor(text or [3]))[-1:]])  # the last word, which no other has followed
     return torch.tensor(text), torch.cat(sound, 1)[0].numpy(), took / (user.shape[1] / processor.sampling_rate)
 
 
