@@ -14,7 +14,12 @@ DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 # Which file of a saved checkpoint holds what transformers' Auto classes ask for.
 _MODEL = "modeling_moshi_ttt.MoshiTTTForConditionalGeneration"
-AUTO_MAP = {"AutoModel": _MODEL, "AutoModelForTextToWaveform": _MODEL, "AutoModelForMultimodalLM": _MODEL}
+AUTO_MAP = {
+    "AutoConfig": "configuration_moshi_ttt.MoshiTTTConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForTextToWaveform": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+}
 
 
 def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training.data import Loader
@@ -10,6 +11,15 @@ from modeling_moshi_ttt.training.data import Loader
 LENGTHS = [21, 13, 30, 9]
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps one precision for the whole process; other tests use another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("mode", ["lora+ttt", "ttt"])
 def test_bf16_base_trains_with_float32_ttt(tmp_path, mode):
     model = make_model().to(torch.bfloat16)
