@@ -4,6 +4,7 @@ python examples/demo.py [key=value …] passes settings on to the recipe, as in 
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ DIALOGUES = "examples/data/dialogues/train.jsonl"
 
 def run(*command: str) -> None:
     print("\n$ " + " ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+    # the model's products are small: threads would wait for one another longer than they compute
+    subprocess.run([sys.executable, *command], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
 
 
 def show(run_dir: Path) -> None:
