@@ -12,7 +12,7 @@ from ..version import __version__
 # name: (module with configure(parser) and run(args) -> exit code, one line of help)
 COMMANDS = {
     "prepare": ("modeling_moshi_ttt.training.prepare", "turn stereo recordings with word times into training tokens"),
-    "annotate": ("modeling_moshi_ttt.training.annotate", "write word times beside recordings that have a transcript"),
+    "annotate": ("modeling_moshi_ttt.training.annotate", "write word times beside recordings, with a speech recogniser"),
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
