@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from codec_losses import SAMPLE_RATE, SpectralLoss, mel_distance, stoi
 from synthetic_speech import HELD_OUT, VOICES, Espeak, speech
@@ -24,8 +25,10 @@ from tiny_tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
+from modeling_moshi_ttt.common.files import atomic_write
 from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor
 
+RUN_FILE = "run.safetensors"
 DIALOGUES = Path(__file__).parent / "data" / "dialogues"
 WEIGHTS = {"mel": 1.0, "stft": 2.0, "envelope": 2.0, "wave": 0.5, "commit": 0.25}
 
@@ -180,7 +183,7 @@ class Run:
         self.loss = SpectralLoss()
         self.optimizer = torch.optim.AdamW(self.codec.parameters(), lr=plan.peak_lr, betas=(0.8, 0.99), weight_decay=0.01)
         self.step, self.spent, self.stage = 0, 0.0, 0  # stage 0: no codes, 1: codes learn, 2: codes and encoder stand
-        if (work / "run.pt").exists():
+        if (work / RUN_FILE).exists():
             self.resume()
 
     def progress(self) -> float:
@@ -220,17 +223,27 @@ class Run:
         return {name: float(value.detach()) for name, value in parts.items()}
 
     def save(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
-        partial = self.work / "run.pt.tmp"
-        state = {"codec": self.codec.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step, "spent": self.spent}
-        torch.save({**state, "stage": self.stage}, partial)
-        partial.replace(self.work / "run.pt")
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {f"codec.{name}": tensor.clone() for name, tensor in self.codec.state_dict().items()}
+        tensors |= {f"optimizer.{i}.{name}": tensor.clone() for i, kept in moments.items() for name, tensor in kept.items()}
+        progress = {"step": self.step, "spent": self.spent, "stage": self.stage}
+        atomic_write(self.work / RUN_FILE, safetensors.torch.save(tensors, {"progress": json.dumps(progress)}))
 
     def resume(self) -> None:
-        state = torch.load(self.work / "run.pt", weights_only=True)
-        self.codec.load_state_dict(state["codec"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.spent, self.stage = state["step"], state["spent"], state["stage"]
+        codec: dict[str, Tensor] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
+        with safetensors.safe_open(self.work / RUN_FILE, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                part, name = key.split(".", 1)
+                if part == "codec":
+                    codec[name] = file.get_tensor(key)
+                else:
+                    index, moment = name.split(".")
+                    moments.setdefault(int(index), {})[moment] = file.get_tensor(key)
+        self.codec.load_state_dict(codec)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.step, self.spent, self.stage = progress["step"], progress["spent"], progress["stage"]
         for group in self.codebooks.groups:
             for layer in group.layers:
                 layer.codebook._embed = None
