@@ -59,7 +59,7 @@ def test_every_command_of_the_road_runs(tmp_path):
         shutil.copytree(ROOT / name, place / name)
     start = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt prepare"))
     stop = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt pull"))
-    road = [line for line in shell_lines()[start : stop + 1] if not line.startswith("huggingface-cli login")]
+    road = [line for line in shell_lines()[start : stop + 1] if not line.startswith("hf auth login")]
     assert [line.split()[0] for line in road] == ["moshi-ttt", "accelerate", *["moshi-ttt"] * 4]
     # `make demo` has trained the base by then: three steps stand in for its training here.
     demo = road[1].split(" run_dir=")[0] + " optim.steps=3 evaluate_start=false"
