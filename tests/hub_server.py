@@ -3,7 +3,8 @@
     with HubServer() as hub:
         HfApi(endpoint=hub.url, token=hub.token).create_repo("user/name")
 
-It keeps repositories in memory: commits, branches, tags, regular and LFS files. It can be told to fail: `hub.faults.append(Fault(...))`.
+It keeps repositories in memory: commits, branches, tags, regular and LFS files. "datasets/user/name" is a data set, which can be read.
+It can be told to fail: `hub.faults.append(Fault(...))`.
 """
 
 import base64
@@ -145,9 +146,9 @@ ROUTES: list[tuple[str, str, str]] = [
     ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/tag/(?P<rev>[^/]+)", "tag"),
     ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "branch"),
     ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<folder>.+))?", "tree"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?", "info"),
-    ("GET|HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<name>.+)", "resolve"),
+    ("GET", r"/api/(models/)?(?P<repo>(datasets/)?[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<folder>.+))?", "tree"),
+    ("GET", r"/api/(models/)?(?P<repo>(datasets/)?[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?", "info"),
+    ("GET|HEAD", r"/(?P<repo>(datasets/)?[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<name>.+)", "resolve"),
 ]
 
 
@@ -353,7 +354,7 @@ class _Handler(BaseHTTPRequestHandler):
         oid = self.at(repository, rev)
         siblings = [{"rfilename": name} for name in sorted(repository.commits[oid])]
         return {
-            "id": repo,
+            "id": repo.removeprefix("datasets/"),
             "modelId": repo,
             "sha": oid,
             "private": repository.private,

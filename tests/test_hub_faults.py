@@ -11,9 +11,9 @@ from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
 from modeling_moshi_ttt.common.files import check_manifest
+from modeling_moshi_ttt.common.hub import redact
 from modeling_moshi_ttt.tools.pull import pull
 from modeling_moshi_ttt.tools.push import push
-from modeling_moshi_ttt.tools.remote import redact
 
 REPO = "user/name"
 

@@ -71,7 +71,7 @@ def test_folders_and_manifests_and_parquet_words(tmp_path):
     alignments = json.dumps(words(("me", 0.2))["alignments"])
     Dataset.from_dict({"path": ["b.wav"], "alignments": [alignments]}).to_parquet(str(manifest.with_suffix(".parquet")))
     problems = []
-    one, two = read_sources(f"{manifest}:3,{tmp_path / 'two'}", False, True, problems)
+    one, two = read_sources(f"{manifest}:3,{tmp_path / 'two'}", DataSettings("", require_words=True), tmp_path / "store", problems)
     assert problems == []
     assert [r.path.name for r in one.recordings + two.recordings] == ["a.wav", "b.wav", "c.wav"]
     assert one.recordings[1].words == (("me", (0.2, 0.5), "SPEAKER_MAIN"),)
@@ -149,7 +149,7 @@ def test_another_codec_has_other_codes(processor):
 
 def test_text_is_the_processors(tmp_path, processor):
     manifest = make_source(tmp_path, ["a"])
-    (recording,) = read_sources(str(manifest), False, False, [])[0].recordings
+    (recording,) = read_sources(str(manifest), DataSettings(""), tmp_path / "store", [])[0].recordings
     sound = torch.from_numpy(read_audio(recording.path))
     expected = processor(sound, sampling_rate=24000, words=recording.words)["input_ids"][0]
     assert recording_text(processor, recording, len(expected)).tolist() == expected.tolist()

@@ -72,7 +72,7 @@ def _read_line(manifest: Path, line: str, allow_outside: bool) -> Recording:
 
 
 def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
-    """Words of moshi-finetune's {"alignments": […]} or J-Moshi's list of {speaker, word, start, end}; None when the file is missing."""
+    """Words of a JSON file in a layout that `parse_words` knows; None when the file is missing."""
     path = Path(path)
     if not path.is_file():
         return None
@@ -80,19 +80,52 @@ def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the words are not JSON ({error}).") from None
+    return parse_words(path, data)
+
+
+def parse_words(path: str | os.PathLike[str], data: Any) -> tuple[Word, ...]:
+    """Words sorted by start, from moshi-finetune's {"alignments": […]}, from such a list itself, from J-Moshi's list of
+    {speaker, word, start, end}, or from Behavior-SD's {"utterances": […]}, whose words share their utterance's time by their length.
+
+    Raises:
+        ValueError: names `path` and the word that is wrong.
+    """
+    path = Path(path)
     if isinstance(data, dict) and isinstance(data.get("alignments"), list):
         items = data["alignments"]
+    elif isinstance(data, dict) and isinstance(data.get("utterances"), list):
+        items = _utterance_words(path, data["utterances"])
     elif isinstance(data, list):
         items = data
     else:
         raise ValueError(f'{path}: words must be {{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], …]}}.')
-    return parse_words(path, items)
-
-
-def parse_words(path: str | os.PathLike[str], items: list[Any]) -> tuple[Word, ...]:
-    """Words in either layout, sorted by start; ValueError names `path` and the word that is wrong."""
-    words = [_word(Path(path), i, item) for i, item in enumerate(items)]
+    words = [_word(path, i, item) for i, item in enumerate(items)]
     return tuple(sorted(words, key=lambda word: word[1][0]))
+
+
+def _utterance_words(path: Path, utterances: list[Any]) -> list[Any]:
+    """Behavior-SD: speaker i is channel i, and the other one says an utterance's backchannels."""
+    items: list[Any] = []
+    for index, utterance in enumerate(utterances):
+        try:
+            speaker = int(utterance["speaker_idx"])
+            spoken = [(utterance, speaker)] + [(said, 1 - speaker) for said in utterance.get("backchannels") or []]
+            for said, channel in spoken:
+                label = (MAIN_SPEAKER, USER_SPEAKER)[channel]
+                items += _share_time(str(said["tts_text"] or ""), float(said["start_time"]), float(said["end_time"]), label)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise ValueError(
+                f"{path}: utterance {index} is {utterance!r}; it must hold speaker_idx (0 or 1), tts_text, start_time and end_time."
+            ) from None
+    return items
+
+
+def _share_time(text: str, start: float, end: float, speaker: str) -> list[Any]:
+    """The words of a text over its seconds, each as long as its share of the letters."""
+    words = text.split()
+    bounds = [sum(map(len, words[:i])) / max(len("".join(words)), 1) for i in range(len(words) + 1)]
+    at = [start + (end - start) * bound for bound in bounds]
+    return [[word, [at[i], at[i + 1]], speaker] for i, word in enumerate(words)]
 
 
 def _word(path: Path, index: int, item: Any) -> Word:

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
 from ..common.files import atomic_folder, atomic_write
+from ..common.hub import hub_errors
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from . import convert_old_ttt as old_ttt
 from .convert import check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
 from .convert_lora import lora_to_peft, peft_config, peft_to_lora
 from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
 from .kyutai_config import MOSHI_7B, REPOSITORY_KEYS, kyutai_from_config
-from .remote import hub_errors
 from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles
 from .stage import copy_others
 from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG, read_json

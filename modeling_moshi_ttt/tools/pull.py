@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 
 from ..common.files import MANIFEST, check_manifest
-from .remote import check_base, check_ours, hub_errors, look, unwanted
+from ..common.hub import hub_errors
+from .remote import check_base, check_ours, look, unwanted
 from .verify import Facts, verify
 
 CLIENT_FOLDER = ".cache"

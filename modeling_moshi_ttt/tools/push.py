@@ -15,7 +15,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .remote import Remote, check_base, hub_errors, look_for_push
+from ..common.hub import hub_errors
+from .remote import Remote, check_base, look_for_push
 from .shards import DEFAULT_SHARD_SIZE
 from .stage import choose_kind, locate, stage
 from .verify import ADAPTER_CONFIG, Facts, is_adapter, read_json

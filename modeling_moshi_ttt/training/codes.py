@@ -39,12 +39,13 @@ class CodesCache:
     """Codes `[2, K, T]` int16 of recordings (Moshi's channel, then the user's), one safetensors file each.
 
     Args:
-        folder: where the files go; one folder below it for each codec.
+        folder: where the files go; one folder below it for each codec. What sources download or unpack goes to `sources` in it.
         processor: MoshiTTTProcessor, whose codec encodes what is missing.
     """
 
     def __init__(self, folder: str | Path, processor: Any):
         self.processor = processor
+        self.store = Path(folder) / "sources"
         self.folder = Path(folder) / codec_fingerprint(processor)
         self._hashes_path = self.folder / "hashes.json"
         self._hashes = self._read_hashes()

@@ -91,7 +91,7 @@ def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progres
         ValueError: bad files, all of them in one message, unless settings.on_bad_files is "skip"; or nothing is left.
     """
     problems: list[str] = []
-    found = read_sources(sources, settings.allow_outside, settings.require_words, problems)
+    found = read_sources(sources, settings, cache.store, problems)
     everything = [recording for source in found for recording in source.recordings]
     codes = list(cache.prepare(progress(everything), problems))
     paths = dict(zip(map(id, everything), codes))

@@ -1,7 +1,7 @@
 """Encode recordings once: Mimi codes of every recording go into a cache that training reads.
 
-A source is a .jsonl manifest, a folder of sound files, or hub:owner/name; several are written "one.jsonl:2,two.jsonl:1". A run whose
-data.cache is the same folder finds everything there.
+A source is a .jsonl manifest, a .tar shard or .parquet of sounds, a folder of these or of sound files, or hub:owner/name[/part] of a
+data set on the Hub; several are written "one.jsonl:2,two.jsonl:1". A run whose data.cache is the same folder finds everything there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", required=True, help="folder that the codes go to")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad files out instead of stopping at the end")
     parser.add_argument("--allow-outside", action="store_true", help="accept absolute paths and '..' in manifests")
+    parser.add_argument("--columns", default="", metavar="ROLE=NAME,…", help="parquet columns of other names, as data.columns in a recipe")
     parser.add_argument("--require-words", action="store_true", help="a recording without words beside it is a bad file")
 
 
@@ -27,14 +28,16 @@ def run(args: argparse.Namespace) -> int:
     from ..processing_moshi_ttt import MoshiTTTProcessor
     from .codes import CodesCache
     from .data import FRAME_RATE, prepare_set
-    from .run_config import DataSettings
+    from .run_config import DataSettings, check_columns
 
     settings = dataclasses.replace(
         DataSettings(train=args.sources),
         on_bad_files="skip" if args.skip_bad else "stop",
         allow_outside=args.allow_outside,
         require_words=args.require_words,
+        columns=dict(pair.partition("=")[::2] for pair in filter(None, args.columns.split(","))),
     )
+    check_columns(settings.columns)
     cache = CodesCache(args.cache, MoshiTTTProcessor.from_pretrained(args.processor))
     found = prepare_set(args.sources, settings, cache, lambda items: tqdm(items, desc="encoding"))
     spoken = sum(bool((recording.text >= 0).any()) for recording in found.recordings)

@@ -10,6 +10,13 @@ from ..common.settings import load_settings, to_dict
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
+# What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
+COLUMNS = {
+    "audio": ("audio",),
+    "path": ("audio_path", "path"),
+    "alignments": ("alignments",),
+    "speakers": ("speaker_to_channel",),
+}
 
 
 @dataclass
@@ -43,8 +50,11 @@ class LoraSettings:
 class DataSettings:
     """Where recordings come from and how they are cut.
 
-    train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .parquet of MultiTalkFT, a folder, or hub:owner/name.
-    cache: folder of the Mimi codes, encoded once; None keeps it in the run folder.
+    train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .tar shard or .parquet of sounds, a folder of these, or
+        hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub.
+    columns: names of parquet columns that are not the usual ones, as in {path: file, alignments: words}; the roles are audio, path,
+        alignments and speakers.
+    cache: folder of the Mimi codes, encoded once, and of what was downloaded or unpacked; None keeps it in the run folder.
     window_seconds: length of one window. carry: what a batch row takes on from window to window ("none": shuffled windows).
     tbptt_windows: windows through which gradients flow before the state is cut from its past.
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
@@ -56,6 +66,7 @@ class DataSettings:
 
     train: str
     evaluation: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     cache: str | None = None
     window_seconds: float = 100.0
     batch_size: int = 1
@@ -129,6 +140,13 @@ def load_run_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfi
     return load_settings(RunConfig, path, overrides)
 
 
+def check_columns(columns: dict[str, str]) -> None:
+    """ValueError for a role that no column has."""
+    for role in columns:
+        if role not in COLUMNS:
+            raise ValueError(f"data.columns names the role {role!r}; the roles are {', '.join(COLUMNS)}.")
+
+
 def _check(run: RunConfig) -> None:
     if "lora" in run.mode and run.lora is None:
         raise ValueError(f"mode is {run.mode!r} but there are no lora settings; add `lora: {{rank: 128, scaling: 2.0}}`.")
@@ -165,6 +183,7 @@ def _check(run: RunConfig) -> None:
             raise ValueError(f"{name} is {value!r}, it must be {bound}.")
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
         raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
+    check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
         raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
     if run.evaluate_every and run.data.evaluation is None:

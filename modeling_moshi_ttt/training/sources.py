@@ -1,17 +1,21 @@
-"""Where recordings come from: "path:weight,path:weight" with manifests, folders, parquet alignments and Hub data sets."""
+"""Where recordings come from: "path:weight,path:weight" with manifests, folders, tar shards, parquet files and Hub data sets."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi
 
 from ..common.audio import audio_duration
-from ..common.recordings import Recording, parse_words, read_manifest, read_words
+from ..common.files import inside
+from ..common.hub import hub_errors
+from ..common.recordings import Recording, read_manifest, read_words
+from .archives import ARCHIVE_SUFFIXES, SOUND_SUFFIXES, add_parquet_words, read_archive
+from .run_config import DataSettings
 
-SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+HUB = "hub:"
 # A manifest may round its durations; beyond this many seconds it speaks of another file.
 DURATION_TOLERANCE = 0.1
 
@@ -49,15 +53,19 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     return sources
 
 
-def read_sources(text: str, allow_outside: bool, require_words: bool, problems: list[str]) -> list[Source]:
+def read_sources(text: str, settings: DataSettings, store: Path, problems: list[str]) -> list[Source]:
     """Read every source; what is wrong with single files goes to `problems`, one sentence a file, and the file is left out.
+
+    Args:
+        text: "path:weight,path:weight".
+        store: folder for what is downloaded from the Hub and unpacked from archives, which happens once.
 
     Raises:
         ValueError, OSError: a source as a whole is missing or empty.
     """
     sources = []
     for name, weight in parse_sources(text):
-        recordings = [r for r in _read(name, allow_outside, problems) if _is_sound(r, require_words, problems)]
+        recordings = [r for r in _read(name, settings, store, problems) if _is_sound(r, settings.require_words, problems)]
         sources.append(Source(name, weight, tuple(recordings)))
     return sources
 
@@ -77,54 +85,72 @@ def _is_sound(recording: Recording, require_words: bool, problems: list[str]) ->
     return True
 
 
-def _read(name: str, allow_outside: bool, problems: list[str]) -> list[Recording]:
-    if name.startswith("hub:"):
-        return _read_folder(_download(name.removeprefix("hub:")), problems)
-    path = Path(name)
+def _read(name: str, settings: DataSettings, store: Path, problems: list[str]) -> list[Recording]:
+    path = _download(name, store / "hub") if name.startswith(HUB) else Path(name)
     if path.is_dir():
-        return _read_folder(path, problems)
+        return _read_folder(path, settings, store, problems)
+    if path.suffix in ARCHIVE_SUFFIXES and path.is_file():
+        return read_archive(path, store / "unpacked", settings.columns, problems)
     if path.suffix != ".jsonl" and path.exists():
-        raise ValueError(f"The source {name!r} is neither a .jsonl manifest, nor a folder, nor hub:owner/name.")
-    recordings = read_manifest(path, allow_outside, problems)
-    parquet = path.with_suffix(".parquet")
-    return _add_parquet_words(recordings, path, parquet) if parquet.is_file() else recordings
+        raise ValueError(f"The source {name!r} is no .jsonl manifest, no .tar or .parquet, no folder, and not hub:owner/name.")
+    return _read_manifest(path, settings, problems)
 
 
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repository, repo_type="dataset"))
+def _read_manifest(path: Path, settings: DataSettings, problems: list[str]) -> list[Recording]:
+    return add_parquet_words(read_manifest(path, settings.allow_outside, problems), path, settings.columns, problems)
 
 
-def _read_folder(folder: Path, problems: list[str]) -> list[Recording]:
-    """Its manifests if it has any, else every sound file below it."""
-    manifests = sorted(folder.rglob("*.jsonl"))
+def _download(name: str, store: Path) -> Path:
+    """Fetch hub:owner/name, or the folder or file named after it in the repository, into `store`; what is there already is not fetched again.
+
+    A manifest comes with everything in its folder. Only sounds, words, manifests and archives are fetched.
+    """
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repository, _, part = rest.partition("/")
+    if not owner or not repository:
+        raise ValueError(f"The source {name!r} names no data set: write hub:owner/name, or hub:owner/name/folder for a part of it.")
+    target = store / owner / repository
+    below = str(PurePosixPath(part).parent) if PurePosixPath(part).suffix == ".jsonl" else part
+    if PurePosixPath(below).suffix in ARCHIVE_SUFFIXES:
+        wanted = [below]
+    else:
+        before = f"{below.rstrip('/')}/" if below not in ("", ".") else ""
+        wanted = [f"{before}*{suffix}" for suffix in (*SOUND_SUFFIXES, *ARCHIVE_SUFFIXES, ".json", ".jsonl")]
+    with hub_errors(f"fetching the source {name!r}", then="what has arrived is kept; run the same command again to go on"):
+        # real files in a folder of their own: the client's cache would hold links, which lead out of their folder
+        HfApi().snapshot_download(f"{owner}/{repository}", repo_type="dataset", local_dir=target, allow_patterns=wanted)
+    path = inside(target, part) if part else target
+    if not path.exists():
+        raise ValueError(f"The source {name!r}: the data set {owner}/{repository} holds no sounds, manifest or archive under {part!r}.")
+    return path
+
+
+def _read_folder(folder: Path, settings: DataSettings, store: Path, problems: list[str]) -> list[Recording]:
+    """Its manifests if it has any, else its archives, else every sound file below it."""
+    files = _files(folder, store)
+    manifests = [path for path in files if path.suffix == ".jsonl"]
     if manifests:
-        return [recording for manifest in manifests for recording in read_manifest(manifest, problems=problems)]
+        return [recording for manifest in manifests for recording in _read_manifest(manifest, settings, problems)]
+    archives = [path for path in files if path.suffix in ARCHIVE_SUFFIXES]
+    if archives:
+        unpacked = store / "unpacked"
+        return [recording for archive in archives for recording in read_archive(archive, unpacked, settings.columns, problems)]
     recordings = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUND_SUFFIXES):
+    for path in (path for path in files if path.suffix.lower() in SOUND_SUFFIXES):
         try:
             recordings.append(Recording(path, audio_duration(path), read_words(path.with_suffix(".json"))))
         except ValueError as error:
             problems.append(str(error))
     if not recordings and not problems:
-        raise ValueError(f"{folder}: there is no sound file ({', '.join(SOUND_SUFFIXES)}) and no .jsonl manifest in this folder.")
+        raise ValueError(
+            f"{folder}: there is no sound file ({', '.join(SOUND_SUFFIXES)}), no .jsonl manifest and no .tar or .parquet in this folder."
+        )
     return recordings
 
 
-def _add_parquet_words(recordings: list[Recording], manifest: Path, parquet: Path) -> list[Recording]:
-    """Words from a parquet of the manifest's name with the columns `path` and `alignments` (a list, or its JSON)."""
-    from datasets import Dataset
-
-    table = Dataset.from_parquet(str(parquet), keep_in_memory=True)
-    if not {"path", "alignments"} <= set(table.column_names):
-        raise ValueError(f"{parquet}: the columns are {table.column_names}; it needs `path` and `alignments`.")
-    rows: dict[Path, Any] = {manifest.parent / row["path"]: row["alignments"] for row in table}
-    added = []
-    for recording in recordings:
-        items = rows.get(recording.path)
-        if recording.words is None and items is not None:
-            items = json.loads(items) if isinstance(items, str) else items
-            recording = replace(recording, words=parse_words(recording.path, items))
-        added.append(recording)
-    return added
+def _files(folder: Path, store: Path) -> list[Path]:
+    """What lies below a folder, without hidden files, and without the store where someone keeps that in the folder."""
+    own = store.absolute()
+    inside_store = folder.absolute().is_relative_to(own)
+    paths = (path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted(path for path in paths if inside_store or not path.absolute().is_relative_to(own))

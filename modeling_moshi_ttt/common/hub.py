@@ -1,0 +1,61 @@
+"""The Hub client's errors in words that say what to do and hold no token."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
+
+
+def redact(text: str) -> str:
+    """The text without anything that looks like a Hub token."""
+    secret = os.environ.get("HF_TOKEN")
+    if secret:
+        text = text.replace(secret, "hf_***")
+    return TOKEN.sub("hf_***", text)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines) or type(error).__name__
+    return redact(f"HTTP {status}: {text}" if status is not None and str(status) not in text else text)
+
+
+@contextmanager
+def hub_errors(doing: str, then: str = "nothing has changed there; run the same command again to go on") -> Iterator[None]:
+    """Turn the client's errors into one OSError or ValueError that says what was being done, why it failed, and what holds now."""
+    try:
+        yield
+    except (RevisionNotFoundError, GatedRepoError, RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{doing}: {_reason(error)}") from None
+    except LocalTokenNotFoundError:
+        raise ValueError(f"{doing}: you are not logged in; run `hf auth login` or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise ValueError(f"{doing}: the Hub refuses this login ({_reason(error)}); run `hf auth login`; {then}") from None
+        if status == 412:
+            raise ValueError(
+                f"{doing}: somebody else has changed the repository in between; look at it, then run the same command again"
+            ) from None
+        raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
+    except Exception as error:
+        if type(error).__module__.startswith("httpx"):
+            raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
+        raise
