@@ -10,8 +10,11 @@ from test_training_data import make_source
 from training_runs import make_model
 from transformers import AutoModel
 
+from modeling_moshi_ttt import MoshiTTTConfig
 from modeling_moshi_ttt.common.files import check_manifest
+from modeling_moshi_ttt.tools import adapter
 from modeling_moshi_ttt.tools.cli import main
+from modeling_moshi_ttt.tools.verify import expected_shapes, verify
 from modeling_moshi_ttt.training.report import read_metrics
 
 
@@ -49,10 +52,37 @@ def test_from_sound_to_an_adapter_and_again(tmp_path, recipe, capsys):
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
     assert {"tokens_per_second", "data_wait", "peak_memory_gb", "gradient_norm"} <= set(records[0])
     PeftModel.from_pretrained(small_model(), run / "final")
+    told = (run / "final" / "base_config.json").read_text()
+    base = MoshiTTTConfig.from_pretrained(tmp_path / "base")
+    assert expected_shapes(MoshiTTTConfig.from_dict(json.loads(told))) == expected_shapes(base)
+    assert str(tmp_path) not in told
     # the same command again finds everything done and changes nothing
     before = (run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")
     assert main(["train", str(recipe)]) == 0
     assert ((run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")) == before
+
+
+@pytest.mark.parametrize("start", ["fresh", "plain", "base"])
+def test_an_adapter_says_what_base_it_needs(tmp_path, recipe, start):
+    """With base_config.json in `final` the run's settings are not needed to verify and load it, but for the fresh weights themselves."""
+    settings = {"ttt_layers": [1], "ttt_mixer": "linear"}
+    base = small_model(**settings if start == "base" else {"ttt_layers": []})
+    base.save_pretrained(tmp_path / "start")
+    path = tmp_path / "start" / "config.json" if start == "fresh" else tmp_path / "start"
+    overrides = [f"model={json.dumps({'path': str(path), 'processor': str(tmp_path / 'base'), 'ttt': {} if start == 'base' else settings})}"]
+    assert main(["train", str(recipe), *overrides, "mode=ttt", "lora=null", "trackers=[]", "optim.steps=1", "evaluate_every=0"]) == 0
+    final = tmp_path / "run" / "final"
+    assert adapter.base_config(final).ttt_layers == [1]
+    if start != "fresh":
+        (final / "run.json").unlink()
+        (final / "manifest.json").unlink()
+    facts = verify(final)
+    assert (facts.kind, facts.ttt_layers, facts.ttt_mixer) == ("adapter", [1], "linear")
+    assert adapter.load_base(final).config.ttt_layers == [1]
+    changed = json.loads((final / "base_config.json").read_text()) | {"ttt_layers": [0]}
+    (final / "base_config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"the adapter is for TTT layers \[1\], its base .* has \[0\]|base_config\.json has .* the manifest says"):
+        verify(final)
 
 
 def test_full_mode_gives_a_model_for_automodel(tmp_path, recipe):
@@ -60,6 +90,7 @@ def test_full_mode_gives_a_model_for_automodel(tmp_path, recipe):
     model = AutoModel.from_pretrained(tmp_path / "run" / "final")
     assert type(model).__name__ == "MoshiTTTForConditionalGeneration"
     assert json.loads((tmp_path / "run" / "final" / "run.json").read_text())["step"] == 3
+    assert not (tmp_path / "run" / "final" / "base_config.json").exists()
 
 
 @pytest.mark.parametrize(

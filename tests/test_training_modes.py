@@ -77,7 +77,12 @@ def test_adapter_round_trip(tmp_path, mode):
     config = model.config
     trainer = make_trainer(run, make_recordings(tmp_path / "codes", [20] * 4, config), model)
     trainer.fit()
+    with torch.no_grad():  # four steps move little; what is merged must show
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     trained = answers(trainer.model, config)
+    assert not torch.allclose(trained[0], answers(make_model(), config)[0], atol=1e-2)
     assert not torch.equal(trained[0], answers(make_model(), config)[0])
     trainer.model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

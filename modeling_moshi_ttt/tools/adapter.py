@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..common.adapters import BASE_CONFIG, write_base_config
 from ..common.files import atomic_write
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -18,7 +19,6 @@ from .shards import ShardWriter, TensorFiles
 from .verify import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    BASE_CONFIG,
     Facts,
     check_model_type,
     count,
@@ -163,7 +163,7 @@ def stage_adapter(folder: Path, target: Path, base: str | None) -> float:
     name, revision = hub_base(adapter_config, base)
     model = load_adapter(folder)
     loss = stage_probe(model, folder, target)
-    atomic_write(target / BASE_CONFIG, model.config.to_json_string(use_diff=False))
+    write_base_config(target, model.config)
     adapter_config |= {"base_model_name_or_path": name, "revision": revision, "auto_mapping": AUTO_MAPPING, "task_type": None}
     atomic_write(target / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True))
     shutil.copyfile(folder / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
+from ..common.adapters import write_base_config
 from ..common.files import atomic_folder, atomic_write
 from ..common.hub import hub_errors
 from ..configuration_moshi_ttt import MoshiTTTConfig
@@ -30,7 +31,7 @@ from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_
 from .kyutai_config import MOSHI_7B, REPOSITORY_KEYS, kyutai_from_config
 from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles
 from .stage import copy_others
-from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG, read_json
+from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
 KYUTAI_MIMI_CONFIG = "mimi_config.json"
@@ -269,7 +270,7 @@ def from_kyutai_lora(folder: Path, weights: Path | None, out: Path, options: Opt
     save_file(converted, out / ADAPTER_WEIGHTS, {"format": "pt"})
     settings = peft_config(converted, config, rank, float(raw.get("lora_scaling", 2.0)), options.base)
     atomic_write(out / ADAPTER_CONFIG, json.dumps(settings, indent=2))
-    atomic_write(out / BASE_CONFIG, config.to_json_string(use_diff=False))
+    write_base_config(out, config)
     missing = "" if options.base else "; it names no base model yet: set base_model_name_or_path, or give --base"
     return f"a PEFT adapter of rank {rank}{missing}"
 

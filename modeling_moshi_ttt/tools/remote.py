@@ -8,9 +8,10 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from ..common.adapters import BASE_CONFIG
 from ..common.files import MANIFEST, inside
 from .shards import PICKLES
-from .verify import ADAPTER_CONFIG, BASE_CONFIG, check_model_type, read_json
+from .verify import ADAPTER_CONFIG, check_model_type, read_json
 
 
 @dataclass

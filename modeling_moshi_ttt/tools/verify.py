@@ -17,8 +17,6 @@ from .probe import compare, probe_loss, read_probe
 from .shards import PICKLES, TensorFiles
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Beside an adapter: the configuration of the base that it was made for.
-BASE_CONFIG = "base_config.json"
 KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
 MAX_PROBLEMS = 20
 

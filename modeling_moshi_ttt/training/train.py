@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..common.adapters import write_base_config
 from ..common.files import atomic_folder, atomic_write, write_manifest
 from .run_config import RunConfig, load_run_config
 
@@ -103,6 +104,8 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
         model = accelerator.unwrap_model(trainer.model)
         with atomic_folder(run_dir / "final") as folder:
             model.save_pretrained(folder, state_dict=state)
+            if model is not trainer.bare:
+                write_base_config(folder, trainer.config)
             if processor is not None:
                 processor.save_pretrained(folder)
             atomic_write(folder / "run.json", json.dumps({"step": trainer.progress.step, "run": trainer.run.to_dict()}, indent=1))
