@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from ..common.files import atomic_write
 
@@ -18,10 +20,40 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """ValueError for a tracker that is unknown."""
+    """ValueError for a tracker that is unknown or not installed; accelerate would leave the latter out in silence."""
+    there = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in TRACKERS:
             raise ValueError(f"trackers holds {name!r}; known are {', '.join(TRACKERS)}.")
+        if name not in there:
+            raise ValueError(f"trackers holds {name!r}, but the package {name} is not installed: pip install {name}, or leave it out.")
+
+
+def start_trackers(accelerator: Accelerator, names: Sequence[str], run_dir: Path, settings: dict[str, Any]) -> None:
+    """Start the trackers of a run with its settings.
+
+    Raises:
+        ValueError: one of them does not start, as wandb without a login; its own words say why.
+    """
+    if not names:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    options = {"wandb": {"name": run_dir.name, "dir": str(run_dir)}, "trackio": {"name": run_dir.name}}
+    try:
+        accelerator.init_trackers("tracking", _flat(settings), options)
+    except Exception as error:  # each tracker has its own kinds
+        raise ValueError(f"trackers is {list(names)} and does not start: {error} (trackers=[] goes on without)") from None
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, as trackers take them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
 
 
 class MetricsFile:

@@ -113,7 +113,10 @@ class CheckpointSettings:
 
 @dataclass
 class RunConfig:
-    """One training run; `run_dir` holds its checkpoints, logs, curve and the final model."""
+    """One training run; `run_dir` holds its checkpoints, logs, curve and the final model.
+
+    trackers: any of tensorboard, wandb and trackio; wandb and trackio must be installed besides (WANDB_MODE=offline needs no account).
+    """
 
     run_dir: str
     model: ModelSettings

@@ -39,6 +39,7 @@ def train(config: RunConfig) -> Path:
         FloatingPointError: too many steps in a row were not finite.
     """
     from . import modes, setup
+    from .report import start_trackers
 
     if config.mode == "frozen":
         raise ValueError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
@@ -50,8 +51,7 @@ def train(config: RunConfig) -> Path:
         model = setup.adapt(setup.build_model(config.model, config.seed), config)
         if accelerator.is_main_process:
             print(modes.parameter_table(model), flush=True)
-        if config.trackers:
-            accelerator.init_trackers("tracking", _flat(config.to_dict()))
+        start_trackers(accelerator, config.trackers, run_dir, config.to_dict())
         from .trainer import Trainer
 
         trainer = Trainer(config, model, train_set, held_out, accelerator)
@@ -112,14 +112,3 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
             write_manifest(folder)
         plot_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
     accelerator.wait_for_everyone()
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name, as trackers take them."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
