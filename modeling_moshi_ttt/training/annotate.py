@@ -66,10 +66,12 @@ def find_sounds(paths: list[Path]) -> list[Path]:
 
 
 def load_recogniser(model: str, language: str | None, device: str | None) -> Recogniser:
-    """A function from mono samples at 16 kHz to the pipeline's chunks, one a word."""
+    """A function from mono samples at 16 kHz to the pipeline's chunks, one a word; ValueError for a language that the model does not take."""
     from transformers import pipeline
 
     recogniser: Any = pipeline("automatic-speech-recognition", model=model, device=device)
+    if language and recogniser.type != "seq2seq_whisper":  # the pipeline would leave it out in silence
+        raise ValueError(f"--language is {language!r}, but the recogniser {model} takes none; leave it out.")
     options = {"generate_kwargs": {"language": language}} if language else {}
 
     def recognise(samples: np.ndarray) -> list[dict[str, Any]]:
