@@ -44,6 +44,7 @@ class TTTLayer(nn.Module):
     """
 
     op: Any = None
+    start_std: dict[str, float] = {}  # of the initial fast weights; biases start at 0
 
     def __init__(self, config: Any, layer_idx: int | None = None) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class TTTLayer(nn.Module):
         init.ones_(self.post_norm.weight)
         init.zeros_(self.post_norm.bias)
         for name in self.fast_weight_shapes(1, 1):
-            (init.normal_ if name.startswith("W") else init.zeros_)(getattr(self, name), **({"std": std} if name.startswith("W") else {}))
+            init.normal_(getattr(self, name), std=self.start_std.get(name, 0.0))
 
     def initial_state(self, batch_size: int) -> TTTState:
         """The state of streams that have heard nothing yet: the learned initial weights, in float32 at least, gradients flowing to them."""
@@ -218,6 +219,7 @@ class TTTLinear(TTTLayer):
     """TTT with one matrix and bias a head as the inner model."""
 
     op = staticmethod(ttt_linear)
+    start_std = {"W1": 0.02}
 
     @staticmethod
     def fast_weight_shapes(heads: int, dim: int) -> dict[str, tuple[int, int]]:
@@ -225,9 +227,15 @@ class TTTLinear(TTTLayer):
 
 
 class TTTMLP(TTTLayer):
-    """TTT with a two-layer MLP a head, four times as wide inside, as the inner model."""
+    """TTT with a two-layer MLP a head, four times as wide inside, as the inner model.
+
+    What it learns for a key reaches another by the product of their hidden units, beside 1 for the bias. Keys have norm 1, so at the 0.02 that
+    is usual for both matrices that product is below 0.01, and the memory is one bias for all keys; a W1 that moves them apart, and a W2
+    small beside the first steps, let it tell keys apart from the first frame on (tests/test_ttt_layer.py shows both).
+    """
 
     op = staticmethod(ttt_mlp)
+    start_std = {"W1": 0.5, "W2": 0.005}
 
     @staticmethod
     def fast_weight_shapes(heads: int, dim: int) -> dict[str, tuple[int, int]]:

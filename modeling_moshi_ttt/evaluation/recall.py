@@ -27,7 +27,7 @@ class VariantSettings:
 
 
 def _variants() -> list[VariantSettings]:
-    return [VariantSettings("none"), *[VariantSettings("linear", b) for b in (16, 4, 1)]]
+    return [VariantSettings("none"), VariantSettings("mlp"), VariantSettings("linear")]
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Variant:
 
     mixer: str | None = "linear"
     mini_batch_size: int = 16
-    base_lr: float | None = None  # None: 16 for linear, 4 for mlp
+    base_lr: float | None = None  # None: 16 for linear, the model's default for mlp
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ class Variant:
 def make_model(variant: Variant, window: int = 16, seed: int = 0) -> MoshiTTTForConditionalGeneration:
     """A Moshi-TTT of two layers, width 64 and one codebook a side; without TTT the same model with `ttt_layers=[]`."""
     torch.manual_seed(seed)
-    base_lr = variant.base_lr or {"linear": 16.0, "mlp": 4.0}[variant.mixer or "linear"]
+    base_lr = variant.base_lr or (16.0 if variant.mixer == "linear" else None)
     config = MoshiTTTConfig(
         vocab_size=FIRST_TEXT + VALUES,
         hidden_size=64,
