@@ -13,6 +13,7 @@ from modeling_moshi_ttt.evaluation.scoring import (
     ScoreWeights,
     SpeechScorer,
     StreamSums,
+    batches_of_like_length,
     score_sequences,
     token_log_probs,
 )
@@ -96,6 +97,16 @@ def test_padding_and_batches_change_nothing(mixer):
         for one, other in zip(alone, together):
             assert one.tokens == other.tokens
             assert np.allclose(one.sums, other.sums, atol=1e-9)
+
+
+def test_batches_are_of_one_length_where_half_a_batch_is():
+    lengths = [7] * 5 + [3] * 9 + [4] + [5] * 2 + [20]
+    batches = batches_of_like_length(lengths, 4)
+    assert sorted(sum(batches, [])) == list(range(len(lengths)))
+    assert [[lengths[i] for i in batch] for batch in batches] == [[3] * 4, [3] * 4, [3, 4], [5] * 2, [7] * 4, [7, 20]]
+    assert [len(batch) for batch in batches_of_like_length([1, 2, 3], 1)] == [1, 1, 1]
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        batches_of_like_length([1], 0)
 
 
 def test_delayed_codebooks_lose_their_last_frame_and_nothing_else():

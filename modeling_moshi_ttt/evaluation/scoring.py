@@ -103,14 +103,16 @@ def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
 
 def gather_log_probs(logits: Tensor, audio_logits: Tensor, targets: Tensor) -> Tensor:
     """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, K, T, card]."""
-    known = targets.clamp(min=0)
-    streams = [logits, *audio_logits.unbind(1)]
-    parts = []
-    for s, stream in enumerate(streams):
-        stream = stream if stream.dtype == torch.float64 else stream.float()
-        chosen = stream.gather(-1, known[:, s, :, None]).squeeze(-1)
-        parts.append(chosen - stream.logsumexp(-1))
-    return torch.stack(parts, dim=1).masked_fill(targets < 0, 0.0)  # [B, 1 + K, T]
+    known = targets.clamp(min=0)[..., None]  # [B, 1 + K, T, 1]
+    audio = _log_softmax(audio_logits).gather(-1, known[:, 1:])
+    # the text's vocabulary is the largest by far, and in spoken benchmarks there is no text
+    spoken = bool((targets[:, 0] >= 0).any())
+    text = _log_softmax(logits).gather(-1, known[:, 0]) if spoken else audio.new_zeros(known[:, 0].shape)
+    return torch.cat([text[:, None], audio], dim=1).squeeze(-1).masked_fill(targets < 0, 0.0)  # [B, 1 + K, T]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
 def collate(config: Any, batch: Sequence[CodeSequence], device: torch.device | str) -> dict[str, Tensor]:
@@ -143,17 +145,30 @@ def check_sequences(config: Any, batch: Sequence[CodeSequence]) -> None:
             raise ValueError(f"sequence {number}: holds no frames; the audio is shorter than one frame of 80 ms")
 
 
+def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of the recordings, shortest first, at most `batch_size` together.
+
+    A batch that is half full ends where the length changes: without padding there is no mask, and without a mask attention and TTT are quicker.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        last = batches[-1] if batches else []
+        if not last or len(last) == batch_size or (2 * len(last) >= batch_size and lengths[i] != lengths[last[-1]]):
+            batches.append([i])
+        else:
+            last.append(i)
+    return batches
+
+
 def score_sequences(
     model: Any, sequences: Sequence[CodeSequence], batch_size: int = 16, progress: Callable[[int], object] = lambda done: None
 ) -> list[StreamSums]:
     """Per-stream sums of every recording, in order; those of like length share a batch, so that little is padded."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].moshi.shape[-1])
     results: dict[int, StreamSums] = {}
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in batches_of_like_length([sequence.moshi.shape[-1] for sequence in sequences], batch_size):
         logprobs = token_log_probs(model, [sequences[i] for i in rows])
         sums, tokens = logprobs.values.double().sum(-1).tolist(), logprobs.predicted.sum(-1).tolist()
         results |= {i: StreamSums(tuple(s), tuple(n)) for i, s, n in zip(rows, sums, tokens)}
