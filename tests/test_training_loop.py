@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training.data import Loader, WindowReader
@@ -210,8 +211,6 @@ def test_bad_steps_are_skipped_and_counted_and_stop_the_run(tmp_path):
     assert trainer.progress.bad_steps == 4
     assert all(torch.isfinite(p).all() for p in weights(trainer).values())
     assert not equal(before, weights(trainer))
-    from safetensors.torch import load_file
-
     assert load_file(tmp_path / "run" / "bad_batch-rank0.safetensors")["0.0.input_ids"].shape[0] == 2
 
 
@@ -262,6 +261,33 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, stop):
     assert equal(weights(again), weights(unbroken))
     assert told(tmp_path / "b" / "run") == told(tmp_path / "a" / "run")
     assert again.folder.steps() == unbroken.folder.steps()
+
+
+def test_adafactor_learns_and_resumes_exactly(tmp_path, monkeypatch):
+    rates = {"steps": 8, "optimizer": "adafactor", "lr": 0.1, "ttt_lr": 0.1, "gate_lr": 0.1}
+    unbroken = long_run(tmp_path / "a", optim=rates)
+    unbroken.fit()
+    losses = [r["loss"] for r in told(tmp_path / "a" / "run") if "loss" in r]
+    assert losses[-1] < losses[0]
+    broken = long_run(tmp_path / "b", optim=rates)
+    clip, calls = type(broken)._clip, []
+
+    def dies(self):
+        calls.append(0)
+        if len(calls) == 6:
+            raise Killed
+        return clip(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(broken), "_clip", dies)
+        with pytest.raises(Killed):
+            broken.fit()
+    again = long_run(tmp_path / "b", optim=rates)
+    again.fit()
+    assert equal(weights(again), weights(unbroken))
+    assert told(tmp_path / "b" / "run") == told(tmp_path / "a" / "run")
+    kept = load_file(unbroken.folder.newest() / "optimizer.safetensors")
+    assert {name.split("|")[1] for name in kept} == {"step", "row_var", "col_var", "variance"}
 
 
 def killed_run(folder, seconds):

@@ -1,12 +1,15 @@
 """Modes change exactly what they name, and adapters come back to the bit."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training import modes
-from modeling_moshi_ttt.training.run_config import LoraSettings
+from modeling_moshi_ttt.training.run_config import LoraSettings, OptimSettings
 
 TEMPORAL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.fc1", "mlp.fc2")
 
@@ -117,6 +120,33 @@ def test_groups_have_their_rates_and_decay_spares_norms_biases_gates():
         assert by_name[layer + spared] == (2e-3, 0.0)
     assert by_name["decoder.model.layers.0.input_layernorm.weight"] == (1e-3, 0.0)
     assert by_name["decoder.model.layers.0.mlp.fc1.weight"] == (1e-3, 0.1)
+
+
+def test_frozen_copies_are_dropped_in_training(tmp_path):
+    trainer = make_trainer(make_run(tmp_path / "run", "lora+ttt"), make_recordings(tmp_path / "codes", [20] * 4, make_model().config))
+    assert not any("original_module" in name for name, _ in trainer.model.named_parameters())
+    with trainer.model.disable_adapter(), pytest.raises(RuntimeError, match="load the adapter anew"):
+        answers(trainer.model, trainer.config)
+    assert answers(trainer.model, trainer.config)[0].isfinite().all()
+
+
+def test_adafactor_keeps_rows_and_columns(tmp_path):
+    """What benchmarks/train_memory.py counts is what the optimizers hold."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from train_memory import moment_bytes
+
+    held = {}
+    for optimizer in ("adamw", "adafactor"):
+        run = make_run(tmp_path / optimizer, "lora+ttt", optim={"steps": 1, "optimizer": optimizer})
+        trainer = make_trainer(run, make_recordings(tmp_path / "codes", [20] * 4, make_model().config))
+        trainer.fit()
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        tensors = [t for p in trained for name, t in trainer.optimizer.state[p].items() if name != "step"]
+        held[optimizer] = sum(t.numel() * t.element_size() for t in tensors)
+        assert held[optimizer] == sum(moment_bytes(optimizer, p) for p in trained)
+    assert held["adafactor"] < held["adamw"] / 3
+    with pytest.raises(ValueError, match=r"optim\.optimizer is 'adafactor' with FSDP.*choose adamw"):
+        modes.make_optimizer(make_model().named_parameters(), OptimSettings(optimizer="adafactor"), sharded=True)
 
 
 def test_table_counts_every_parameter_once():

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.training import setup
 from modeling_moshi_ttt.training.data import Loader
 
 LENGTHS = [21, 13, 30, 9]
@@ -55,3 +56,24 @@ def test_recomputing_layers_changes_no_gradient(tmp_path, carry):
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][name], grads[1][name], rtol=0, atol=1e-10) for name in grads[0])
+
+
+@pytest.fixture
+def matmul_precision():
+    """The process-wide setting, put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.get_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    ("dtype", "asked", "expected"),
+    [("bfloat16", None, "high"), ("float32", None, "highest"), ("bfloat16", "highest", "highest"), ("float32", "medium", "medium")],
+)
+def test_float32_products_are_as_precise_as_asked(tmp_path, monkeypatch, matmul_precision, dtype, asked, expected):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run = make_run(tmp_path)
+    run.model.dtype, run.model.matmul_precision = dtype, asked
+    setup.make_accelerator(run)
+    assert matmul_precision() == expected

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .run_config import LoraSettings
+from .run_config import LoraSettings, OptimSettings
 
 MODES = ("frozen", "lora", "ttt", "lora+ttt", "full")
 TTT_MODULES = ["ttt", "ttt_layernorm", "ttt_gate"]
@@ -89,6 +90,43 @@ def apply(model: nn.Module, mode: str, lora: LoraConfig | None = None) -> Any:
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # small steps vanish in 8 bits of mantissa
     return adapted
+
+
+class _Gone(nn.Module):
+    """In the place of a frozen copy that was dropped."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("The base's own TTT layers were dropped to spare memory; load the adapter anew to switch it off.")
+
+
+def drop_copies(adapted: nn.Module) -> Any:
+    """Let go of the frozen copies that PEFT keeps of modules it trains whole (1.3 GB of the 7B), for switching the adapter off.
+
+    What is saved, loaded and merged does not need them.
+    """
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.original_module = _Gone()
+    return adapted
+
+
+def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings, sharded: bool) -> torch.optim.Optimizer:
+    """The optimizer that the settings name, over groups with their rates.
+
+    Args:
+        sharded: whether parameters are split over ranks (FSDP).
+
+    Raises:
+        ValueError: nothing is trainable, or Adafactor with sharded parameters.
+    """
+    groups = parameter_groups(named_parameters, settings.lr, settings.ttt_lr, settings.gate_lr, settings.weight_decay)
+    # one weight after another where memory is short: torch's way for many at once holds another copy of all weights during the step
+    many = None if sharded else False
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), foreach=many)  # type: ignore[arg-type]
+    if sharded:
+        raise ValueError("optim.optimizer is 'adafactor' with FSDP, where rows and columns are cut; choose adamw, which FSDP shards too.")
+    return torch.optim.Adafactor(groups, lr=settings.lr, foreach=False)
 
 
 def parameter_groups(

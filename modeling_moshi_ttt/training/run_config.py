@@ -26,12 +26,15 @@ class ModelSettings:
     path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights.
     processor: where the processor is; None looks beside the weights.
     ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
+    matmul_precision: of float32 products (torch.set_float32_matmul_precision). "high" lets a GPU's tensor cores do them in TF32, several
+        times faster; None takes it where the model is bfloat16, whose own rounding is coarser, and "highest" where it is float32.
     """
 
     path: str
     processor: str | None = None
     ttt: dict[str, Any] = field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
     activation_checkpointing: bool = True
 
 
@@ -85,11 +88,15 @@ class DataSettings:
 
 @dataclass
 class OptimSettings:
-    """AdamW. ttt_lr and gate_lr default to lr; no weight decay on norms, biases, gates and inner learning-rate parameters.
+    """ttt_lr and gate_lr default to lr; no weight decay on norms, biases, gates and inner learning-rate parameters.
 
+    optimizer: "adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix, next
+        to nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. Not
+        with FSDP.
     clip: largest norm of all gradients together. warmup: share of the steps in which rates rise. max_bad_steps: not finite in a row.
     """
 
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     steps: int = 2000
     lr: float = 2e-6
     ttt_lr: float | None = None

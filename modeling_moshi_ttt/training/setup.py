@@ -54,12 +54,13 @@ def adapt(model: MoshiTTTForConditionalGeneration, run: RunConfig) -> Any:
     """The model in the run's mode; ValueError when it cannot be."""
     lora = modes.lora_config(run.lora, model) if run.lora is not None else None
     set_seed(run.seed)  # LoRA's own start values
-    return modes.apply(model, run.mode, lora)
+    return modes.drop_copies(modes.apply(model, run.mode, lora))
 
 
 def make_accelerator(run: RunConfig) -> Accelerator:
-    """Accelerate as the launcher set it up; bf16 where the model is bf16."""
+    """Accelerate as the launcher set it up; bf16 where the model is bf16, and float32 products as precise as the settings say."""
     check_trackers(run.trackers)
+    torch.set_float32_matmul_precision(run.model.matmul_precision or ("high" if run.model.dtype == "bfloat16" else "highest"))
     accelerator = Accelerator(
         mixed_precision="bf16" if run.model.dtype == "bfloat16" else "no",
         log_with=run.trackers or None,

@@ -48,7 +48,7 @@ def load_weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer,
         _into(parameter, weights[name], name, sharded)
         entries = {key.split("|")[1]: value for key, value in moments.items() if key.split("|")[0] == name}
         if entries:
-            optimizer.state[parameter] = {entry: _like(parameter, value, name, sharded) for entry, value in entries.items()}
+            optimizer.state[parameter] = {entry: _entry(parameter, value, name, sharded) for entry, value in entries.items()}
 
 
 def full_state(model: nn.Module, keep: bool = True) -> Tensors:
@@ -70,10 +70,15 @@ def _into(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -
     target.copy_(_like(target, value, name, sharded))
 
 
-def _like(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> Any:
-    """`value` placed as `target` is; scalars such as the optimizer's step stay as they are."""
-    if value.dim() == 0 and target.dim() != 0:
+def _entry(parameter: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> Any:
+    """An optimizer's entry placed as its parameter is; scalars such as the step stay as they are, and rows and columns have their own shape."""
+    if value.dim() == 0 and parameter.dim() != 0:
         return value
+    return _like(parameter, value, name, sharded) if isinstance(parameter, DTensor) else value.to(parameter.device)
+
+
+def _like(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> Any:
+    """`value` placed as `target` is."""
     if not isinstance(target, DTensor):
         if value.shape != target.shape:
             raise ValueError(f"{name} has the shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model.")

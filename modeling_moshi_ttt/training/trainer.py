@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -62,8 +63,8 @@ class Trainer:
         self.bare = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.bare.config
         self.window = max(round(run.data.window_seconds * FRAME_RATE), 1)
-        groups = modes.parameter_groups(model.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=run.optim.lr, betas=tuple(run.optim.betas))  # type: ignore[arg-type]
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        optimizer = modes.make_optimizer(model.named_parameters(), run.optim, sharded)
         self.model, self.wrapped_optimizer = accelerator.prepare(model, optimizer)
         self.optimizer = getattr(self.wrapped_optimizer, "optimizer", self.wrapped_optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
