@@ -2,9 +2,10 @@
 
 The dual form needs of the open mini-batch no more than its keys, the inputs of the second layer, and the steps lr_s g_s; these few rows are
 kept with the state (`TTTState.open_factors`). A frame then reads W1 once, for its key and query together, and W2 for the key, for the
-gradient and for the query, and writes neither.
+gradient and for the query, and writes neither. Where all rows stand at the same frame, as in one live stream, nothing is read back from the
+device and no slot is empty.
 
-Shape letters: B rows, H heads, M = B H, b mini-batch size, D head dimension, F hidden width.
+Shape letters: B rows, H heads, M = B H, b mini-batch size, D head dimension, F hidden width, n tokens that are kept.
 """
 
 from __future__ import annotations
@@ -14,21 +15,31 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .ttt_scan import gelu_gate, gelu_slope, normalise, normalise_backward
+from .ttt_scan import normalise, normalise_backward
 from .ttt_state import TTTState
 
 Weights = tuple[Tensor, ...]
 
 
 class OpenFactors(NamedTuple):
-    """Of the open mini-batch's tokens, with zeros in the empty slots: one layer's part of every weight gradient is inputs^T steps."""
+    """Of the open mini-batch's tokens: one layer's part of every weight gradient is inputs^T steps."""
 
-    inputs: tuple[Tensor, ...]  # [M, b, D] the keys, and for the MLP [M, b, F] what they give the second layer
-    steps: tuple[Tensor, ...]  # [M, b, F], [M, b, D] (linear: [M, b, D]): lr times the gradient at each layer's outputs
+    inputs: tuple[Tensor, ...]  # [M, n, D] the keys, and for the MLP [M, n, F] what they give the second layer
+    steps: tuple[Tensor, ...]  # [M, n, F], [M, n, D] (linear: [M, n, D]): lr times the gradient at each layer's outputs
+    together: bool = True  # every row has n tokens; or else n is b, with zeros in the slots that a row has not filled
 
     def map_with(self, change: Callable[..., Tensor], *others: OpenFactors) -> OpenFactors:
-        return OpenFactors(*(tuple(change(*xs) for xs in zip(*parts)) for parts in zip(self, *others)))
+        inputs = tuple(change(*xs) for xs in zip(self.inputs, *(other.inputs for other in others)))
+        steps = tuple(change(*xs) for xs in zip(self.steps, *(other.steps for other in others)))
+        return OpenFactors(inputs, steps, self.together)
+
+    def apart(self, b: int) -> OpenFactors:
+        """The same with a slot for each of b tokens."""
+        if not self.together:
+            return self
+        return self.map_with(lambda x: F.pad(x, (0, 0, 0, b - x.shape[1])))._replace(together=False)
 
 
 class _Norm(NamedTuple):
@@ -58,40 +69,89 @@ def decode_step(
     norm = _Norm(norm_weight, norm_bias, eps)
     state = state if state.mini_batch_size else _with_room(state, len(token_weight))
     kept = _gather(state, weights, norm) if state.open_factors is None else state.open_factors
+    if valid is None and kept.together:
+        place: _Together | _Apart = _Together(kept.inputs[0].shape[1], token_weight)
+    else:
+        place, kept = _Apart(state, valid, token_weight), kept.apart(len(token_weight))
+        q, k, v, lr = (place.clean(x) for x in (q, k, v, lr))
 
-    position = state.frames % len(token_weight)
-    here = _slots(position, len(token_weight))  # [B, b]
-    if valid is not None:  # a masked token becomes zeros in no slot, whatever it holds
-        here = here & valid[:, None]
-        q, k, v, lr = (torch.where(valid.view(-1, *(1,) * (x.dim() - 1)), x, 0.0) for x in (q, k, v, lr))
-    taken = here.to(q.dtype)
-    slot = _per_head(taken, heads)[..., None]  # [M, b, 1]
-    share = _per_head(token_weight.index_select(0, position), heads)[:, None, None]  # [M, 1, 1]
     key, query, value = (x.reshape(-1, 1, dim) for x in (k, q, v))  # [M, 1, D]
     z1 = torch.baddbmm(weights[1], torch.cat([key, query], 1), weights[0])  # [M, 2, F]
     new = _factors(key, z1[:, :1], value - key, lr.reshape(-1, 1, 1), weights, norm)
-    factors = kept.map_with(lambda old, x: torch.addcmul(old, slot, x), new)  # empty slots hold zeros; `where` is five times as slow
-    unit = normalise(_read(query, z1[:, 1:], share, factors, weights), eps)[0]
-    out = torch.addcmul(query + norm.bias, unit, norm.weight).view(q.shape)
-    if valid is not None:
-        out = torch.where(valid[:, None, None, None], out, 0.0)
+    factors = kept.map_with(place.append, new)
+    unit = normalise(_read(query, z1[:, 1:], place.share, factors, weights), eps)[0]
+    out = place.clean(torch.addcmul(query + norm.bias, unit, norm.weight).view(q.shape))
 
-    slot = taken[..., None, None]  # [B, b, 1, 1]
-    tokens = [torch.addcmul(state.k, slot, k), torch.addcmul(state.v, slot, v), torch.addcmul(state.lr, slot[..., 0], lr)]
-    full = here[:, -1]  # [B]
-    if bool(full.any()):
-        ends = _per_head(full, heads)[:, None, None]  # [M, 1, 1]
-        weights = _move(weights, factors, share * ends)
-        factors = factors.map_with(lambda x: x.masked_fill(ends, 0))
-        tokens = [x.masked_fill(full.view(-1, *(1,) * (x.dim() - 1)), 0) for x in tokens]
-    weights = tuple(w.view(x.shape) for w, x in zip(weights, state.weights))
-    frames = state.frames + (1 if valid is None else valid)
-    return out, TTTState.of(weights, tokens[0], tokens[1], tokens[2], frames, factors)
+    tokens = tuple(place.store(old, x) for old, x in zip((state.k, state.v, state.lr), (k, v, lr)))
+    after = state.weights
+    if place.some_end:
+        after = tuple(w.view(x.shape) for w, x in zip(_move(weights, factors, place.share * place.ends), after))
+        factors, tokens = factors.map_with(place.forget), tuple(map(place.clear, tokens))
+    return out, TTTState.of(after, *tokens, state.frames + place.arrived, factors)
 
 
-def _slots(position: Tensor, b: int) -> Tensor:
-    """`[B, b]` bool: the slot that each row's token takes."""
-    return torch.arange(b, device=position.device) == position[:, None]
+class _Together:
+    """Every row's token takes the same slot, and the kept tokens are those before it: nothing is asked of the device."""
+
+    ends, arrived = 1, 1
+
+    def __init__(self, slot: int, token_weight: Tensor) -> None:
+        self.slot, self.share = slot, token_weight[slot]
+        self.some_end = slot + 1 == len(token_weight)
+
+    def append(self, kept: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([kept, new], 1)
+
+    def forget(self, kept: Tensor) -> Tensor:
+        return kept[:, :0]
+
+    def store(self, tokens: Tensor, token: Tensor) -> Tensor:
+        return torch.slice_scatter(tokens, token, 1, self.slot, self.slot + 1)
+
+    def clear(self, tokens: Tensor) -> Tensor:
+        return torch.zeros_like(tokens)
+
+    def clean(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Apart:
+    """Rows stand at different slots, or some have no token in this frame. Empty slots hold zeros, so a sum fills them."""
+
+    def __init__(self, state: TTTState, valid: Tensor | None, token_weight: Tensor) -> None:
+        heads, size = state.W1.shape[1], len(token_weight)
+        position = state.frames % size
+        here = torch.arange(size, device=position.device) == position[:, None]  # [B, b]
+        self.valid = valid
+        if valid is not None:  # a masked token becomes zeros in no slot, whatever it holds
+            here = here & valid[:, None]
+        self.arrived = 1 if valid is None else valid
+        self.taken = here.to(token_weight.dtype)
+        self.slot = _per_head(self.taken, heads)[..., None]  # [M, b, 1]
+        self.share = _per_head(token_weight.index_select(0, position), heads)[:, None, None]  # [M, 1, 1]
+        self.full = here[:, -1]  # [B]
+        self.ends = _per_head(self.full, heads)[:, None, None]  # [M, 1, 1]
+        self.some_end = bool(self.full.any())
+
+    def append(self, kept: Tensor, new: Tensor) -> Tensor:
+        return torch.addcmul(kept, self.slot, new)  # `where` is five times as slow
+
+    def forget(self, kept: Tensor) -> Tensor:
+        return kept.masked_fill(self.ends, 0)
+
+    def store(self, tokens: Tensor, token: Tensor) -> Tensor:
+        return torch.addcmul(tokens, _like(self.taken, tokens), token)
+
+    def clear(self, tokens: Tensor) -> Tensor:
+        return tokens.masked_fill(_like(self.full, tokens), 0)
+
+    def clean(self, x: Tensor) -> Tensor:
+        return x if self.valid is None else torch.where(_like(self.valid, x), x, 0.0)
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """x with dimensions of size 1 behind, as many as `other` has."""
+    return x.view(*x.shape, *(1,) * (other.dim() - x.dim()))
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -107,20 +167,25 @@ def _with_room(state: TTTState, b: int) -> TTTState:
 
 def _gather(state: TTTState, weights: Weights, norm: _Norm) -> OpenFactors:
     """The factors of all open tokens at once, from the tokens that the state keeps."""
-    k, v, rate = (x.transpose(1, 2).flatten(0, 1) for x in (state.k, state.v, state.lr[..., None]))  # [M, b, ·]
-    filled = torch.arange(k.shape[1], device=k.device) < state.position[:, None]  # [B, b]
+    position = state.position.tolist()
+    together = min(position) == max(position)
+    k, v, rate = (x.transpose(1, 2).flatten(0, 1)[:, : max(position)] for x in (state.k, state.v, state.lr[..., None]))  # [M, n, ·]
+    factors = _factors(k, torch.baddbmm(weights[1], k, weights[0]), v - k, rate, weights, norm)
+    if together:
+        return factors
+    filled = torch.arange(k.shape[1], device=k.device) < state.position[:, None]  # [B, n]
     filled = _per_head(filled, state.W1.shape[1])[..., None].to(k.dtype)
-    return _factors(k, torch.baddbmm(weights[1], k, weights[0]), v - k, rate, weights, norm).map_with(lambda x: x * filled)
+    return factors.map_with(lambda x: x * filled).apart(state.mini_batch_size)
 
 
 def _factors(k: Tensor, z1: Tensor, target: Tensor, rate: Tensor, weights: Weights, norm: _Norm) -> OpenFactors:
-    """k `[M, t, D]` of t tokens, z1 = k W1 + b1 `[M, t, F]`, target `[M, t, D]`, rate `[M, t, 1]`."""
+    """k `[M, n, D]` of n tokens, z1 = k W1 + b1 `[M, n, F]`, target `[M, n, D]`, rate `[M, n, 1]`."""
     if len(weights) == 2:
         return OpenFactors((k,), (_step(z1, target, rate, norm),))
-    gate = gelu_gate(z1)
-    hidden = z1 * gate
+    hidden = F.gelu(z1, approximate="tanh")
     step2 = _step(torch.baddbmm(weights[3], hidden, weights[2]), target, rate, norm)
-    return OpenFactors((k, hidden), (torch.bmm(step2, weights[2].mT).mul_(gelu_slope(z1, gate)), step2))
+    step1 = torch.ops.aten.gelu_backward(torch.bmm(step2, weights[2].mT), z1, approximate="tanh")
+    return OpenFactors((k, hidden), (step1, step2))
 
 
 def _step(z: Tensor, target: Tensor, rate: Tensor, norm: _Norm) -> Tensor:
@@ -135,19 +200,19 @@ def _read(q: Tensor, z1: Tensor, share: Tensor, factors: OpenFactors, weights: W
     z = torch.baddbmm(z1, _dots(q, share, factors.inputs[0]), factors.steps[0], alpha=-1)
     if len(weights) == 2:
         return z
-    x = z * gelu_gate(z)
+    x = F.gelu(z, approximate="tanh")
     return torch.baddbmm(weights[3], x, weights[2]).baddbmm_(_dots(x, share, factors.inputs[1]), factors.steps[1], alpha=-1)
 
 
 def _dots(q: Tensor, share: Tensor, inputs: Tensor) -> Tensor:
-    """w_t (q_t . k_s + 1) `[M, 1, b]`."""
+    """w_t (q_t . k_s + 1) `[M, 1, n]`."""
     return torch.bmm(q, inputs.mT).add_(1).mul_(share)
 
 
 def _move(weights: Weights, factors: OpenFactors, share: Tensor) -> Weights:
     """The weights after the mini-batch, in the rows where share is not 0."""
     after: list[Tensor] = []
-    for inputs, steps, W, bias in zip(*factors, weights[::2], weights[1::2]):
+    for inputs, steps, W, bias in zip(factors.inputs, factors.steps, weights[::2], weights[1::2]):
         moved = steps * share
         after += [torch.baddbmm(W, inputs.mT, moved, alpha=-1), bias - moved.sum(1, keepdim=True)]
     return tuple(after)

@@ -55,6 +55,22 @@ def test_what_is_kept_of_the_open_mini_batch_can_always_be_made_again(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_a_masked_frame_parts_rows_that_stood_together(mixer):
+    values = frozen(mixer, 2, 11, 4)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[1, 5] = False
+    state, outputs = start(mixer, values, 2), []
+    for t in range(11):
+        out, state = run(mixer, values, state, slice(t, t + 1), mask if t == 5 else None)
+        assert state.open_factors.together == (t < 5)
+        outputs.append(out)
+    expected, end = run(mixer, values, start(mixer, values, 2), slice(0, 11), mask)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-12)
+    for name, value in end.tensors().items():
+        torch.testing.assert_close(state.tensors()[name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_garbage_in_a_masked_frame_reaches_nothing(mixer):
     values = frozen(mixer, 2, 6, 4)
     mask = torch.ones(2, 6, dtype=torch.bool)
