@@ -1,6 +1,8 @@
 """Shared fixtures: one thread, fixed seeds, golden numbers."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,18 @@ def ttt_layer_golden():
 def kyutai_golden():
     """The golden tensors and their JSON: (dict of tensors, dict with lm_kwargs, loss, scalars)."""
     return load_file(GOLDEN / "kyutai_seed0.safetensors"), json.loads((GOLDEN / "kyutai_seed0.json").read_text())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB that is really full when it is full; None where mounting is not permitted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 
 import numpy as np
@@ -75,21 +76,24 @@ def test_all_torn_is_an_error_and_none_is_none(tmp_path):
     assert CheckpointFolder(tmp_path / "none").newest() is None
 
 
-def test_a_full_disk_leaves_the_old_ones(tmp_path, monkeypatch):
-    folder = folder_with(tmp_path, [1])
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("modeling_moshi_ttt.training.checkpoint.save_file", full)
-        with pytest.raises(OSError, match="No space"):
-            folder.save(2, snapshot(2))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
+def test_a_full_disk_leaves_the_old_ones(tmp_path, small_disk):
+    """Really full: a small file system, or where none may be mounted, a limit on the size of a file, at which writing fails as well."""
+    place = tmp_path / "run" if small_disk is None else small_disk
+    folder = folder_with(place, [1])
+    big = Snapshot({"step": 2}, {"model": {"a": torch.zeros(2_000_000)}}, {"lane": torch.ones(4)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if small_disk is None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors cannot be written .*(No space|too large).*make room"):
+            folder.save(2, big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in place.iterdir()] == ["checkpoint-00000001"]
     assert folder.newest() == folder.path(1)
     # and what a kill in the middle of a save leaves behind does no harm
-    (tmp_path / ".checkpoint-00000003.tmp").mkdir()
-    (tmp_path / ".checkpoint-00000003.tmp" / "model.safetensors").write_bytes(b"half")
+    (place / ".checkpoint-00000003.tmp").mkdir()
+    (place / ".checkpoint-00000003.tmp" / "model.safetensors").write_bytes(b"half")
     assert folder.newest() == folder.path(1)
     folder.save(3, snapshot(3))
     assert folder.newest() == folder.path(3)

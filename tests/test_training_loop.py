@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import make_model, make_recordings, make_run, make_trainer
+from training_runs import DyingReader, make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training.data import Loader, WindowReader
 from modeling_moshi_ttt.training.memory import LaneMemory
@@ -421,18 +422,46 @@ def test_workers_give_the_same_batches(tmp_path):
         assert torch.equal(one.micro_batches[0][0].input_ids, other.micro_batches[0][0].input_ids)
 
 
-def test_a_dead_worker_is_told_in_words(tmp_path, monkeypatch):
-    model = make_model()
-    trainer = make_trainer(make_run(tmp_path), make_recordings(tmp_path / "codes", LENGTHS, model.config), model)
-    loader = Loader(trainer.plan, trainer.reader, 2, 1, 1, 0, 1)
+def test_a_dead_worker_is_told_in_words_and_the_run_goes_on(tmp_path):
+    """A real process that is really killed."""
+    unbroken = long_run(tmp_path / "a", optim={"steps": 4})
+    unbroken.fit()
+    broken = long_run(tmp_path / "b", optim={"steps": 4}, data={"workers": 1})
+    broken.reader = DyingReader(broken.reader, lives=7)  # two micro-batches a step: killed in the fourth step's second
+    with pytest.raises(OSError, match=r"data worker died.*goes on from the last checkpoint.*data\.workers=0"):
+        broken.fit()
+    again = long_run(tmp_path / "b", optim={"steps": 4})
+    again.fit()
+    assert equal(weights(again), weights(unbroken))
+    assert told(tmp_path / "b" / "run") == told(tmp_path / "a" / "run")
 
-    def dead(*_):
-        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-        yield
 
-    monkeypatch.setattr(loader, "_batches", dead)
-    with pytest.raises(OSError, match=r"data worker died.*goes on from the last checkpoint"):
-        next(iter(loader))
+# ---- a full disk
+
+
+def test_a_run_on_a_full_disk_stops_in_words_and_goes_on_when_there_is_room(tmp_path, small_disk):
+    if small_disk is None:
+        pytest.skip("no file system may be mounted here; test_training_checkpoint.py fills a file up to a limit instead")
+    unbroken = long_run(tmp_path)
+    unbroken.fit()
+    full = long_run(small_disk)
+    save = full.save
+
+    def save_and_fill():
+        save()
+        if full.progress.step == 4:
+            (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+
+    full.save = save_and_fill
+    with pytest.raises(OSError, match=r"(No space left|make room)"):
+        full.fit()
+    assert full.folder.newest() == full.folder.path(4)
+    assert not list((small_disk / "run" / "checkpoints").glob(".*"))
+    (small_disk / "ballast").unlink()
+    again = long_run(small_disk)
+    again.fit()
+    assert equal(weights(again), weights(unbroken))
+    assert told(small_disk / "run") == told(tmp_path / "run")
 
 
 def test_metrics_lose_their_torn_line(tmp_path):

@@ -1,5 +1,7 @@
 """Small models and made-up recordings for the tests of training; no codec is needed."""
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +12,23 @@ from tiny import tiny_config
 
 from modeling_moshi_ttt.modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.data import Prepared, PreparedSet
+from modeling_moshi_ttt.training.data import Prepared, PreparedSet, WindowReader
 from modeling_moshi_ttt.training.run_config import CheckpointSettings, DataSettings, LoraSettings, ModelSettings, OptimSettings, RunConfig
 from modeling_moshi_ttt.training.trainer import Trainer
+
+
+class DyingReader(WindowReader):
+    """Reads as its like do, until the worker that it is in is killed."""
+
+    def __init__(self, reader, lives):
+        super().__init__(reader.recordings, reader.delays, reader.num_codebooks)
+        self.lives = lives
+
+    def __getitem__(self, windows):
+        self.lives -= 1
+        if self.lives < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(windows)
 
 
 def make_model(seed=0, **changes):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from safetensors import SafetensorError
+
 MANIFEST = "manifest.json"
 
 
@@ -66,6 +68,15 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def tensors_written(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around safetensors' writing, which has an error of its own for a full disk: OSError with the file, the reason and the cure."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); make room there and run the same command again.") from None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..common.files import MANIFEST, atomic_write, check_manifest, write_manifest
+from ..common.files import MANIFEST, atomic_write, check_manifest, tensors_written, write_manifest
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
@@ -129,7 +129,8 @@ class CheckpointFolder:
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:
     """safetensors, on disk for good when this returns; views are made whole first."""
-    save_file({name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}, path)
+    with tensors_written(path):
+        save_file({name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}, path)
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,19 +191,18 @@ class Loader:
                     step.append([next(batches) for _ in range(self.turns)])
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "worker" not in str(error):
-                    raise
-                raise OSError(
-                    f"A data worker died ({error}). The same command goes on from the last checkpoint; data.workers=0 does without them."
-                ) from None
             yield Step(step, states.popleft())
 
     def _batches(self, states: deque[dict[str, Any]]) -> Any:
         if self.workers == 0:
             return (self.reader[windows] for windows in self._windows(states))
         return DataLoader(
-            self.reader, sampler=_Once(self._windows(states)), batch_size=None, num_workers=self.workers, multiprocessing_context="spawn"
+            self.reader,
+            sampler=_Once(self._windows(states)),
+            batch_size=None,
+            num_workers=self.workers,
+            multiprocessing_context="spawn",
+            generator=torch.Generator(),  # else the workers' seed is drawn from the model's generator, and dropout with it is another one
         )
 
     def _windows(self, states: deque[dict[str, Any]]) -> Iterator[list[Window]]:
@@ -217,6 +217,19 @@ class Loader:
                 first = (self.rank * self.accumulation + micro) * self.batch_size
                 for turn in turns:
                     yield ([EMPTY] * rows if turn is None else turn)[first : first + self.batch_size]
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Around a loop over a Loader with workers: torch tells a worker's death at any moment, in the middle of a step too. OSError with the cure."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"A data worker died ({error}). The same command goes on from the last checkpoint; data.workers=0 does without them."
+        ) from None
 
 
 class _Once:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.adapters import write_base_config
-from ..common.files import atomic_folder, atomic_write, write_manifest
+from ..common.files import atomic_folder, atomic_write, tensors_written, write_manifest
 from .run_config import RunConfig, load_run_config
 
 
@@ -102,7 +102,7 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     state = full_state(trainer.model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(trainer.model)
-        with atomic_folder(run_dir / "final") as folder:
+        with tensors_written(run_dir / "final"), atomic_folder(run_dir / "final") as folder:
             model.save_pretrained(folder, state_dict=state)
             if model is not trainer.bare:
                 write_base_config(folder, trainer.config)

@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..common.files import atomic_write
+from ..common.files import atomic_write, tensors_written
 from . import modes
 from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
-from .data import FRAME_RATE, Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan
+from .data import FRAME_RATE, Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 from .memory import LaneMemory
 from .noise import add_noise
 from .report import MetricsFile, peak_memory
@@ -86,6 +86,7 @@ class Trainer:
         Raises:
             ValueError: the run folder belongs to another configuration, or cannot be resumed with this number of processes.
             FloatingPointError: too many steps in a row were not finite; the batch is saved in the run folder.
+            OSError: the disk is full, or a data worker died; the same command goes on.
         """
         resumed = self._resume()
         told = self.progress.step if resumed else -1
@@ -96,7 +97,7 @@ class Trainer:
         rank = self.accelerator.process_index
         steps = iter(Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, rank, data.workers))
         bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
-        with bar:
+        with worker_errors(), bar:
             while self.progress.step < self.run.optim.steps:
                 begin = time.perf_counter()
                 step = next(steps)
@@ -197,7 +198,8 @@ class Trainer:
             if isinstance(value, torch.Tensor)
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
+        with tensors_written(path):
+            save_file(tensors, path)
         names = sorted({name for batches in micro_batches for batch in batches for name in batch.names})
         raise FloatingPointError(
             f"{self.progress.bad_in_a_row} steps in a row were not finite (optim.max_bad_steps); the batch of {', '.join(names)} is in "
