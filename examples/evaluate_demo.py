@@ -1,14 +1,16 @@
 """Every evaluation on the tiny model, as `make evaluate-demo` runs it; leaves runs/evaluate-demo/report.html.
 
-The model is the one that `make demo` trained (runs/demo/final) where it is there, else an untrained one, which scores at chance. The small
-zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards, phrases
-against their words in another order, the right ending of a dialogue against another's, one voice against a change of voice.
+The model is `model=FOLDER` where given, else the one that `make demo` trained (runs/demo/final) where it is there, else an untrained one,
+which scores at chance. Beside the demo's model the untrained one answers the held-out dialogues; beside yours, dialogue.before=FOLDER. The
+small zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards, phrases against their words in another order, the
+right ending of a dialogue against another's, one voice against a change of voice.
 
     python examples/evaluate_demo.py [key=value ...]    # settings for `moshi-ttt evaluate`, as in recall.steps=100 or output=FOLDER
 """
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,18 +30,19 @@ DIALOGUES = ROOT / "examples" / "data" / "dialogues"
 RATE = 24000
 
 
-def checkpoint(place: Path) -> Path:
-    """The trained tiny model, or an untrained one."""
-    trained = ROOT / "runs" / "demo" / "final"
-    if (trained / "config.json").is_file():
-        print(f"model: {trained.relative_to(ROOT)}, trained by make demo")
-        return trained
-    print("model: untrained (make demo trains one); expect chance")
+def untrained(place: Path) -> Path:
+    """The tiny model as training finds it."""
     torch.manual_seed(0)
     model = MoshiTTTForConditionalGeneration(MoshiTTTConfig.from_pretrained(ROOT / "configuration" / "model" / "tiny.json"))
-    model.save_pretrained(place / "model")
-    MoshiTTTProcessor.from_pretrained(ROOT / "configuration" / "model" / "tiny").save_pretrained(place / "model")
-    return place / "model"
+    model.save_pretrained(place / "untrained")
+    MoshiTTTProcessor.from_pretrained(ROOT / "configuration" / "model" / "tiny").save_pretrained(place / "untrained")
+    return place / "untrained"
+
+
+def trained() -> str | None:
+    """The model that `make demo` left; None: there is none."""
+    folder = ROOT / "runs" / "demo" / "final"
+    return os.path.relpath(folder) if (folder / "config.json").is_file() else None
 
 
 def main_words(recording: Recording) -> list[tuple[str, np.ndarray]]:
@@ -117,18 +120,32 @@ def cut_voices(folder: Path, recordings: list[Recording]) -> None:
             write_audio(folder / "speaker_consistency" / f"sample_{number}_{side}.wav", np.concatenate(sounds), RATE)
 
 
-def settings(place: Path, model: Path) -> dict:
-    """All sections of `moshi-ttt evaluate`, in small."""
+def join_dialogues(folder: Path, recordings: list[Recording]) -> Path:
+    """All dialogues one after the other as one conversation of minutes, with its words; the manifest of it."""
+    samples, words, start = [], [], 0.0
+    for recording in recordings:
+        samples.append(read_audio(recording.path, RATE))
+        words += [[word, [start + begin, start + end], speaker] for word, (begin, end), speaker in recording.words or ()]
+        start += samples[-1].shape[1] / RATE
+    write_audio(folder / "dialogues.wav", np.concatenate(samples, axis=1), RATE)
+    (folder / "dialogues.json").write_text(json.dumps({"alignments": words}))
+    (folder / "data.jsonl").write_text(json.dumps({"path": "dialogues.wav", "duration": start}) + "\n")
+    return folder / "data.jsonl"
+
+
+def settings(place: Path, model: str, before: str | None) -> dict:
+    """All sections of `moshi-ttt evaluate`, in small; `before` is the model before its training."""
     tasks = [{"task": name, "folder": str(place / "data" / "sLM21")} for name in ("swuggy", "sblimp")]
     tasks.append({"task": "sstorycloze", "folder": str(place / "data" / "stories")})
     tasks.append({"task": "salmon", "folder": str(place / "data" / "salmon"), "parts": ["speaker_consistency"]})
     return {
-        "model": str(model),
+        "model": model,
         "output": str(place),
         "zero_shot": {"tasks": tasks, "submission": True, "published": False},  # these small sets are not the benchmarks
-        "long_context": {"folder": str(DIALOGUES / "stereo")},  # all dialogues one after the other, as one book
+        "long_context": {"manifest": str(place / "data" / "long" / "data.jsonl")},
         "inner_loss": {"manifest": str(DIALOGUES / "eval.jsonl"), "smooth": 3},
-        "dialogue": {"manifest": str(DIALOGUES / "eval.jsonl")},
+        "dialogue": {"manifest": str(DIALOGUES / "eval.jsonl"), "before": before},
+        # minutes; the README's picture is `moshi-ttt recall`, and as long here: recall.pairs=[4,8] recall.steps=1500 recall.seconds=600
         "recall": {
             "output": str(place / "recall"),
             "pairs": [4],
@@ -141,20 +158,27 @@ def settings(place: Path, model: Path) -> dict:
 
 def main() -> int:
     begin, given = time.perf_counter(), dict(item.split("=", 1) for item in sys.argv[1:])
-    place = Path(given.get("output", ROOT / "runs" / "evaluate-demo"))
+    place = Path(given.get("output", os.path.relpath(ROOT / "runs" / "evaluate-demo")))
     shutil.rmtree(place, ignore_errors=True)
+    fresh, demo = str(untrained(place)), trained()
+    model = given.get("model", demo)
+    print(f"model: {model}" if model else "model: untrained (make demo trains one, or give model=FOLDER); expect chance", flush=True)
     recordings = read_manifest(DIALOGUES / "train.jsonl") + read_manifest(DIALOGUES / "eval.jsonl")
     cut_words(place / "data" / "sLM21", recordings)
     cut_phrases(place / "data" / "sLM21", recordings)
     cut_stories(place / "data" / "stories", recordings)
     cut_voices(place / "data" / "salmon", recordings)
+    join_dialogues(place / "data" / "long", recordings)
     file = place / "settings.yaml"
-    file.write_text(yaml.safe_dump(settings(place, checkpoint(place)), sort_keys=False))
+    file.write_text(yaml.safe_dump(settings(place, model or fresh, fresh if model and model == demo else None), sort_keys=False))
     command = [sys.executable, "-m", "modeling_moshi_ttt.tools.cli", "evaluate", str(file), *sys.argv[1:]]
-    code = subprocess.run(command, check=False).returncode
+    # the model's products are small: threads would wait for one another longer than they compute
+    code = subprocess.run(command, check=False, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     if code == 0:
-        found = json.loads((place / "results.json").read_text())["tasks"]["zero_shot"]["tasks"]
-        print("  ".join(f"{name} {100 * task['accuracy']:.1f}%" for name, task in found.items()), "(chance 50%)")
+        parts = json.loads((place / "results.json").read_text())["tasks"]
+        scores = parts["zero_shot"]["tasks"]
+        print("  ".join(f"{name} {100 * task['accuracy']:.1f}%" for name, task in scores.items()), "(chance 50%)")
+        print("  ".join(f"{name} {part['seconds']:.0f} s" for name, part in parts.items()))
         print(f"the evaluation took {(time.perf_counter() - begin) / 60:.1f} minutes; read {place / 'report.html'}")
     return code
 

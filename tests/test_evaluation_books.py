@@ -84,6 +84,16 @@ def test_the_model_answers_every_frame_but_the_delay(processor):
         conversations.answer(model, user[:, :1])
 
 
+def test_the_model_before_fine_tuning_hears_the_same_user(tmp_path, processor):
+    write_audio(tmp_path / "talk.wav", noise(2.0, channels=2), 24000)
+    recordings = [Recording(tmp_path / "talk.wav", 2.0, (("hello", (0.2, 0.6), "SPEAKER_MAIN"),))]
+    model, other = (small_model(audio_vocab_size=16, vocab_size=28, seed=seed) for seed in (0, 1))
+    both = conversations.measure(model, processor, recordings, before=other)
+    assert list(both) == ["kind", "recordings", "reference", "before", "model"]
+    assert both["before"] == conversations.measure(other, processor, recordings)["model"]
+    assert both["model"] == conversations.measure(model, processor, recordings)["model"]
+
+
 def test_a_mono_recording_is_no_dialogue(tmp_path, processor):
     write_audio(tmp_path / "mono.wav", noise(1.0), 24000)
     with pytest.raises(ValueError, match=r"mono.wav: has 1 channel"):

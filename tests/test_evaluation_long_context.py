@@ -108,7 +108,9 @@ def test_shuffling_moves_whole_windows():
 
 def test_edges_hold_the_window():
     edges = lc.bucket_edges(16, 100)
-    assert edges == [0, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 100]
+    assert edges == [0, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 100]  # 91 to 100 would be a sliver
+    assert lc.bucket_edges(16, 120)[-3:] == [64, 91, 120]
+    assert lc.bucket_edges(16, 17)[-2:] == [16, 17]
 
 
 def test_curve_and_gain_by_hand():
@@ -133,6 +135,9 @@ def test_one_run_holds_all_conditions():
     gate = [lc.by_stream(lc.stream_losses(make_model(), book, lc.GATE_ZERO))["semantic"] for book in books.values()]
     expected = np.mean([np.nanmean((g - t)[WINDOW:].astype(np.float64)) for g, t in zip(gate, ttt)])
     assert result["gains"][lc.GATE_ZERO]["semantic"]["mean"] == pytest.approx(expected)
+    apart = result["differences"][lc.GATE_ZERO]["semantic"]
+    frames = [np.concatenate([(g - t)[8:11] for g, t in zip(gate, ttt)])]
+    assert apart["loss"][apart["frames"].index(6)] == pytest.approx(np.mean(frames), abs=1e-6)
     first = result["conditions"][lc.TTT]["semantic"]
     assert first["loss"][0] == pytest.approx(np.mean([row[0] for row in ttt]), abs=1e-6)
 

@@ -18,6 +18,7 @@ PARTS = {
     "books": {
         "kind": "long_context", "window": 64, "streams": ["text", "semantic"], "unit": "recordings",
         "conditions": {"TTT": {"text": CURVE, "semantic": CURVE}, "gate 0": {"text": CURVE, "semantic": CURVE | {"low": [None] * 3, "high": [None] * 3}}},
+        "differences": {"gate 0": {"text": CURVE, "semantic": CURVE}},
         "gains": {"gate 0": {"text": {"mean": 0.1, "interval": [0.05, 0.2], "p": 0.01, "pairs": 9}, "semantic": {"mean": 0.1, "interval": None, "p": None, "pairs": 1}}},
     },
     "inside": {
@@ -48,9 +49,10 @@ def test_the_same_numbers_give_the_same_picture(tmp_path):
 
 def test_the_window_is_marked_and_intervals_are_optional():
     figure = plots.draw(PARTS["books"])
-    left, right = figure.axes
-    assert any(list(line.get_xdata()) == [64, 64] for line in left.lines)
+    left, right, *below = figure.axes
+    assert all(any(list(line.get_xdata()) == [64, 64] for line in axes.lines) for axes in figure.axes)
     assert (len(left.collections), len(right.collections)) == (2, 1)
+    assert [len(axes.collections) for axes in below] == [1, 1]  # TTT has no difference to itself
 
 
 def test_the_heat_map_holds_the_numbers():

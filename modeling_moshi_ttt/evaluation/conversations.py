@@ -34,10 +34,11 @@ def measure(
     seed: int = 0,
     sampling: Mapping[str, float] | None = None,
     progress: Callable[[Sequence[Recording]], Iterable[Recording]] = lambda items: items,
+    before: Any = None,
 ) -> dict[str, Any]:
-    """Behaviour of the recordings themselves ("reference") and of the model over the same user ("model")."""
-    reference: list[Behaviour] = []
-    spoken: list[Behaviour] = []
+    """Behaviour of the recordings themselves ("reference"), of the model over the same user ("model"), and of the model `before`."""
+    speakers = {name: one for name, one in (("before", before), ("model", model)) if one is not None}
+    found: dict[str, list[Behaviour]] = {name: [] for name in ("reference", *speakers)}
     rate = processor.sampling_rate
     for number, recording in enumerate(progress(recordings)):
         samples = read_audio(recording.path, rate, 0.0, max_seconds)
@@ -45,13 +46,14 @@ def measure(
             raise ValueError(f"{recording.path}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right")
         words = " ".join(word for word, (start, _), who in recording.words or () if who == MAIN_SPEAKER and start < max_seconds)
         transcript = words if recording.words is not None else None
-        reference.append(measure_behaviour(samples, rate, transcript, transcript))
+        found["reference"].append(measure_behaviour(samples, rate, transcript, transcript))
         user_codes = processor.encode_audio(torch.from_numpy(samples[1:]))[0]
-        generator = torch.Generator(model.device).manual_seed(seed + number)
-        text, codes = answer(model, user_codes, generator, **(sampling or {}))
-        voice = processor.decode_audio(codes[None])[0].float().numpy()
-        both = np.zeros((2, samples.shape[1]), np.float32)
-        both[0, : len(voice)] = voice[: samples.shape[1]]
-        both[1] = samples[1]
-        spoken.append(measure_behaviour(both, rate, processor.decode_text(text), transcript))
-    return {"kind": "dialogue", "recordings": len(recordings), "reference": summarise(reference), "model": summarise(spoken)}
+        for name, speaker in speakers.items():
+            generator = torch.Generator(speaker.device).manual_seed(seed + number)
+            text, codes = answer(speaker, user_codes, generator, **(sampling or {}))
+            voice = processor.decode_audio(codes[None])[0].float().numpy()
+            both = np.zeros((2, samples.shape[1]), np.float32)
+            both[0, : len(voice)] = voice[: samples.shape[1]]
+            both[1] = samples[1]
+            found[name].append(measure_behaviour(both, rate, processor.decode_text(text), transcript))
+    return {"kind": "dialogue", "recordings": len(recordings), **{name: summarise(behaviours) for name, behaviours in found.items()}}

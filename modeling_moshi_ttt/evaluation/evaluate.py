@@ -72,6 +72,7 @@ class DialogueSettings:
     """The model listens to the user's side of each recording and answers; `max_seconds` of each."""
 
     manifest: Path
+    before: str | None = None  # the model before fine-tuning (a folder or a Hub name), to stand beside this one
     max_recordings: int | None = None
     max_seconds: float = 120.0
     temperature: float = 0.8

@@ -104,13 +104,15 @@ def by_stream(losses: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def bucket_edges(window: int, longest: int, per_octave: int = 2) -> list[int]:
-    """Edges 0, …, window, … up to `longest`, evenly spaced on a log scale, with the window itself among them."""
+    """Edges 0, …, window, … up to `longest`, evenly spaced on a log scale, with the window itself among them; the last is at least half one."""
     below = [round(window * 2 ** (-j / per_octave)) for j in range(3 * per_octave, 0, -1)]
     edges, j = [0, *below, window], 1
     while edges[-1] < longest:
-        edges.append(min(longest, round(window * 2 ** (j / per_octave))))
+        edges.append(round(window * 2 ** (j / per_octave)))
         j += 1
-    return sorted(set(edges))
+    if len(edges) > 2 and longest - edges[-2] < (edges[-1] - edges[-2]) / 2 and edges[-2] > window:
+        del edges[-2]  # a sliver of a bucket is noise: the one before it takes its frames
+    return sorted({*edges[:-1], longest})
 
 
 def curve(losses: Sequence[np.ndarray], edges: Sequence[int], blocks: int = 8, seed: int = 0) -> dict[str, list[Any]]:
@@ -179,11 +181,16 @@ def measure(
         condition: {stream: curve([row[stream] for row in rows], edges, seed=seed) for stream in streams}
         for condition, rows in found.items()
     }
-    gains = {
-        condition: {stream: _stream_gain(found, condition, stream, lengths, window, seed) for stream in streams}
-        for condition in conditions
-        if condition != TTT
-    }
+    gains: dict[str, dict[str, Any]] = {}
+    differences: dict[str, dict[str, Any]] = {}
+    for condition in conditions:
+        if condition == TTT:
+            continue
+        pairs = {stream: _paired(found, condition, stream, lengths, window, seed) for stream in streams}
+        gains[condition] = {stream: gain(control, ttt, window, beyond, seed) for stream, (control, ttt, beyond) in pairs.items()}
+        differences[condition] = {
+            stream: curve([a - b for a, b in zip(control, ttt)], edges, seed=seed) for stream, (control, ttt, _) in pairs.items()
+        }
     return {
         "kind": "long_context",
         "window": window,
@@ -191,18 +198,19 @@ def measure(
         "unit": "recordings" if len(books) > 1 else "windows of one recording",
         "streams": streams,
         "conditions": curves,
+        "differences": differences,
         "gains": gains,
     }
 
 
-def _stream_gain(
+def _paired(
     losses: Mapping[str, list[dict[str, np.ndarray]]], condition: str, stream: str, lengths: list[int], window: int, seed: int
-) -> dict[str, Any]:
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray] | None]:
+    """(losses [T] under a condition, those with TTT of the same frames, which frames [T] have a window of history under both)."""
     ttt = [found[stream] for found in losses[TTT]]
     control = [found[stream] for found in losses[condition]]
     if condition != SHUFFLED:
-        return gain(control, ttt, window, seed=seed)
-    # each frame is compared with itself, where both orders have a window of history before it
+        return control, ttt, None
     beyond, back = [], []
     for row, frames in zip(control, lengths):
         order = shuffled_order(frames, window, seed)
@@ -210,7 +218,7 @@ def _stream_gain(
         place[order] = np.arange(frames)
         back.append(row[place])
         beyond.append(place >= window)
-    return gain(back, ttt, window, beyond, seed)
+    return back, ttt, beyond
 
 
 def check_books(books: Mapping[str, CodeSequence], window: int, conditions: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-FRAMES_PER_MINUTE = 750
+DPI = 160
 
 
 def draw(data: dict[str, Any]) -> Figure:
@@ -47,7 +47,7 @@ def draw(data: dict[str, Any]) -> Figure:
 def save(figure: Figure, stem: str | Path) -> list[Path]:
     """Write `<stem>.png` and `<stem>.svg`."""
     paths = []
-    for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
+    for suffix, options in ((".png", {"dpi": DPI}), (".svg", {"metadata": {"Date": None}})):
         buffer = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(buffer, format=suffix[1:], bbox_inches="tight", facecolor="white", **options)  # type: ignore[arg-type]
@@ -90,24 +90,36 @@ def _annotate(axes: Any, grid: np.ndarray) -> None:
 
 
 def long_context_figure(data: dict[str, Any]) -> Figure:
-    """Loss against position (log scale) for each stream and condition, with intervals and the attention window marked."""
-    streams = data["streams"]
-    figure = Figure(figsize=(3.6 * len(streams), 3.0), layout="constrained")
-    for axes, stream in zip(np.atleast_1d(figure.subplots(1, len(streams))), streams):
-        for index, (name, curves) in enumerate(data["conditions"].items()):
-            curve = curves[stream]
-            x, y = np.array(curve["position"], float), np.array(curve["loss"], float)
-            axes.plot(x, y, color=PALETTE[index % 7], marker=MARKS[index % 7], markersize=3, linewidth=1.2, label=name)
-            if all(value is not None for value in curve["low"]):
-                axes.fill_between(x, np.array(curve["low"], float), np.array(curve["high"], float), color=PALETTE[index % 7], alpha=0.15)
-        axes.axvline(data["window"], color=GREY, linestyle="--", linewidth=1)
-        axes.text(data["window"], 1.0, " window", color=GREY, fontsize=7, transform=axes.get_xaxis_transform(), va="top")
-        axes.set_xscale("log")
-        axes.set_xlabel("position, frames (750 a minute)")
-        axes.set_title(stream, fontsize=9)
-    figure.axes[0].set_ylabel("loss, nats a token")
-    figure.axes[-1].legend(fontsize=7, frameon=False)
+    """Above: loss against position (log scale) for each stream and condition, with intervals and the attention window marked. Below: how much
+    higher each control's loss is than TTT's on the same frames."""
+    streams, names = data["streams"], list(data["conditions"])
+    figure = Figure(figsize=(max(3.6 * len(streams), 5.6), 5.2), layout="constrained")
+    grid = figure.subplots(2, len(streams), squeeze=False, sharex=True)
+    for (above, below), stream in zip(grid.T, streams):
+        for index, name in enumerate(names):
+            _curve(above, data["conditions"][name][stream], index, name)
+            if name in data["differences"]:
+                _curve(below, data["differences"][name][stream], index, name)
+        below.axhline(0, color=GREY, linewidth=0.8)
+        for axes in (above, below):
+            axes.axvline(data["window"], color=GREY, linestyle="--", linewidth=1)
+        above.text(data["window"], 1.0, " window", color=GREY, fontsize=7, transform=above.get_xaxis_transform(), va="top")
+        below.set_xscale("log")
+        below.xaxis.set_major_formatter("{x:,.0f}")
+        below.set_xlabel("position, frames (750 a minute)")
+        above.set_title(stream, fontsize=9)
+    grid[0, 0].set_ylabel("loss, nats a token")
+    grid[1, 0].set_ylabel("loss − loss with TTT, nats")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return figure
+
+
+def _curve(axes: Any, curve: dict[str, Any], index: int, name: str) -> None:
+    """One condition's mean in each bucket, with its interval where there is one."""
+    x, colour = np.array(curve["position"], float), PALETTE[index % 7]
+    axes.plot(x, np.array(curve["loss"], float), color=colour, marker=MARKS[index % 7], markersize=3, linewidth=1.2, label=name)
+    if all(value is not None for value in curve["low"]):
+        axes.fill_between(x, np.array(curve["low"], float), np.array(curve["high"], float), color=colour, alpha=0.12, linewidth=0)
 
 
 def inner_loss_figure(data: dict[str, Any]) -> Figure:
@@ -115,17 +127,17 @@ def inner_loss_figure(data: dict[str, Any]) -> Figure:
     layers = data["layers"]
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.0 * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(max(3.0 * columns, 4.0), 2.5 * rows + 0.2), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (layer, curves) in zip(grid, layers.items()):
         for colour, key, label in ((GREY, "initial", "ℓ(W₀; xₜ)"), (ORANGE, "before", "ℓ(Wₜ₋₁; xₜ)"), (BLUE, "after", "ℓ(Wₜ; xₜ)")):
             axes.plot(curves["position"], curves[key], color=colour, linewidth=1.2, label=label)
         axes.set_title(f"layer {layer}, drift {curves['drift'][-1]:.2g}, gate {curves['gate']['mean_abs']:.2g}", fontsize=8)
-        axes.set_xlabel("token t")
+        axes.set_xlabel("token t (750 a minute)")
     for axes in grid[len(layers) :]:
         axes.remove()
     grid[0].set_ylabel("inner loss")
-    grid[0].legend(fontsize=7, frameon=False)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -145,7 +157,7 @@ def zero_shot_figure(data: dict[str, Any]) -> Figure:
             colour = (BLUE, ORANGE, GREEN, PURPLE, RED)[index % 5]
             axes.scatter(at, height, marker=MARKS[index % 7], s=22, color=colour, label=name, zorder=3)
     axes.axhline(50, color=GREY, linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(tasks)), list(tasks), rotation=20 if len(tasks) > 3 else 0)
+    axes.set_xticks(range(len(tasks)), [f"{name}\n{task['items']:,} items" for name, task in tasks.items()], fontsize=8)
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 100)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -10,24 +10,35 @@ from typing import Any
 import jinja2
 
 from ..common.files import atomic_write
-from .plots import draw, drawable, save
-from .zero_resource import comparison_table
+from .plots import DPI, draw, drawable, save
+from .zero_resource import FREQUENCY_BANDS, comparison_table
 
 Section = dict[str, Any]
+# what a section asks, and how to read its answer
+HEADINGS = {
+    "zero_shot": ("Does it tell right from wrong speech?", "Pairs of recordings: it should find the right one likelier than the wrong one."),
+    "long_context": ("Does it use what left the attention window?", "The same recording with TTT and with each part of it switched off."),
+    "inner_loss": ("Do the inner models learn?", "They do where the three losses lie one below the other: W₀ never learned, Wₜ₋₁ has heard all before token t."),
+    "dialogue": ("Does it behave in a conversation?", "It hears the user's side of each recording and answers; beside it stands the recorded answer."),
+    "recall": ("Can it recall?", "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."),
+}
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:
     """Draw every part of `results` into `folder`/pictures and write `folder`/report.html with the pictures inside."""
     root = Path(folder)
-    pictures: dict[str, str] = {}
+    pictures: dict[str, Section] = {}
     for name, part in drawable(results, "results"):
-        png = save(draw(part), root / "pictures" / name)[0]
-        pictures[name] = base64.b64encode(png.read_bytes()).decode()
+        png = save(draw(part), root / "pictures" / name)[0].read_bytes()
+        width = int.from_bytes(png[16:20], "big") * 96 // DPI  # of PNG's header, in CSS pixels: the same size of letters in all
+        pictures[name] = {"data": base64.b64encode(png).decode(), "width": width}
     sections = {}
     for name, part in results["tasks"].items():
         table = TABLES.get(part.get("kind"))
-        sections[name] = (table(part) if table else {}) | {"picture": pictures.get(name)}
+        title, question = HEADINGS.get(name, (name, ""))
+        seconds = f"{part['seconds']:,.0f} s" if "seconds" in part else ""
+        sections[name] = (table(part) if table else {}) | {"picture": pictures.get(name), "title": title, "question": question, "took": seconds}
     # names come from settings and file names: escape them all
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -53,12 +64,14 @@ def zero_shot_section(part: dict[str, Any]) -> Section:
     table = comparison_table({name: task["accuracy"] for name, task in tasks.items()}, published=part["published"])
     rows = [[row["name"], *[_percent(row[name]) for name in tasks]] for row in table]
     rows.insert(1, ["95% interval", *[_interval(task["interval"], 100, 1) for task in tasks.values()]])
+    scored = part["scoring"]
     for variant in next(iter(tasks.values()))["variants"]:
+        if variant == f"weighted {scored['reduction']}":
+            continue  # the first row
         rows.append([f"this model, {variant}", *[_percent(100 * task["variants"][variant]) for task in tasks.values()]])
     for name, task in tasks.items():
-        for group, result in task["groups"].items():
-            rows.append([f"{name}: {group} ({result['items']})", *[_percent(100 * result["accuracy"]) if n == name else "" for n in tasks]])
-    scored = part["scoring"]
+        for group, result in sorted(task["groups"].items(), key=lambda item: (FREQUENCY_BANDS.get(item[0], 0), item[0])):
+            rows.append([f"{name}: {group} ({result['items']} items)", *[_percent(100 * result["accuracy"]) if n == name else "" for n in tasks]])
     note = f"Accuracy in percent; {scored['reduction']} of the weighted log-likelihood; " + ", ".join(
         f"{key} {scored[key]}" for key in ("text", "user", "semantic_weight", "acoustic_weight")
     )
@@ -70,7 +83,7 @@ def long_context_section(part: dict[str, Any]) -> Section:
     rows = []
     for condition, streams in part["gains"].items():
         for stream, test in streams.items():
-            p = "–" if test["p"] is None else f"{test['p']:.3g}"
+            p = "–" if test["p"] is None else "< 0.0001" if test["p"] < 1e-4 else f"{test['p']:.4f}"
             rows.append([f"{condition} − TTT, {stream}", f"{test['mean']:.4f}", _interval(test["interval"], digits=4), p, test["pairs"]])
     note = f"Loss beyond the window of {part['window']} frames, in nats; positive: TTT is better. Paired over {part['unit']}."
     return {"head": ["", "difference", "95% interval", "p", "pairs"], "rows": rows, "note": note}
@@ -89,18 +102,20 @@ def inner_loss_section(part: dict[str, Any]) -> Section:
 
 
 def dialogue_section(part: dict[str, Any]) -> Section:
-    """The reference recordings beside what the model said over the same user."""
+    """The reference recordings beside what the model, and the one before fine-tuning, said over the same user."""
     names = list(part["reference"])
-    rows = [[name, *[_number(part[side].get(name)) for side in ("reference", "model") if side in part]] for name in names]
+    sides = {"reference": "recorded answer", "before": "before fine-tuning", "model": "this model"}
+    sides = {side: head for side, head in sides.items() if side in part}
+    rows = [[name, *[_number(part[side].get(name)) for side in sides]] for name in names]
     return {
-        "head": ["", *[side for side in ("reference", "model") if side in part]],
+        "head": ["", *sides.values()],
         "rows": rows,
         "note": f"{part['recordings']} recordings.",
     }
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3g}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], Section]] = {

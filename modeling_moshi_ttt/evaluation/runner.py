@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -93,9 +94,12 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
         if section is None:
             continue
         key = json.loads(json.dumps(asdict(section) | {"seed": settings.seed}, default=str))
+        if getattr(section, "before", None):  # a folder of the same name may hold other weights by now
+            key["before_fingerprint"] = _before(settings, section).fingerprint
         if results["tasks"].get(name, {}).get("settings") != key:
+            begin = time.perf_counter()
             part = RUNNERS[name](subject, section, settings, show_progress)
-            results["tasks"][name] = part | {"settings": key}
+            results["tasks"][name] = part | {"settings": key, "seconds": round(time.perf_counter() - begin, 1)}
             results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
             atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return write_report(results, settings.output)
@@ -193,7 +197,13 @@ def _dialogue(subject: Subject, section: Any, settings: EvaluateSettings, show_p
     recordings = read_manifest(section.manifest, allow_outside=True)[: section.max_recordings]
     sampling = {"temperature": section.temperature, "text_temperature": section.text_temperature}
     progress = _bar("dialogue", show_progress)
-    return conversations.measure(model, processor, recordings, section.max_seconds, settings.seed, sampling, progress)
+    before = _before(settings, section).load()[0] if section.before else None
+    return conversations.measure(model, processor, recordings, section.max_seconds, settings.seed, sampling, progress, before)
+
+
+def _before(settings: EvaluateSettings, section: Any) -> Subject:
+    """The model before fine-tuning."""
+    return Subject(replace(settings, model=section.before, adapter=None))
 
 
 def _recall(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:

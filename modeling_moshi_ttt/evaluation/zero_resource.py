@@ -31,6 +31,7 @@ SALMON_PARTS = (
     "sentiment_consistency",
     "speaker_consistency",
 )
+FREQUENCY_BANDS = {"oov": 1.0, "1-4": 5.0, "5-19": 20.0, "20-99": 100.0, "100+": math.inf}  # sWUGGY's, each with its upper edge
 # accuracies in percent as published (Moshi's report, TWIST's and SpiRit-LM's papers); the last row is our own frozen run of moshiko
 PUBLISHED: dict[str, dict[str, float]] = {
     "Moshi, text and audio": {"swuggy": 72.6, "sblimp": 58.8, "tstorycloze": 83.0, "sstorycloze": 60.8},
@@ -135,10 +136,7 @@ def frequency_band(frequency: str, where: str) -> str:
         raise ValueError(f"{where}: frequency {frequency!r} is no number") from None
     if not count >= 0:
         raise ValueError(f"{where}: frequency {frequency!r} is negative")
-    for name, edge in (("oov", 1), ("1-4", 5), ("5-19", 20), ("20-99", 100)):
-        if count < edge:
-            return name
-    return "100+"
+    return next((name for name, edge in FREQUENCY_BANDS.items() if count < edge), "100+")
 
 
 # ---------------------------------------------------------------- accuracies
