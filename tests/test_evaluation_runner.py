@@ -175,6 +175,31 @@ def test_mistakes_are_one_line(place, tmp_path, capsys, monkeypatch, change, mes
     assert not any("Traceback" in line for line in error)
 
 
+def test_a_mistake_in_the_last_part_comes_out_before_the_first_runs(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner.Subject, "load", None)
+    tasks = [{"task": "sstorycloze", "folder": str(place / "sSC")}, {"task": "swuggy", "folder": str(tmp_path)}]
+    for change, message in (
+        ({"zero_shot": {"tasks": tasks}}, "found no gold.csv"),
+        ({"zero_shot": {"tasks": tasks[:1]}, "long_context": {"folder": str(place / "books"), "conditions": ["TTT", "gate"]}}, "holds 'gate'"),
+        ({"zero_shot": {"tasks": tasks[:1]}, "inner_loss": {"folder": str(tmp_path / "none")}}, "no such folder"),
+        ({"zero_shot": {"tasks": tasks[:1]}, "dialogue": {"manifest": str(tmp_path / "none.jsonl")}}, "none.jsonl"),
+    ):
+        assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **change))]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["results.json", "scores/sstorycloze-dev.json"])
+def test_a_damaged_file_of_an_earlier_run_is_named(place, tmp_path, capsys, file):
+    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(place / "sSC")}]}}
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True)
+    for content in ('{"model', "[]"):
+        path.write_text(content)
+        assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **task))]) == 2
+        assert f"{path}: " in (error := capsys.readouterr().err)
+        assert "remove it" in error
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut"])
 def test_broken_audio_stops_the_run_and_is_named(place, tmp_path, capsys, damage):
     story = folders.make_storycloze(tmp_path / "story")

@@ -25,7 +25,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = 24000, start: fl
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such sound file.")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the sound file is empty (0 bytes).")
+        raise ValueError(f"{path}: the sound file is empty (0 bytes); replace it or leave it out.")
     if start < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"{path}: start is {start} and duration {duration}; start must be >= 0 and duration > 0 seconds.")
     length = audio_duration(path)
@@ -51,7 +51,7 @@ def audio_duration(path: str | os.PathLike[str]) -> float:
     if length is None:
         raise ValueError(f"{path}: the sound file cannot be read (not WAV, FLAC, MP3 or OGG, or broken).")
     if length <= 0:
-        raise ValueError(f"{path}: the sound file holds no samples.")
+        raise ValueError(f"{path}: the sound file holds no samples; replace it or leave it out.")
     return float(length)
 
 

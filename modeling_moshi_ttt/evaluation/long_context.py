@@ -188,9 +188,10 @@ def measure(
             continue
         pairs = {stream: _paired(found, condition, stream, lengths, window, seed) for stream in streams}
         gains[condition] = {stream: gain(control, ttt, window, beyond, seed) for stream, (control, ttt, beyond) in pairs.items()}
-        differences[condition] = {
-            stream: curve([a - b for a, b in zip(control, ttt)], edges, seed=seed) for stream, (control, ttt, _) in pairs.items()
-        }
+        if condition != SHUFFLED:  # there a position has another history in each order
+            differences[condition] = {
+                stream: curve([a - b for a, b in zip(control, ttt)], edges, seed=seed) for stream, (control, ttt, _) in pairs.items()
+            }
     return {
         "kind": "long_context",
         "window": window,
@@ -221,15 +222,20 @@ def _paired(
     return back, ttt, beyond
 
 
-def check_books(books: Mapping[str, CodeSequence], window: int, conditions: Sequence[str]) -> None:
-    """Raise a ValueError where the protocol could say nothing."""
-    if not books:
-        raise ValueError("long context: no recordings; check the folder or the manifest")
+def check_conditions(conditions: Sequence[str]) -> None:
+    """Raise a ValueError for a condition that is unknown, or where TTT is missing."""
     if TTT not in conditions:
         raise ValueError(f"conditions is {list(conditions)}; it must hold {TTT!r}, which the others are compared with")
     for condition in conditions:
         if condition not in CONDITIONS:
             raise ValueError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}")
+
+
+def check_books(books: Mapping[str, CodeSequence], window: int, conditions: Sequence[str]) -> None:
+    """Raise a ValueError where the protocol could say nothing."""
+    if not books:
+        raise ValueError("long context: no recordings; check the folder or the manifest")
+    check_conditions(conditions)
     for name, book in books.items():
         if book.moshi.shape[-1] <= window:
             raise ValueError(

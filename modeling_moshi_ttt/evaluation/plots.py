@@ -91,7 +91,7 @@ def _annotate(axes: Any, grid: np.ndarray) -> None:
 
 def long_context_figure(data: dict[str, Any]) -> Figure:
     """Above: loss against position (log scale) for each stream and condition, with intervals and the attention window marked. Below: how much
-    higher each control's loss is than TTT's on the same frames."""
+    higher the loss of each control in the same order is than TTT's."""
     streams, names = data["streams"], list(data["conditions"])
     figure = Figure(figsize=(max(3.6 * len(streams), 5.6), 5.2), layout="constrained")
     grid = figure.subplots(2, len(streams), squeeze=False, sharex=True)

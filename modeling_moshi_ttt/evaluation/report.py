@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ HEADINGS = {
     "recall": ("Can it recall?", "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."),
 }
 TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an earlier run left. Raises ValueError naming the file where it is no JSON object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged ({error}); remove it, and what it held is measured again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds no results; remove it, and what it should hold is measured again")
+    return data
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:

@@ -23,7 +23,7 @@ from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
 from . import books, conversations, inner_loss, long_context, recall, zero_shot
 from .evaluate import EvaluateSettings, RecordingsSettings
-from .report import write_report
+from .report import read_json, write_report
 from .scoring import CodeSequence, ScoreWeights, SpeechScorer
 
 SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
@@ -89,6 +89,7 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
     subject = Subject(settings)
     results = _open_results(settings.output, subject)
     torch.manual_seed(settings.seed)
+    pending = {}
     for name in SECTIONS:
         section = getattr(settings, name)
         if section is None:
@@ -97,12 +98,29 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
         if getattr(section, "before", None):  # a folder of the same name may hold other weights by now
             key["before_fingerprint"] = _before(settings, section).fingerprint
         if results["tasks"].get(name, {}).get("settings") != key:
-            begin = time.perf_counter()
-            part = RUNNERS[name](subject, section, settings, show_progress)
-            results["tasks"][name] = part | {"settings": key, "seconds": round(time.perf_counter() - begin, 1)}
-            results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-            atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+            pending[name] = section, key
+    for name, (section, _) in pending.items():
+        _check_inputs(name, section)
+    for name, (section, key) in pending.items():
+        begin = time.perf_counter()
+        part = RUNNERS[name](subject, section, settings, show_progress)
+        results["tasks"][name] = part | {"settings": key, "seconds": round(time.perf_counter() - begin, 1)}
+        results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return write_report(results, settings.output)
+
+
+def _check_inputs(name: str, section: Any) -> None:
+    """Read a section's folders and manifests once before anything runs: a mistake in the last must not come out after hours."""
+    if name == "zero_shot":
+        for task in section.tasks:
+            zero_shot.read_task(task.task, task.folder, task.split, task.parts)
+    elif name == "dialogue":
+        read_manifest(section.manifest, allow_outside=True)
+    elif name in ("long_context", "inner_loss"):
+        _sources(section)
+    if name == "long_context":
+        long_context.check_conditions(section.conditions)
 
 
 def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
@@ -110,7 +128,7 @@ def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
     about = subject.about()
     if not path.is_file():
         return {"model": about, "written": "", "tasks": {}}
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path)
     if not results["model"]["fingerprint"]:
         results["model"] = about  # so far the folder holds what needs no model
     elif about["fingerprint"] and results["model"]["fingerprint"] != about["fingerprint"]:
@@ -149,19 +167,23 @@ def encode_waves(processor: Any, waves: list[np.ndarray]) -> list[torch.Tensor]:
     return [row[:, : -(-len(wave) // processor.frame_size)] for row, wave in zip(codes, waves)]
 
 
-def _recordings(processor: Any, section: RecordingsSettings, show_progress: bool) -> dict[str, CodeSequence]:
-    sources: dict[str, Callable[[], CodeSequence]] = {}
+def _sources(section: RecordingsSettings) -> dict[str, Callable[[Any], CodeSequence]]:
+    """The name of each recording, and what reads and encodes it with a processor."""
+    sources: dict[str, Callable[[Any], CodeSequence]] = {}
     if section.folder is not None:
         for name, paths in books.find_books(section.folder).items():
-            sources[name] = lambda paths=paths: books.encode_book(processor, paths, section.max_frames)  # type: ignore[misc]
+            sources[name] = lambda processor, paths=paths: books.encode_book(processor, paths, section.max_frames)  # type: ignore[misc]
     else:
         for recording in read_manifest(section.manifest, allow_outside=True):  # type: ignore[arg-type]
             name = recording.path.name
             if name in sources:
                 raise ValueError(f"{section.manifest}: two recordings are named {name}; give each its own name")
-            sources[name] = lambda one=recording: books.encode_recording(processor, one, section.max_frames)  # type: ignore[misc]
-    chosen = list(sources.items())[: section.max_recordings]
-    return {name: read() for name, read in tqdm(chosen, desc="encoding", disable=not show_progress)}
+            sources[name] = lambda processor, one=recording: books.encode_recording(processor, one, section.max_frames)  # type: ignore[misc]
+    return dict(list(sources.items())[: section.max_recordings])
+
+
+def _recordings(processor: Any, section: RecordingsSettings, show_progress: bool) -> dict[str, CodeSequence]:
+    return {name: read(processor) for name, read in tqdm(_sources(section).items(), desc="encoding", disable=not show_progress)}
 
 
 def _long_context(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:

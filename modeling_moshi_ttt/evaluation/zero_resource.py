@@ -218,7 +218,8 @@ def _split_folder(folder: Path, task: str, split: str) -> Path:
         if (candidate / "gold.csv").is_file():
             return candidate
     raise ValueError(
-        f"{folder}: found no gold.csv in {task}/{split}, {split} or the folder itself; the test split has none until it is published"
+        f"{folder}: found no gold.csv in {task}/{split}, {split} or the folder itself; give the unpacked benchmark, and a split that has one "
+        "(dev; test has none until it is published)"
     )
 
 
@@ -229,7 +230,7 @@ def _read_gold(root: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}")
+            raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}; restore the official file")
         rows = list(reader)
     for number, row in enumerate(rows, start=2):
         empty = [name for name in columns if row[name] is None]
@@ -270,7 +271,7 @@ def _once(found: dict[Any, Path], side: str | int, path: Path) -> None:
 def _complete(where: Path, key: str, found: Mapping[str, Any], sides: Sequence[str]) -> bool:
     missing = [side for side in sides if side not in found]
     if missing:
-        raise ValueError(f"{where}: the pair {key} lacks its {missing[0]!r} side")
+        raise ValueError(f"{where}: the pair {key} lacks its {missing[0]!r} side; restore it, or remove the other side")
     return True
 
 
@@ -295,5 +296,5 @@ def _with_files(root: Path, pairs: list[Pair]) -> list[Pair]:
     missing = [path for path in pair_files(pairs) if not path.is_file()]
     if missing:
         names = ", ".join(path.name for path in missing[:5])
-        raise ValueError(f"{root}: {len(missing)} audio file(s) named in gold.csv are missing: {names}")
+        raise ValueError(f"{root}: {len(missing)} audio file(s) named in gold.csv are missing: {names}; unpack the benchmark again")
     return pairs

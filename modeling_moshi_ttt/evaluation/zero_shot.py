@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.audio import read_audio
 from ..common.files import atomic_write
+from .report import read_json
 from .scoring import UNWEIGHTED, ScoreWeights, SpeechScorer, StreamSums
 from .zero_resource import (
     PUBLISHED,
@@ -71,7 +72,7 @@ def read_mono(path: Path) -> np.ndarray:
 def _read_cache(cache: Path, header: dict[str, Any], files: Sequence[Path]) -> dict[Path, StreamSums]:
     if not cache.is_file():
         return {}
-    data = json.loads(cache.read_text(encoding="utf-8"))
+    data = read_json(cache)
     if data["header"] != header:
         raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     known = {Path(name): StreamSums(tuple(sums), tuple(tokens)) for name, (sums, tokens) in data["scores"].items()}
