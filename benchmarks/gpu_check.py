@@ -45,8 +45,7 @@ def cases(mixer: str, dim: int) -> list[Case]:
     found = [Case(mixer, dim, 16, "bfloat16", choice) for choice in range(choices)]
     found += [Case(mixer, dim, 16, "tf32"), Case(mixer, dim, 16, "float32"), Case(mixer, dim, 16, "float32", choice=1)]
     found += [Case(mixer, dim, 5, "float32", masked=True, group=3), Case(mixer, dim, 32, "float32", frames=70, rows=1)]
-    long = [n for n, precision in (("float32", "tf32x3"), ("tf32", "tf32")) if (mixer, dim, precision) not in ttt_kernels.TOO_LONG]
-    found += [Case(mixer, dim, 64, n, frames=70, rows=1) for n in long[:1]]
+    found += [Case(mixer, dim, 64, "bfloat16", frames=70, rows=1), Case(mixer, dim, 33, "float32", frames=70, rows=1)]
     return [*found, Case(mixer, dim, 1, "float32", frames=6, group=4)] if dim == 64 else found
 
 

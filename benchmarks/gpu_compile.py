@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_moshi_ttt.ttt_kernels import CONFIGURATIONS, HOPPER_SHARED_BYTES, KERNELS, LONG_MINI_BATCH, TOO_LONG
+from modeling_moshi_ttt.ttt_kernels import CONFIGURATIONS, HOPPER_SHARED_BYTES, KERNELS, LONG_MINI_BATCH
 
 TOKENS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "d_out_ptr", "d_q_ptr", "d_k_ptr", "d_v_ptr")
 DTYPE = {"tf32": "bf16", "tf32x3": "fp32"}  # the tokens that each precision is for
@@ -61,11 +61,9 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "stack_bytes": int(found[2])}
 
 
-def choices(name: str, dim: int, b: int, precision: str) -> list[tuple[int, int, int]]:
-    """The configurations that tuning chooses from; none where `is_supported` refuses."""
-    if b <= 32:
-        return CONFIGURATIONS[name][dim]
-    return [] if (name.split("_")[0], dim, precision) in TOO_LONG else [LONG_MINI_BATCH[name]]
+def choices(name: str, dim: int, b: int) -> list[tuple[int, int, int]]:
+    """The configurations that tuning chooses from."""
+    return CONFIGURATIONS[name][dim] if b <= 32 else [LONG_MINI_BATCH[name]]
 
 
 def main() -> None:
@@ -81,7 +79,7 @@ def main() -> None:
     for name in args.kernels:
         for dim in args.head_dims:
             for precision in args.precision:
-                for block, warps, stages in choices(name, dim, args.mini_batch, precision):
+                for block, warps, stages in choices(name, dim, args.mini_batch):
                     row = compile_one(name, dim, args.mini_batch, precision, block, warps, stages)
                     rows.append(row)
                     print(

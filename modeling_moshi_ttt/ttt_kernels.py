@@ -32,13 +32,12 @@ TOKEN_DTYPES = (torch.float32, torch.bfloat16)
 # reads what it has written, so it never overtakes the barriers between the passes.
 CONFIGURATIONS = {
     "linear_forward": {32: [(0, 1, 1), (0, 4, 2)], 64: [(0, 4, 2), (0, 8, 2)], 128: [(0, 8, 1), (0, 8, 2), (0, 16, 1)]},
-    "linear_backward": {32: [(0, 1, 1), (0, 4, 2)], 64: [(0, 4, 2), (0, 8, 2)], 128: [(0, 8, 1), (0, 16, 1)]},
+    "linear_backward": {32: [(32, 1, 1), (32, 4, 2)], 64: [(64, 4, 1), (32, 4, 2)], 128: [(32, 8, 1), (32, 8, 2), (32, 4, 1)]},
     "mlp_forward": {32: [(64, 4, 2), (128, 8, 1)], 64: [(64, 8, 2), (64, 4, 2), (256, 16, 1)], 128: [(64, 8, 1), (32, 8, 2), (32, 4, 2)]},
     "mlp_backward": {32: [(64, 4, 2), (128, 8, 1)], 64: [(64, 8, 1), (64, 8, 2), (64, 4, 2)], 128: [(32, 8, 1), (32, 8, 2), (32, 4, 2)]},
 }
-# For mini-batches padded to 64 tokens, where Hopper's tensor cores take both sides of a product from shared memory; and what does not fit then.
-LONG_MINI_BATCH = {"linear_forward": (0, 8, 1), "linear_backward": (0, 8, 1), "mlp_forward": (32, 8, 1), "mlp_backward": (16, 8, 1)}
-TOO_LONG = (("linear", 128, "tf32"), ("linear", 128, "tf32x3"), ("mlp", 64, "tf32x3"), ("mlp", 128, "tf32x3"))
+# For mini-batches padded to 64 tokens: narrow tiles, as the tokens need the registers.
+LONG_MINI_BATCH = {"linear_forward": (0, 8, 1), "linear_backward": (16, 8, 1), "mlp_forward": (16, 8, 1), "mlp_backward": (16, 8, 1)}
 HOPPER_SHARED_BYTES = 227 * 1024
 KERNELS = {
     "linear_forward": linear_forward,
@@ -81,13 +80,11 @@ def is_supported(q: Tensor, weights: tuple[Tensor, ...]) -> str | None:
         return f"the hidden width is {width}; the kernels take 4 times the head dimension {dim}"
     if b > MAX_MINI_BATCH:
         return f"the mini-batch size is {b}; the kernels take up to {MAX_MINI_BATCH}"
-    return None if interpreted() else _too_large(b, dim, _mixer(weights), _precision(q), _shared_bytes(q.device))
+    return None if interpreted() else _too_large(b, dim, _shared_bytes(q.device))
 
 
-def _too_large(b: int, dim: int, mixer: str, precision: str, available: int) -> str | None:
-    """Why the backward would not fit in a multiprocessor's shared memory (the forward needs less); from compiling it for Hopper."""
-    if b > 32 and (mixer, dim, precision) in TOO_LONG:
-        return f"the mini-batch size is {b}; at head dimension {dim}, {mixer} and {precision} products the kernels take up to 32"
+def _too_large(b: int, dim: int, available: int) -> str | None:
+    """Why the kernels would not fit in a multiprocessor's shared memory; all fit in Hopper's, smaller ones take what was compiled to fit."""
     if available < HOPPER_SHARED_BYTES and (dim > 64 or b > 16):
         return f"the GPU has {available} bytes of shared memory; head dimension {dim} and mini-batch size {b} need Hopper's {HOPPER_SHARED_BYTES}"
     return None
@@ -183,7 +180,7 @@ def _backward(inputs: list[Tensor], complete: Tensor, group: int, eps: float) ->
     at_once = _rows_at_once(q, saved, group)
     states = [_new(w, (at_once, group, *w.shape[3:])) for w in saved]  # the weights before each mini-batch of a group
     working = [_new(w, (at_once, *w.shape[3:])) for w in saved]
-    scratch = [_new(saved[0], (at_once, 5, _padded(b), saved[0].shape[-1]))] if mixer == "mlp" else []
+    scratch = _new(saved[0], (at_once, _padded(b), 5 * saved[0].shape[-1] + 3 * dim if mixer == "mlp" else 4 * dim))
     for row in range(0, rows * heads, at_once):
         programs = min(at_once, rows * heads - row)
         for index in reversed(range(saved[0].shape[2])):
@@ -191,7 +188,7 @@ def _backward(inputs: list[Tensor], complete: Tensor, group: int, eps: float) ->
             count = min(group, number - first)
             ranges = _ranges(row, first, count, number, saved[0].shape[2], index, group, 1)
             _launch(f"{mixer}_forward", q, programs, [*shared, *saved, q, *working, *states], ranges, eps, QUERY=False, SAVE=True)
-            arguments = [*shared, *states, *scratch, d_out, *d_tokens, *partial, *d_weights]
+            arguments = [*shared, *states, scratch, d_out, *d_tokens, *partial, *d_weights]
             _launch(f"{mixer}_backward", q, programs, arguments, [row, first, count, number, group], eps)
     d_shared = [partial[0].sum(0), *(x.view(rows, heads, dim).sum(0) for x in partial[1:])]
     return [*d_tokens, *d_shared, *d_weights]
@@ -242,8 +239,8 @@ def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges
     if name.startswith("mlp"):
         constants["F"] = 4 * dim
     if interpreted():
-        if name.startswith("mlp"):
-            constants["BLOCK_F"] = min(INTERPRETED_BLOCK_F, 4 * dim)
+        if name != "linear_forward":
+            constants["BLOCK_F"] = min(INTERPRETED_BLOCK_F, 4 * dim if "F" in constants else dim)
     else:
         kernel = _tuned(name, dim, b > 32)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():

@@ -82,23 +82,42 @@ def gelu_slopes(x):
 
 
 @jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a b, of a's 64 tokens (or rows) in two halves where b is not small.
+
+    With 64 rows Hopper's tensor cores take b from shared memory, and a kernel's many b together need more than there is (352 KB were counted);
+    with 32 rows they take it from registers. A small b may stay in shared memory, which spares those registers.
+    """
+    if a.shape[0] == 64 and b.shape[0] * b.shape[1] >= 2048:
+        upper, lower = tl.split(tl.permute(tl.reshape(a, [2, 32, a.shape[1]]), [1, 2, 0]))
+        both = tl.join(tl.dot(upper, b, input_precision=PRECISION), tl.dot(lower, b, input_precision=PRECISION))
+        return tl.reshape(tl.permute(both, [2, 0, 1]), [64, b.shape[1]])
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@jit
 def tile_offsets(stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Offsets [ROWS, COLUMNS] of a tile whose rows lie `stride` elements apart."""
     return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @jit
-def load_tokens(pointer, start, H, TOKENS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
-    """One mini-batch of one head as float32 [BT, D], zeros behind its TOKENS tokens; `start` is its first (token, head) pair."""
+def load_tokens(pointer, start, H, TOKENS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr):
+    """One mini-batch of one head as float32 [BT, WIDTH], zeros behind its TOKENS tokens; `start` is its first (token, head) pair.
+
+    The pointer stands at the first of the WIDTH features wanted. Kernels load again what they read again in another loop: the token side
+    of a product, which every warp holds whole, would fill the registers from loop to loop (it more than doubled what was spilled).
+    """
     inside = tl.arange(0, BT)[:, None] < TOKENS
-    return tl.load(pointer + start * D + tile_offsets(H * D, BT, D), mask=inside, other=0.0).to(tl.float32)
+    return tl.load(pointer + start * D + tile_offsets(H * D, BT, WIDTH), mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
-def store_tokens(pointer, value, start, H, TOKENS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
+def store_tokens(pointer, value, start, H, TOKENS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `load_tokens`, in the dtype behind the pointer."""
     inside = tl.arange(0, BT)[:, None] < TOKENS
-    tl.store(pointer + start * D + tile_offsets(H * D, BT, D), value.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + start * D + tile_offsets(H * D, BT, WIDTH), value.to(pointer.dtype.element_ty), mask=inside)
 
 
 @jit

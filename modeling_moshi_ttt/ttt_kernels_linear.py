@@ -1,4 +1,8 @@
-"""Triton kernels of TTT-Linear, f(z) = z W + c: one program per (batch row, head) walks over the mini-batches with W in registers.
+"""Triton kernels of TTT-Linear, f(z) = z W + c: one program per (batch row, head) walks over the mini-batches.
+
+The forward keeps W in registers. The backward reads W and d_W in tiles of BLOCK_F rows, twice a mini-batch: both whole would leave no
+registers for the tokens. d_W lives in its own buffer, which stays in L2; barriers separate what threads of a program write there from
+what others read.
 
 With L[t, s] = w_t lr_s for s <= t, all gradients of a mini-batch taken at its first weights, the dual form reads
     G = d loss / d (k W + c),   out = q + norm(q W + c - (L * (q k^T + 1)) G) gamma + beta,   W <- W - w_last k^T (lr G).
@@ -13,6 +17,7 @@ from .ttt_kernels_device import (
     load_tokens,
     normalize,
     normalize_backward,
+    product,
     store_tokens,
     tile_offsets,
     tl,
@@ -76,20 +81,20 @@ def linear_forward(
         mini_batch = batch * total + first + i
         at = mini_batch * TOKENS * H + head
         lr = tl.load(lr_ptr + at + tokens * H, mask=tokens < TOKENS, other=0.0)
-        k = load_tokens(k_ptr, at, H, TOKENS, D, BT)
-        v = load_tokens(v_ptr, at, H, TOKENS, D, BT)
-        z = tl.dot(k, w, input_precision=PRECISION) + bias[None, :]
+        k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        v = load_tokens(v_ptr, at, H, TOKENS, D, BT, D)
+        z = product(k, w, PRECISION) + bias[None, :]
         grad, _, _, _ = inner_gradient(z, v - k, gamma, beta, eps, D)
         if QUERY:
-            q = load_tokens(q_ptr, at, H, TOKENS, D, BT)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) + 1.0
+            q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
+            score = product(q, tl.trans(k), PRECISION) + 1.0
             mixing = tl.where(causal, token_weight[:, None] * lr[None, :] * score, 0.0)
-            z_q = tl.dot(q, w, input_precision=PRECISION) + bias[None, :] - tl.dot(mixing, grad, input_precision=PRECISION)
+            z_q = product(q, w, PRECISION) + bias[None, :] - product(mixing, grad, PRECISION)
             normal, _ = normalize(z_q, eps, D)
-            store_tokens(out_ptr, q + normal * gamma[None, :] + beta[None, :], at, H, TOKENS, D, BT)
+            store_tokens(out_ptr, q + normal * gamma[None, :] + beta[None, :], at, H, TOKENS, D, BT, D)
         step = lr * (last_weight * tl.load(complete_ptr + mini_batch).to(tl.float32))
         stepped = step[:, None] * grad
-        w -= tl.dot(tl.trans(k), stepped, input_precision=PRECISION)
+        w -= product(tl.trans(k), stepped, PRECISION)
         bias -= tl.sum(stepped, 0)
     if QUERY:
         tl.store(w1_last_ptr + program * D * D + square, w)
@@ -108,6 +113,7 @@ def linear_backward(
     norm_bias_ptr,
     w1_saved_ptr,  # [programs, saved, D, D]: the weights before each mini-batch of the group
     b1_saved_ptr,
+    scratch_ptr,  # [programs, BT, 4 D]: what the first pass over the tiles hands to the second
     d_out_ptr,
     d_q_ptr,
     d_k_ptr,
@@ -129,19 +135,26 @@ def linear_backward(
     TOKENS: tl.constexpr,
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program + row_start
     batch, head = row // H, row % H
     features = tl.arange(0, D)
     tokens = tl.arange(0, BT)
-    square = tile_offsets(D, D, D)
+    wide = tile_offsets(D, BLOCK_F, D)
+    whole = tile_offsets(D, BT, D)
+    part = tile_offsets(D, BT, BLOCK_F)
     gamma = tl.load(norm_weight_ptr + head * D + features)
     beta = tl.load(norm_bias_ptr + head * D + features)
     token_weight = tl.load(token_weight_ptr + tokens, mask=tokens < TOKENS, other=0.0)
     last_weight = tl.load(token_weight_ptr + TOKENS - 1)
     causal = tokens[:, None] >= tokens[None, :]
-    d_w = tl.load(d_w1_ptr + row * D * D + square)
+    grad_ptr = scratch_ptr + program * (4 * BT * D)
+    d_z_q_ptr = grad_ptr + BT * D
+    d_z_ptr = grad_ptr + 2 * BT * D
+    d_residual_ptr = grad_ptr + 3 * BT * D
+    d_w1_ptr += row * D * D
     d_bias = tl.load(d_b1_ptr + row * D + features)
     d_token_weight = tl.zeros([BT], tl.float32)
     d_gamma = tl.zeros([D], tl.float32)
@@ -153,48 +166,74 @@ def linear_backward(
         slot = program * saved + i
         complete = tl.load(complete_ptr + mini_batch).to(tl.float32)
         lr = tl.load(lr_ptr + at + tokens * H, mask=tokens < TOKENS, other=0.0)
-        k = load_tokens(k_ptr, at, H, TOKENS, D, BT)
-        v = load_tokens(v_ptr, at, H, TOKENS, D, BT)
-        q = load_tokens(q_ptr, at, H, TOKENS, D, BT)
-        d_out = load_tokens(d_out_ptr, at, H, TOKENS, D, BT)
-        w = tl.load(w1_saved_ptr + slot * D * D + square)
+        w_ptr = w1_saved_ptr + slot * D * D
         bias = tl.load(b1_saved_ptr + slot * D + features)
 
-        z = tl.dot(k, w, input_precision=PRECISION) + bias[None, :]
-        grad, normal, scale, residual = inner_gradient(z, v - k, gamma, beta, eps, D)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) + 1.0
+        # Pass 1: what the keys and the queries read, and S = K d_W + d_c, how the later loss pulls at G.
+        z = tl.zeros([BT, D], tl.float32) + bias[None, :]
+        z_q = tl.zeros([BT, D], tl.float32) + bias[None, :]
+        carried = tl.zeros([BT, D], tl.float32) + d_bias[None, :]
+        score = tl.zeros([BT, BT], tl.float32) + 1.0
+        for f in range(0, D, BLOCK_F):
+            k = load_tokens(k_ptr + f, at, H, TOKENS, D, BT, BLOCK_F)
+            q = load_tokens(q_ptr + f, at, H, TOKENS, D, BT, BLOCK_F)
+            w = tl.load(w_ptr + f * D + wide)
+            score += product(q, tl.trans(k), PRECISION)
+            z += product(k, w, PRECISION)
+            z_q += product(q, w, PRECISION)
+            carried += product(k, tl.load(d_w1_ptr + f * D + wide), PRECISION)
+        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        grad, normal, scale, residual = inner_gradient(z, target, gamma, beta, eps, D)
         reach = tl.where(causal, token_weight[:, None] * lr[None, :], 0.0)
         mixing = reach * score
-        z_q = tl.dot(q, w, input_precision=PRECISION) + bias[None, :] - tl.dot(mixing, grad, input_precision=PRECISION)
+        z_q -= product(mixing, grad, PRECISION)
+        d_out = load_tokens(d_out_ptr, at, H, TOKENS, D, BT, D)
         normal_q, scale_q = normalize(z_q, eps, D)
 
         d_gamma += tl.sum(d_out * normal_q, 0)
         d_beta += tl.sum(d_out, 0)
         d_z_q = normalize_backward(d_out * gamma[None, :], normal_q, scale_q, D)
-        d_mixing = -tl.dot(d_z_q, tl.trans(grad), input_precision=PRECISION)
+        d_mixing = -product(d_z_q, tl.trans(grad), PRECISION)
         d_score = d_mixing * reach
         d_reach = tl.where(causal, d_mixing * score, 0.0)
-        carried = tl.dot(k, d_w, input_precision=PRECISION) + d_bias[None, :]
         gain = complete * tl.sum(carried * grad, 1)
         step = lr * (last_weight * complete)
-        d_grad = -tl.dot(tl.trans(mixing), d_z_q, input_precision=PRECISION) - step[:, None] * carried
+        d_grad = -product(tl.trans(mixing), d_z_q, PRECISION) - step[:, None] * carried
         d_lr = tl.sum(d_reach * token_weight[:, None], 0) - last_weight * gain
         d_token_weight += tl.sum(d_reach * lr[None, :], 1) - tl.where(tokens == TOKENS - 1, tl.sum(lr * gain, 0), 0.0)
 
         d_z, d_residual, g_gamma, g_beta = inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D)
         d_gamma += g_gamma
         d_beta += g_beta
-        d_q = d_out + tl.dot(d_z_q, tl.trans(w), input_precision=PRECISION) + tl.dot(d_score, k, input_precision=PRECISION)
-        d_k = d_residual + tl.dot(tl.trans(d_score), q, input_precision=PRECISION)
-        d_k += tl.dot(d_z, tl.trans(w), input_precision=PRECISION)
-        d_k -= step[:, None] * tl.dot(grad, tl.trans(d_w), input_precision=PRECISION)
-        store_tokens(d_q_ptr, d_q, at, H, TOKENS, D, BT)
-        store_tokens(d_k_ptr, d_k, at, H, TOKENS, D, BT)
-        store_tokens(d_v_ptr, -d_residual, at, H, TOKENS, D, BT)
+        tl.store(grad_ptr + whole, grad)
+        tl.store(d_z_q_ptr + whole, d_z_q)
+        tl.store(d_z_ptr + whole, d_z)
+        tl.store(d_residual_ptr + whole, d_residual)
+        store_tokens(d_v_ptr, -d_residual, at, H, TOKENS, D, BT, D)
         tl.store(d_lr_ptr + at + tokens * H, d_lr, mask=tokens < TOKENS)
-        d_w += tl.dot(tl.trans(q), d_z_q, input_precision=PRECISION) + tl.dot(tl.trans(k), d_z, input_precision=PRECISION)
-        d_bias += tl.sum(d_z_q + d_z, 0)
-    tl.store(d_w1_ptr + row * D * D + square, d_w)
+        tl.debug_barrier()
+
+        # Pass 2: the gradients to q, k and W.
+        for f in range(0, D, BLOCK_F):
+            k = load_tokens(k_ptr + f, at, H, TOKENS, D, BT, BLOCK_F)
+            q = load_tokens(q_ptr + f, at, H, TOKENS, D, BT, BLOCK_F)
+            w = tl.load(w_ptr + f * D + wide)
+            d_w = tl.load(d_w1_ptr + f * D + wide)
+            d_q = load_tokens(d_out_ptr + f, at, H, TOKENS, D, BT, BLOCK_F) + product(d_score, k, PRECISION)
+            d_k = tl.load(d_residual_ptr + f + part) + product(tl.trans(d_score), q, PRECISION)
+            d_k -= step[:, None] * product(tl.load(grad_ptr + whole), tl.trans(d_w), PRECISION)
+            d_z_q = tl.load(d_z_q_ptr + whole)
+            d_q += product(d_z_q, tl.trans(w), PRECISION)
+            d_w += product(tl.trans(q), d_z_q, PRECISION)
+            d_z = tl.load(d_z_ptr + whole)
+            d_k += product(d_z, tl.trans(w), PRECISION)
+            d_w += product(tl.trans(k), d_z, PRECISION)
+            store_tokens(d_q_ptr + f, d_q, at, H, TOKENS, D, BT, BLOCK_F)
+            store_tokens(d_k_ptr + f, d_k, at, H, TOKENS, D, BT, BLOCK_F)
+            tl.debug_barrier()
+            tl.store(d_w1_ptr + f * D + wide, d_w)
+        d_bias += tl.sum(tl.load(d_z_q_ptr + whole) + tl.load(d_z_ptr + whole), 0)
+        tl.debug_barrier()
     tl.store(d_b1_ptr + row * D + features, d_bias)
     add_to(d_token_weight_ptr + row * TOKENS, d_token_weight, TOKENS, BT)
     add_to(d_norm_weight_ptr + row * D, d_gamma, D, D)

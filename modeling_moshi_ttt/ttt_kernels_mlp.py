@@ -22,6 +22,7 @@ from .ttt_kernels_device import (
     load_tokens,
     normalize,
     normalize_backward,
+    product,
     store_tokens,
     tile_offsets,
     tl,
@@ -31,18 +32,18 @@ from .ttt_kernels_device import (
 @jit
 def learn(k, w1, b1, w2, grad2, PRECISION: tl.constexpr):
     """A tile's hidden values of the keys and the gradient to what goes into the GELU: X2, G1 [BT, BLOCK_F]."""
-    hidden, slope, _ = gelu_slopes(tl.dot(k, w1, input_precision=PRECISION) + b1[None, :])
-    return hidden, tl.dot(grad2, tl.trans(w2), input_precision=PRECISION) * slope
+    hidden, slope, _ = gelu_slopes(product(k, w1, PRECISION) + b1[None, :])
+    return hidden, product(grad2, tl.trans(w2), PRECISION) * slope
 
 
 @jit
 def read(q, mixing, hidden, grad1, w1, b1, w2, z_q, overlap, PRECISION: tl.constexpr):
     """Add a tile's share to what the queries read: z_q [BT, D] before the second layer's own update, overlap = Xq X2^T [BT, BT]."""
-    z = tl.dot(q, w1, input_precision=PRECISION) + b1[None, :] - tl.dot(mixing, grad1, input_precision=PRECISION)
+    z = product(q, w1, PRECISION) + b1[None, :] - product(mixing, grad1, PRECISION)
     hidden_q = gelu(z)
     # In this order: the last product lends all those it depends on its layout of warps, and [BT, BT] would have every warp do all of them.
-    overlap += tl.dot(hidden_q, tl.trans(hidden), input_precision=PRECISION)
-    z_q += tl.dot(hidden_q, w2, input_precision=PRECISION)
+    overlap += product(hidden_q, tl.trans(hidden), PRECISION)
+    z_q += product(hidden_q, w2, PRECISION)
     return z_q, overlap
 
 
@@ -50,8 +51,8 @@ def read(q, mixing, hidden, grad1, w1, b1, w2, z_q, overlap, PRECISION: tl.const
 def update(k, hidden, grad1, grad2, step, w1, b1, w2, PRECISION: tl.constexpr):
     """A tile's weights after the mini-batch."""
     stepped = step[:, None] * grad1
-    w1 -= tl.dot(tl.trans(k), stepped, input_precision=PRECISION)
-    w2 -= tl.dot(tl.trans(hidden), step[:, None] * grad2, input_precision=PRECISION)
+    w1 -= product(tl.trans(k), stepped, PRECISION)
+    w2 -= product(tl.trans(hidden), step[:, None] * grad2, PRECISION)
     return w1, b1 - tl.sum(stepped, 0), w2
 
 
@@ -140,14 +141,15 @@ def mlp_forward(
         at = mini_batch * TOKENS * H + head
         lr = tl.load(lr_ptr + at + tokens * H, mask=tokens < TOKENS, other=0.0)
         step = lr * (last_weight * tl.load(complete_ptr + mini_batch).to(tl.float32))
-        k = load_tokens(k_ptr, at, H, TOKENS, D, BT)
-        target = load_tokens(v_ptr, at, H, TOKENS, D, BT) - k
+        k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - k
         z = tl.zeros([BT, D], tl.float32) + b2[None, :]
         if RESIDENT:
-            hidden = gelu(tl.dot(k, w1, input_precision=PRECISION) + b1[None, :])
-            z += tl.dot(hidden, w2, input_precision=PRECISION)
+            hidden = gelu(product(k, w1, PRECISION) + b1[None, :])
+            z += product(hidden, w2, PRECISION)
         else:
             for f in range(0, F, BLOCK_F):
+                k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
                 w1 = tl.load(work1 + f + tall)
                 b1 = tl.load(workb + f + tile)
                 w2 = tl.load(work2 + f * D + wide)
@@ -156,12 +158,12 @@ def mlp_forward(
                         tl.store(w1_saved_ptr + slot * D * F + f + tall, w1)
                         tl.store(b1_saved_ptr + slot * F + f + tile, b1)
                         tl.store(w2_saved_ptr + slot * D * F + f * D + wide, w2)
-                hidden = gelu(tl.dot(k, w1, input_precision=PRECISION) + b1[None, :])
-                z += tl.dot(hidden, w2, input_precision=PRECISION)
+                hidden = gelu(product(k, w1, PRECISION) + b1[None, :])
+                z += product(hidden, w2, PRECISION)
         grad2, _, _, _ = inner_gradient(z, target, gamma, beta, eps, D)
         if QUERY:
-            q = load_tokens(q_ptr, at, H, TOKENS, D, BT)
-            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) + 1.0
+            q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
+            score = product(q, tl.trans(k), PRECISION) + 1.0
             reach = tl.where(causal, token_weight[:, None] * lr[None, :], 0.0)
             mixing = reach * score
             z_q = tl.zeros([BT, D], tl.float32) + b2[None, :]
@@ -176,8 +178,10 @@ def mlp_forward(
                 w1 = tl.load(work1 + f + tall)
                 b1 = tl.load(workb + f + tile)
                 w2 = tl.load(work2 + f * D + wide)
+                k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
                 hidden, grad1 = learn(k, w1, b1, w2, grad2, PRECISION)
                 if QUERY:
+                    q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
                     z_q, overlap = read(q, mixing, hidden, grad1, w1, b1, w2, z_q, overlap, PRECISION)
                 w1, b1, w2 = update(k, hidden, grad1, grad2, step, w1, b1, w2, PRECISION)
                 tl.debug_barrier()
@@ -186,9 +190,10 @@ def mlp_forward(
                 tl.store(work2 + f * D + wide, w2)
             tl.debug_barrier()
         if QUERY:
-            z_q -= tl.dot(reach * overlap, grad2, input_precision=PRECISION)
+            z_q -= product(reach * overlap, grad2, PRECISION)
+            q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
             normal, _ = normalize(z_q, eps, D)
-            store_tokens(out_ptr, q + normal * gamma[None, :] + beta[None, :], at, H, TOKENS, D, BT)
+            store_tokens(out_ptr, q + normal * gamma[None, :] + beta[None, :], at, H, TOKENS, D, BT, D)
         b2 -= tl.sum(step[:, None] * grad2, 0)
     if QUERY:
         tl.store(b2_last_ptr + program * D + features, b2)
@@ -212,7 +217,7 @@ def mlp_backward(
     b1_saved_ptr,
     w2_saved_ptr,
     b2_saved_ptr,
-    scratch_ptr,  # [programs, 5, BT, F]: what one pass over the tiles hands to the next
+    scratch_ptr,  # [programs, BT, 5 F + 3 D]: what one pass over the tiles hands to the next
     d_out_ptr,
     d_q_ptr,
     d_k_ptr,
@@ -247,17 +252,21 @@ def mlp_backward(
     tile = tl.arange(0, BLOCK_F)
     tall = tile_offsets(F, D, BLOCK_F)
     wide = tile_offsets(D, BLOCK_F, D)
+    whole = tile_offsets(D, BT, D)
     flat = tile_offsets(F, BT, BLOCK_F)
     gamma = tl.load(norm_weight_ptr + head * D + features)
     beta = tl.load(norm_bias_ptr + head * D + features)
     token_weight = tl.load(token_weight_ptr + tokens, mask=tokens < TOKENS, other=0.0)
     last_weight = tl.load(token_weight_ptr + TOKENS - 1)
     causal = tokens[:, None] >= tokens[None, :]
-    z1_ptr = scratch_ptr + program * (5 * BT * F)  # k W1 + c1
+    z1_ptr = scratch_ptr + program * (5 * BT * F + 3 * BT * D)  # k W1 + c1
     back1_ptr = z1_ptr + BT * F  # G2 W2^T
     z1_q_ptr = z1_ptr + 2 * BT * F  # what goes into the GELU of the queries
     d_z1_q_ptr = z1_ptr + 3 * BT * F
     d_grad1_ptr = z1_ptr + 4 * BT * F
+    grad2_ptr = z1_ptr + 5 * BT * F
+    d_z2_q_ptr = grad2_ptr + BT * D
+    d_z2_ptr = grad2_ptr + 2 * BT * D
     d_w1_ptr += row * D * F
     d_b1_ptr += row * F
     d_w2_ptr += row * D * F
@@ -277,21 +286,23 @@ def mlp_backward(
         complete = tl.load(complete_ptr + mini_batch).to(tl.float32)
         lr = tl.load(lr_ptr + at + tokens * H, mask=tokens < TOKENS, other=0.0)
         step = lr * (last_weight * complete)
-        k = load_tokens(k_ptr, at, H, TOKENS, D, BT)
-        q = load_tokens(q_ptr, at, H, TOKENS, D, BT)
 
         # Pass 1: what the keys read, z2, and S2 = X2 d_W2 + d_c2, how the later loss pulls at G2.
         z2 = tl.zeros([BT, D], tl.float32) + b2[None, :]
         carried2 = tl.zeros([BT, D], tl.float32) + d_b2[None, :]
         for f in range(0, F, BLOCK_F):
-            z1 = tl.dot(k, tl.load(w1_ptr + f + tall), input_precision=PRECISION) + tl.load(b1_ptr + f + tile)[None, :]
+            k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+            z1 = product(k, tl.load(w1_ptr + f + tall), PRECISION) + tl.load(b1_ptr + f + tile)[None, :]
             tl.store(z1_ptr + f + flat, z1)
             hidden = gelu(z1)
-            z2 += tl.dot(hidden, tl.load(w2_ptr + f * D + wide), input_precision=PRECISION)
-            carried2 += tl.dot(hidden, tl.load(d_w2_ptr + f * D + wide), input_precision=PRECISION)
-        target = load_tokens(v_ptr, at, H, TOKENS, D, BT) - k
+            z2 += product(hidden, tl.load(w2_ptr + f * D + wide), PRECISION)
+            carried2 += product(hidden, tl.load(d_w2_ptr + f * D + wide), PRECISION)
+        k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
+        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - k
         grad2, normal, scale, residual = inner_gradient(z2, target, gamma, beta, eps, D)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) + 1.0
+        tl.store(grad2_ptr + whole, grad2)
+        score = product(q, tl.trans(k), PRECISION) + 1.0
         reach = tl.where(causal, token_weight[:, None] * lr[None, :], 0.0)
         mixing = reach * score
         tl.debug_barrier()
@@ -300,27 +311,31 @@ def mlp_backward(
         z2_q = tl.zeros([BT, D], tl.float32) + b2[None, :]
         overlap = tl.zeros([BT, BT], tl.float32) + 1.0
         for f in range(0, F, BLOCK_F):
+            q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
+            grad2 = tl.load(grad2_ptr + whole)
             w2 = tl.load(w2_ptr + f * D + wide)
             hidden, slope, _ = gelu_slopes(tl.load(z1_ptr + f + flat))
-            back1 = tl.dot(grad2, tl.trans(w2), input_precision=PRECISION)
+            back1 = product(grad2, tl.trans(w2), PRECISION)
             tl.store(back1_ptr + f + flat, back1)
-            z1_q = tl.dot(q, tl.load(w1_ptr + f + tall), input_precision=PRECISION) + tl.load(b1_ptr + f + tile)[None, :]
-            z1_q -= tl.dot(mixing, back1 * slope, input_precision=PRECISION)
+            z1_q = product(q, tl.load(w1_ptr + f + tall), PRECISION) + tl.load(b1_ptr + f + tile)[None, :]
+            z1_q -= product(mixing, back1 * slope, PRECISION)
             tl.store(z1_q_ptr + f + flat, z1_q)
             hidden_q = gelu(z1_q)
-            overlap += tl.dot(hidden_q, tl.trans(hidden), input_precision=PRECISION)
-            z2_q += tl.dot(hidden_q, w2, input_precision=PRECISION)
+            overlap += product(hidden_q, tl.trans(hidden), PRECISION)
+            z2_q += product(hidden_q, w2, PRECISION)
+        grad2 = tl.load(grad2_ptr + whole)
         mixing2 = reach * overlap
-        z2_q -= tl.dot(mixing2, grad2, input_precision=PRECISION)
+        z2_q -= product(mixing2, grad2, PRECISION)
         normal_q, scale_q = normalize(z2_q, eps, D)
-        d_out = load_tokens(d_out_ptr, at, H, TOKENS, D, BT)
+        d_out = load_tokens(d_out_ptr, at, H, TOKENS, D, BT, D)
         d_gamma += tl.sum(d_out * normal_q, 0)
         d_beta += tl.sum(d_out, 0)
         d_z2_q = normalize_backward(d_out * gamma[None, :], normal_q, scale_q, D)
-        d_mixing2 = -tl.dot(d_z2_q, tl.trans(grad2), input_precision=PRECISION)
+        tl.store(d_z2_q_ptr + whole, d_z2_q)
+        d_mixing2 = -product(d_z2_q, tl.trans(grad2), PRECISION)
         d_overlap = d_mixing2 * reach
         d_reach = d_mixing2 * overlap
-        d_grad2 = -tl.dot(tl.trans(mixing2), d_z2_q, input_precision=PRECISION) - step[:, None] * carried2
+        d_grad2 = -product(tl.trans(mixing2), d_z2_q, PRECISION) - step[:, None] * carried2
         gain = tl.sum(carried2 * grad2, 1)
         tl.debug_barrier()
 
@@ -329,62 +344,73 @@ def mlp_backward(
         d_mixing = tl.zeros([BT, BT], tl.float32)
         pulled = tl.zeros([BT, D], tl.float32)
         for f in range(0, F, BLOCK_F):
+            k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+            d_z2_q = tl.load(d_z2_q_ptr + whole)
             w2 = tl.load(w2_ptr + f * D + wide)
             d_w1 = tl.load(d_w1_ptr + f + tall)
             hidden, slope, _ = gelu_slopes(tl.load(z1_ptr + f + flat))
             _, slope_q, _ = gelu_slopes(tl.load(z1_q_ptr + f + flat))
             grad1 = tl.load(back1_ptr + f + flat) * slope
-            d_hidden_q = tl.dot(d_z2_q, tl.trans(w2), input_precision=PRECISION) + tl.dot(d_overlap, hidden, input_precision=PRECISION)
+            d_hidden_q = product(d_z2_q, tl.trans(w2), PRECISION) + product(d_overlap, hidden, PRECISION)
             d_z1_q = d_hidden_q * slope_q
             tl.store(d_z1_q_ptr + f + flat, d_z1_q)
-            d_q += tl.dot(d_z1_q, tl.trans(tl.load(w1_ptr + f + tall)), input_precision=PRECISION)
-            d_mixing -= tl.dot(d_z1_q, tl.trans(grad1), input_precision=PRECISION)
-            carried1 = tl.dot(k, d_w1, input_precision=PRECISION) + tl.load(d_b1_ptr + f + tile)[None, :]
-            d_grad1 = -tl.dot(tl.trans(mixing), d_z1_q, input_precision=PRECISION) - step[:, None] * carried1
+            d_q += product(d_z1_q, tl.trans(tl.load(w1_ptr + f + tall)), PRECISION)
+            d_mixing -= product(d_z1_q, tl.trans(grad1), PRECISION)
+            carried1 = product(k, d_w1, PRECISION) + tl.load(d_b1_ptr + f + tile)[None, :]
+            d_grad1 = -product(tl.trans(mixing), d_z1_q, PRECISION) - step[:, None] * carried1
             tl.store(d_grad1_ptr + f + flat, d_grad1)
             gain += tl.sum(carried1 * grad1, 1)
-            pulled += tl.dot(grad1, tl.trans(d_w1), input_precision=PRECISION)
-            d_grad2 += tl.dot(d_grad1 * slope, w2, input_precision=PRECISION)
+            pulled += product(grad1, tl.trans(d_w1), PRECISION)
+            d_grad2 += product(d_grad1 * slope, w2, PRECISION)
+        k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
+        grad2 = tl.load(grad2_ptr + whole)
         d_score = d_mixing * reach
         d_reach = tl.where(causal, d_reach + d_mixing * score, 0.0)
         gain = complete * gain
         d_lr = tl.sum(d_reach * token_weight[:, None], 0) - last_weight * gain
         d_token_weight += tl.sum(d_reach * lr[None, :], 1) - tl.where(tokens == TOKENS - 1, tl.sum(lr * gain, 0), 0.0)
-        d_q += tl.dot(d_score, k, input_precision=PRECISION)
+        d_q += product(d_score, k, PRECISION)
         d_z2, d_residual, g_gamma, g_beta = inner_gradient_backward(d_grad2, grad2, normal, scale, residual, gamma, D)
+        tl.store(d_z2_ptr + whole, d_z2)
         d_gamma += g_gamma
         d_beta += g_beta
-        d_k = d_residual + tl.dot(tl.trans(d_score), q, input_precision=PRECISION) - step[:, None] * pulled
-        store_tokens(d_q_ptr, d_q, at, H, TOKENS, D, BT)
-        store_tokens(d_v_ptr, -d_residual, at, H, TOKENS, D, BT)
+        d_k = d_residual + product(tl.trans(d_score), q, PRECISION) - step[:, None] * pulled
+        store_tokens(d_q_ptr, d_q, at, H, TOKENS, D, BT, D)
+        store_tokens(d_v_ptr, -d_residual, at, H, TOKENS, D, BT, D)
         tl.store(d_lr_ptr + at + tokens * H, d_lr, mask=tokens < TOKENS)
         tl.debug_barrier()
 
         # Pass 4: back through the keys' first layer, and the gradients to the weights.
         for f in range(0, F, BLOCK_F):
+            k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+            q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
+            d_z2_q = tl.load(d_z2_q_ptr + whole)
+            d_z2 = tl.load(d_z2_ptr + whole)
+            grad2 = tl.load(grad2_ptr + whole)
             w2 = tl.load(w2_ptr + f * D + wide)
             d_w2 = tl.load(d_w2_ptr + f * D + wide)
             hidden, slope, curve = gelu_slopes(tl.load(z1_ptr + f + flat))
             hidden_q = gelu(tl.load(z1_q_ptr + f + flat))
             d_z1_q = tl.load(d_z1_q_ptr + f + flat)
             d_grad1 = tl.load(d_grad1_ptr + f + flat)
-            d_hidden = tl.dot(tl.trans(d_overlap), hidden_q, input_precision=PRECISION)
-            d_hidden += tl.dot(d_z2, tl.trans(w2), input_precision=PRECISION)
-            d_hidden -= step[:, None] * tl.dot(grad2, tl.trans(d_w2), input_precision=PRECISION)
+            d_hidden = product(tl.trans(d_overlap), hidden_q, PRECISION)
+            d_hidden += product(d_z2, tl.trans(w2), PRECISION)
+            d_hidden -= step[:, None] * product(grad2, tl.trans(d_w2), PRECISION)
             d_z1 = d_grad1 * tl.load(back1_ptr + f + flat) * curve + d_hidden * slope
-            d_k += tl.dot(d_z1, tl.trans(tl.load(w1_ptr + f + tall)), input_precision=PRECISION)
+            d_k += product(d_z1, tl.trans(tl.load(w1_ptr + f + tall)), PRECISION)
             d_w1 = tl.load(d_w1_ptr + f + tall)
-            d_w1 += tl.dot(tl.trans(q), d_z1_q, input_precision=PRECISION) + tl.dot(tl.trans(k), d_z1, input_precision=PRECISION)
+            d_w1 += product(tl.trans(q), d_z1_q, PRECISION) + product(tl.trans(k), d_z1, PRECISION)
             d_b1 = tl.load(d_b1_ptr + f + tile) + tl.sum(d_z1_q + d_z1, 0)
-            d_w2 += tl.dot(tl.trans(hidden_q), d_z2_q, input_precision=PRECISION)
-            d_w2 += tl.dot(tl.trans(d_grad1 * slope), grad2, input_precision=PRECISION)
-            d_w2 += tl.dot(tl.trans(hidden), d_z2, input_precision=PRECISION)
+            d_w2 += product(tl.trans(hidden_q), d_z2_q, PRECISION)
+            d_w2 += product(tl.trans(d_grad1 * slope), grad2, PRECISION)
+            d_w2 += product(tl.trans(hidden), d_z2, PRECISION)
             tl.debug_barrier()
             tl.store(d_w1_ptr + f + tall, d_w1)
             tl.store(d_b1_ptr + f + tile, d_b1)
             tl.store(d_w2_ptr + f * D + wide, d_w2)
-        store_tokens(d_k_ptr, d_k, at, H, TOKENS, D, BT)
-        d_b2 += tl.sum(d_z2_q + d_z2, 0)
+        store_tokens(d_k_ptr, d_k, at, H, TOKENS, D, BT, D)
+        d_b2 += tl.sum(tl.load(d_z2_q_ptr + whole) + tl.load(d_z2_ptr + whole), 0)
         tl.debug_barrier()
     tl.store(d_b2_ptr + row * D + features, d_b2)
     add_to(d_token_weight_ptr + row * TOKENS, d_token_weight, TOKENS, BT)

@@ -74,6 +74,7 @@ GRID = [
     ((1, 20, 2, 64, 17), 3),
     ((1, 70, 1, 64, 33), 2),
     ((1, 65, 1, 128, 64), 1),
+    ((1, 50, 1, 128, 48), 1),
 ]
 
 
@@ -94,6 +95,13 @@ def test_resumed_inside_a_mini_batch_with_rows_at_different_positions(mixer):
     mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) > 0.3
     mask[1] = False
     check(mixer, (3, 11, 1, 32, 4), cuts=(1, 6, 7), mask=mask)
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mlp"])
+def test_long_mini_batches_resumed_masked_and_in_bfloat16(mixer):
+    mask = torch.rand(2, 51, generator=torch.Generator().manual_seed(1)) > 0.2
+    check(mixer, (2, 51, 1, 32, 33), cuts=(20,), mask=mask)
+    check(mixer, (1, 35, 1, 64, 33), bound=1e-2, dtype=torch.bfloat16)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
@@ -130,9 +138,9 @@ def test_mini_batches_that_stay_open_leave_the_weights(mixer):
     assert max(found.values()) <= 2e-5, found
 
 
-@pytest.mark.parametrize("block", [32, 64, 128])
-def test_every_width_of_tiles_gives_the_same_numbers(monkeypatch, block):
-    inputs, complete = arguments("mlp")
+@pytest.mark.parametrize(("mixer", "block"), [("linear", 16), ("mlp", 16), ("mlp", 128)])
+def test_every_width_of_tiles_gives_the_same_numbers(monkeypatch, mixer, block):
+    inputs, complete = arguments(mixer)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     monkeypatch.setattr(ttt_kernels, "INTERPRETED_BLOCK_F", block)  # 128: the whole hidden width, weights stay in registers
     found = errors(outcome(ttt_kernels.scan_mini_batches, inputs, complete), outcome(ttt_scan.scan_mini_batches, exact, complete))
