@@ -32,7 +32,7 @@ SALMON_PARTS = (
     "speaker_consistency",
 )
 FREQUENCY_BANDS = {"oov": 1.0, "1-4": 5.0, "5-19": 20.0, "20-99": 100.0, "100+": math.inf}  # sWUGGY's, each with its upper edge
-# accuracies in percent as published (Moshi's report, TWIST's and SpiRit-LM's papers); the last row is our own frozen run of moshiko
+# accuracies in percent as published (Moshi's report arXiv:2410.00037, TWIST's and SpiRit-LM's papers); the last row was measured by us
 PUBLISHED: dict[str, dict[str, float]] = {
     "Moshi, text and audio": {"swuggy": 72.6, "sblimp": 58.8, "tstorycloze": 83.0, "sstorycloze": 60.8},
     "Moshi, audio only": {"swuggy": 74.3, "sblimp": 58.9, "tstorycloze": 81.8, "sstorycloze": 58.7},
@@ -214,6 +214,7 @@ def _existing_folder(root: Path) -> Path:
 
 
 def _split_folder(folder: Path, task: str, split: str) -> Path:
+    _existing_folder(folder)
     for candidate in (folder / task / split, folder / split, folder):
         if (candidate / "gold.csv").is_file():
             return candidate
