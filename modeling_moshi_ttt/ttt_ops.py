@@ -5,6 +5,7 @@ Shape letters: B rows (streams), T frames, H heads, D head dimension, b mini-bat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def ttt_linear(
         state: what `TTTState.initial(...)` or the previous call gave.
         mini_batch_size: tokens b that share the weights at which gradients are taken; 1 is online gradient descent.
         group_size: mini-batches recomputed together in backward: a matter of memory and time, never of numbers.
-        backend: "auto" (Triton on CUDA where it takes the inputs, else scan), "scan", "triton" or "reference".
+        backend: "auto" (Triton on CUDA where it takes the inputs, else scan; scan for one frame without gradients), "scan", "triton" or "reference".
         mask: `[B, T]` bool; a False frame changes nothing of the state, and its output is 0.
 
     Returns:
@@ -115,6 +116,7 @@ def _run(
     _check_options(b, group_size, backend)
     _check_shapes(inputs, mask, b)
     _check_state(mixer, inputs.q, state, b)
+    even = None if mask is not None or state.even_frames is None else state.even_frames + inputs.q.shape[1]
     with torch.autocast(inputs.q.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in [x.dtype for x in (*inputs, state.W1)] else torch.float32
         weights = tuple(w.to(dtype) for w in state.weights)
@@ -125,20 +127,20 @@ def _run(
                 out, after = ttt_reference(*exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps)
             else:
                 out, after = decode_step(*exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps)
-            return out.to(inputs.q.dtype), after
+            return out.to(inputs.q.dtype), dataclasses.replace(after, even_frames=even)
         aligned = _align(inputs, state, mask, b)
         number = aligned.q.shape[1]
         complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
         shared = (inputs.token_weight, inputs.norm_weight, inputs.norm_bias)
         body = scan_mini_batches if way == "scan" else _triton_body()
         out, weights = body(aligned.q, aligned.k, aligned.v, aligned.lr, *shared, weights, complete, group_size=min(group_size, number), eps=eps)
-        return _unalign(out, aligned, inputs.q), _state_after(weights, aligned)
+        return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), even_frames=even)
 
 
 def _align(inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int) -> _Aligned:
     rows, length = inputs.q.shape[:2]
     tokens = inputs[:4]
-    if mask is None and (state.mini_batch_size == 0 or (length > 1 and not bool(state.position.any()))):
+    if mask is None and (state.mini_batch_size == 0 or (length > 1 and state.between_mini_batches)):
         frames = state.frames + length
         number = -(-length // b)
         q, k, v, lr = (x if length % b == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
@@ -201,10 +203,13 @@ def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:
 
 
 def _choose_way(backend: str, inputs: _Inputs, state: TTTState, weights: tuple[Tensor, ...], b: int) -> str:
-    """"reference", "triton", "scan", or "decode", which is the scan's way for one frame without gradients."""
+    """"reference", "triton", "scan", or "decode", one frame without gradients unless Triton was asked for by name (why: benchmarks/GPU.md)."""
     if backend == "reference":
         return backend
     q = inputs.q
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *state.tensors().values()))
+    if backend != "triton" and q.shape[1] == 1 and not learning:
+        return "decode"
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         from .ttt_kernels import is_supported  # here, so that machines without a GPU never import Triton
 
@@ -214,8 +219,7 @@ def _choose_way(backend: str, inputs: _Inputs, state: TTTState, weights: tuple[T
         if backend == "triton":
             raise ValueError(f"backend 'triton' does not take these inputs: {reason}; use 'auto' or 'scan'")
         _say_once(reason)
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *state.tensors().values()))
-    return "scan" if q.shape[1] > 1 or learning else "decode"
+    return "scan"
 
 
 def _triton_body() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:

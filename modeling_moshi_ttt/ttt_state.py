@@ -6,7 +6,7 @@ Shape letters: B rows (streams), H heads, D head dimension, F hidden width of th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class TTTState:
     frames: Tensor
     # What decoding steps keep of the open mini-batch; made again from k, v and lr whenever it is missing.
     open_factors: Any = field(default=None, repr=False)
+    # The number in `frames`, where all rows are known to have the same: asking a GPU for it would have the host wait for all work before.
+    even_frames: int | None = None
 
     @classmethod
     def initial(
@@ -58,7 +60,8 @@ class TTTState:
         heads, dim = _check_initial_shapes(W1, b1, W2, b2)
         weights = tuple(w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2) if w is not None)
         none = W1.new_zeros(batch_size, 0, heads, dim)
-        return cls.of(weights, none, none, none[..., 0], torch.zeros(batch_size, dtype=torch.int64, device=W1.device))
+        fresh = cls.of(weights, none, none, none[..., 0], torch.zeros(batch_size, dtype=torch.int64, device=W1.device))
+        return replace(fresh, even_frames=0)
 
     @classmethod
     def of(cls, weights: tuple[Tensor, ...], k: Tensor, v: Tensor, lr: Tensor, frames: Tensor, open_factors: Any = None) -> TTTState:
@@ -90,6 +93,15 @@ class TTTState:
     def position(self) -> Tensor:
         """`[B]` int64: how many tokens of its open mini-batch each row has seen."""
         return self.frames % max(self.mini_batch_size, 1)
+
+    @property
+    def between_mini_batches(self) -> bool:
+        """Whether no row has an open mini-batch; read from the device only where the host does not know."""
+        if self.mini_batch_size == 0:
+            return True
+        if self.even_frames is not None:
+            return self.even_frames % self.mini_batch_size == 0
+        return not bool(self.position.any())
 
     def select(self, rows: Sequence[int] | Tensor) -> TTTState:
         """The rows at these indices, in this order (a row may occur more than once)."""
@@ -150,7 +162,8 @@ class TTTState:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
         """The state with every tensor changed; the decoding factors are dropped, to be made again from the tokens."""
-        return TTTState.of(tuple(map(change, self.weights)), *(change(x) for x in (self.k, self.v, self.lr, self.frames)))
+        changed = TTTState.of(tuple(map(change, self.weights)), *(change(x) for x in (self.k, self.v, self.lr, self.frames)))
+        return replace(changed, even_frames=self.even_frames)
 
 
 def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What holds of the TTT ops in every implementation: causality, splits, rows, masks, resets, and clear refusals."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,3 +295,49 @@ def test_the_reason_for_the_torch_body_is_said_once(caplog):
     for _ in range(3):
         ttt_ops._say_once("head_dim 7 is not a power of two")
     assert [r.message for r in caplog.records] == ["TTT runs in torch instead of Triton: head_dim 7 is not a power of two"]
+
+
+class OnGPU(SimpleNamespace):
+    """Stands in for a tensor that torch without CUDA cannot make."""
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 1, 1, 1, 32)
+
+
+def test_one_frame_on_a_gpu_is_decoded_in_torch(monkeypatch):
+    monkeypatch.setattr("modeling_moshi_ttt.ttt_kernels.is_supported", lambda q, weights: None)
+    state = start("linear", make_inputs("linear", 1, 1, 1, 32, 4), 1).detach()
+
+    def way(frames, backend="auto", learning=False):
+        q = OnGPU(is_cuda=True, shape=(1, frames, 1, 32), requires_grad=learning)
+        return ttt_ops._choose_way(backend, ttt_ops._Inputs(*[q] * 7), state, state.weights, 4)
+
+    assert [way(1), way(2), way(1, "triton"), way(1, learning=True)] == ["decode", "triton", "triton", "triton"]
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mlp"])
+def test_positions_that_the_host_knows_are_not_asked_of_the_device(mixer, monkeypatch):
+    values = {name: x.detach() for name, x in make_inputs(mixer, 2, 13, 2, 4, 4).items()}
+    whole, _ = run(mixer, values, start(mixer, values, 2))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: pytest.fail("read back"))
+    state, outputs = start(mixer, values, 2), []
+    for first, last in ((0, 4), (4, 8), (8, 9), (9, 10), (10, 13)):
+        out, state = run(mixer, values, state, slice(first, last))
+        outputs.append(out)
+        state = state.select([0, 1]).detach() if last != 9 else state
+    assert torch.allclose(torch.cat(outputs, 1), whole)
+    assert state.even_frames == 13
+
+
+def test_positions_are_asked_for_again_after_a_mask_a_reset_or_loading():
+    values = {name: x.detach() for name, x in make_inputs("linear", 2, 8, 2, 4, 4).items()}
+    _, state = run("linear", values, start("linear", values, 2))
+    assert state.even_frames == 8
+    _, masked = run("linear", values, state, mask=torch.tensor([[True] * 8, [True] * 7 + [False]]))
+    reset = masked.reset([1], start("linear", values, 2))
+    for one in (masked, reset, TTTState.from_tensors(state.tensors())):
+        assert one.even_frames is None
+        expected, _ = run("linear", values, one, backend="reference")
+        assert torch.allclose(run("linear", values, one)[0], expected)
+    assert not masked.between_mini_batches
+    assert reset.between_mini_batches
