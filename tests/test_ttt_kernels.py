@@ -119,6 +119,24 @@ def test_gpu_benchmarks_run_in_small(script, options, environment, says, tmp_pat
     assert json.loads((tmp_path / "out.json").read_text())
 
 
+@pytest.mark.parametrize(("breaks", "status", "says"), [("none", 0, "all parts ran"), ("gpu_op.py", 1, "FAILED: op (3)")])
+def test_gpu_script_runs_every_part_and_names_the_one_that_broke(breaks, status, says, tmp_path):
+    for name, body in {
+        "nvidia-smi": "echo a GPU",
+        "python-stub": f'echo "$@"; case "$1" in *{breaks}) exit 3;; esac',
+        "compute-sanitizer": 'echo "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python-stub")}
+    done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", tmp_path / "out"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert says in done.stdout
+    assert {"check.log", "memcheck.log", "racecheck.log", "op.log", "model.log"} == {x.name for x in (tmp_path / "out").iterdir()}
+    seconds = {name: int(limit) for name, limit in re.findall(r'part "?(\S+?)"? (\d+) ', (BENCHMARKS / "gpu.sh").read_text())}
+    assert sum(seconds.values()) + seconds["$tool"] <= 9 * 60  # two tools
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
 def test_gpu_script_says_when_there_is_no_gpu(tmp_path):
     done = subprocess.run(["bash", BENCHMARKS / "gpu.sh", tmp_path], capture_output=True, text=True, timeout=60)
