@@ -149,9 +149,9 @@ def settings(place: Path, model: str, before: str | None) -> dict:
         "recall": {
             "output": str(place / "recall"),
             "pairs": [4],
-            "steps": 800,
+            "steps": 400,
             "seconds": 120.0,
-            "variants": [{"mixer": "none"}, {"mixer": "linear", "mini_batch_size": 16}],
+            "variants": [{"mixer": "none"}, {"mixer": "mlp", "mini_batch_size": 16}],
         },
     }
 
