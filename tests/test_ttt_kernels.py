@@ -55,6 +55,7 @@ def compile_table(folder, *options):
     for row in rows:  # what one Hopper multiprocessor has
         assert row["shared_bytes"] <= 227 * 1024, row
         assert row["registers"] <= 65536 // (32 * row["warps"]), row  # else it could not start
+        assert row["registers"] > 32, row  # what ptxas falls back to where it gives up, with all in memory
     return rows
 
 
