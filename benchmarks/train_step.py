@@ -75,7 +75,7 @@ def peer_row(model: MoshiTTTForConditionalGeneration, repeats: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="timed repetitions, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=9, help="timed repetitions, of which the median counts")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
