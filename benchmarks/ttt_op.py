@@ -67,6 +67,8 @@ def loop_learning(mixer: str, length: int) -> Callable[[], object]:
 
 def measure_learning(mixer: str, length: int, group: int, repeats: int, with_reference: bool) -> Rows:
     works = {"scan": (learning(mixer, length, "scan", group), length), "plain loop": (loop_learning(mixer, length), length)}
+    if mixer == "mlp":
+        works["products alone"] = (products_alone(length, group), length)
     times = seconds(*(work for work, _ in works.values()), repeats=repeats)
     if with_reference:
         works["reference"] = (learning(mixer, REFERENCE_FRAMES, "reference", group), REFERENCE_FRAMES)
@@ -75,6 +77,30 @@ def measure_learning(mixer: str, length: int, group: int, repeats: int, with_ref
         {"mixer": mixer, "body": body, "frames": frames, "group": group, "seconds": taken, "peak_mb": peak_bytes(work) / 1e6}
         for (body, (work, frames)), taken in zip(works.items(), times)
     ]
+
+
+@torch.no_grad()
+def products_alone(length: int, group: int, heads: int = 8, dim: int = 128) -> Callable[[], object]:
+    """The large matrix products of the MLP's forward, recomputation and backward, with nothing between them: the scan's lower bound."""
+    b, width = MINI_BATCH, 4 * dim
+    W1, W2, d_W1, d_W2 = (torch.zeros(heads, *shape) for shape in 2 * [(dim, width), (width, dim)])
+    both, d_both, key, hidden, step = (torch.zeros(heads, *shape) for shape in ((2 * b, dim), (2 * b, width), (b, dim), (b, width), (b, dim)))
+
+    def forward(moves: bool) -> None:
+        both @ W1, hidden @ W2, step @ W2.mT, hidden @ W2
+        if moves:
+            W1.baddbmm_(key.mT, hidden), W2.baddbmm_(hidden.mT, step)
+
+    def backward() -> None:
+        key @ d_W1, hidden @ d_W1.mT, hidden @ d_W2, step @ d_W2.mT
+        step @ W2.mT, step @ W2.mT, hidden @ W2, d_both @ W1.mT
+        d_W1.baddbmm_(both.mT, d_both), d_W2.baddbmm_(torch.cat([d_both, hidden], 1).mT, torch.cat([both, key], 1))
+
+    def work() -> None:
+        for i in range(length // b):
+            forward(moves=True), forward(moves=i % group > 0), backward()
+
+    return work
 
 
 @torch.no_grad()
