@@ -69,6 +69,9 @@ def test_wrong_overrides(tmp_path, override):
         load_settings(Run, write(tmp_path, "name: a"), [override])
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load_settings(Run, tmp_path / "none.yaml")
+def test_a_missing_file_is_named_with_those_that_are_there(tmp_path):
+    (tmp_path / "demo.yaml").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"nope\.yaml: there is no such settings file; .* holds demo\.yaml"):
+        load_settings(Run, tmp_path / "nope.yaml")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_settings(Run, tmp_path)

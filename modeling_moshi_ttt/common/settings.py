@@ -46,6 +46,11 @@ def to_dict(settings: Any) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        there = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; name the settings file in it.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     except UnicodeDecodeError:
