@@ -285,7 +285,7 @@ def test_a_plain_moshi_checkpoint_loads_with_fresh_quiet_layers(tmp_path):
     layer = ours.decoder.model.layers[1]
     assert torch.equal(layer.gating_alpha, torch.full_like(layer.gating_alpha, 0.1))
     assert layer.ttt.wo.weight.abs().max() == 0
-    assert 0.01 < layer.ttt.W1.std() < 0.03
+    assert 0.4 < layer.ttt.W1.std() < 0.6
     assert torch.equal(layer.ttt.ttt_norm_weight, torch.ones_like(layer.ttt.ttt_norm_weight))
     kept = dict(plain.named_parameters())
     ours_by_name = dict(ours.named_parameters())
