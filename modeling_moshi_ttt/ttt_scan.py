@@ -4,8 +4,10 @@ With weights W at a mini-batch's start and g_s the gradients of l_s there with r
 reads need never be made (the dual form, Sun et al. 2024, section 2.5): q_t W_t = q_t W - w_t sum_{s <= t} (q_t . k_s) lr_s g_s, and the
 bias adds 1 to the dot product. Only the weights at the mini-batch's end are formed, by one product over its tokens.
 
-Backward keeps the weights at the start of every group of mini-batches and runs the group again. Below, dX is the gradient of the outer loss
-with respect to X; `step` stands for lr_s g_s, which both the reading and the update of the weights use.
+Backward runs no mini-batch again. It keeps what each layer of the inner model gave for every key and query, from which all else follows without
+the weights; and it walks the weights back with the mini-batches, each time adding the product that forward took from them. That is exact but
+for rounding, which the weights kept at every bound between two groups of mini-batches take back. Below, dX is the gradient of the outer loss with respect
+to X; `step` stands for lr_s g_s, which both the reading and the update of the weights use.
 
 Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a group, b mini-batch size, D head dimension, F hidden width.
 """
@@ -45,7 +47,7 @@ def scan_mini_batches(
         token_weight: `[b]`. norm_weight, norm_bias: `[H, D]`.
         weights: (W1, b1[, W2, b2]), each `[B, H, ...]`; their dtype is the one computed in.
         complete: `[B, N]` bool; a mini-batch that is not complete leaves the weights as they are.
-        group_size: mini-batches recomputed together in backward.
+        group_size: mini-batches over which backward walks the weights back from those it keeps.
 
     Returns:
         `q + LN(f(q))` `[B, N, b, H, D]` in the weights' dtype, and the weights after the last complete mini-batch.
@@ -59,50 +61,67 @@ def scan_mini_batches(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, complete: Tensor, group_size: int, eps: float, keep: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
-        weights = tuple(w.flatten(0, 1).clone() for w in inputs[7:])  # [M, ...], ours to change in place
+        after = tuple(w.clone(memory_format=torch.contiguous_format) for w in inputs[7:])
+        weights = tuple(w.flatten(0, 1) for w in after)  # [M, ...], ours to change in place
         inner = _linear if len(weights) == 2 else _mlp
-        groups = -(-complete.shape[1] // group_size)
-        starts = [w.new_empty(groups - 1 if keep else 0, *w.shape) for w in weights]
-        out = torch.empty_like(inputs[0], dtype=weights[0].dtype)
-        for number in range(groups):
-            if keep and number:
-                for kept, w in zip(starts, weights):
-                    kept[number - 1] = w
-            place = slice(number * group_size, (number + 1) * group_size)
+        number, b = inputs[0].shape[1:3]
+        bounds = [w.new_empty((number - 1) // group_size if keep else 0, *w.shape) for w in weights]
+        kept = [w.new_empty(2, number if keep else group_size, len(w), b, w.shape[-1]) for w in weights[::2]]
+        out = torch.empty_like(inputs[0], dtype=after[0].dtype)
+        for first in range(0, number, group_size):
+            place = slice(first, first + group_size)
+            if keep and first:
+                for bound, w in zip(bounds, weights):
+                    bound[first // group_size - 1] = w
             group, shared = _load(inputs, complete, place, eps)
-            answers = torch.stack([inner(step, shared, weights, weights)[0] for step in group.steps()])
-            unit = normalise(answers, eps)[0]
+            zs = [z[:, place] if keep else z[:, : len(group.k)] for z in kept]
+            for i, step in enumerate(group.steps()):
+                inner(step, shared, weights, [z[:, i] for z in zs])
+            unit = normalise(zs[-1][1], eps)[0]
             out[:, place] = _to_frames(torch.addcmul(group.q + shared.norm_bias, unit, shared.norm_weight), out.shape)
         ctx.set_materialize_grads(False)
         if keep:
-            ctx.save_for_backward(complete, *inputs, *starts)
+            ctx.save_for_backward(complete, *inputs, *kept, *bounds, *after)
             ctx.group_size, ctx.eps = group_size, eps
-        return (out, *(w.view(x.shape) for w, x in zip(weights, inputs[7:])))
+        return (out, *after)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         complete, *saved = ctx.saved_tensors
         kinds = len(d_outputs) - 1
+        inputs, rest = tuple(saved[: 7 + kinds]), saved[7 + kinds :]
+        kept, bounds, after = rest[: kinds // 2], rest[-2 * kinds : -kinds], [w.flatten(0, 1) for w in rest[-kinds:]]
+        ends = [*zip(*bounds), after]  # the weights at the end of every group
         with torch.autocast(complete.device.type, enabled=False):
-            return (None, None, None, None, *_backward(tuple(saved[:-kinds]), saved[-kinds:], complete, d_outputs, ctx.group_size, ctx.eps))
+            return (None, None, None, None, *_backward(inputs, kept, ends, complete, d_outputs, ctx.group_size, ctx.eps))
 
 
 def _backward(
-    inputs: tuple[Tensor, ...], starts: list[Tensor], complete: Tensor, d_outputs: tuple[Tensor | None, ...], group_size: int, eps: float
+    inputs: tuple[Tensor, ...],
+    kept: list[Tensor],
+    ends: list[Weights],
+    complete: Tensor,
+    d_outputs: tuple[Tensor | None, ...],
+    group_size: int,
+    eps: float,
 ) -> list[Tensor]:
     """Gradients of all inputs, the groups of mini-batches taken from the last to the first."""
-    shape, number, initial = inputs[0].shape, complete.shape[1], tuple(w.flatten(0, 1) for w in inputs[7:])
+    shape = inputs[0].shape
     d_out = inputs[7].new_zeros(()).expand(shape) if d_outputs[0] is None else d_outputs[0]
-    d_weights = tuple(torch.zeros_like(w) if d is None else d.reshape(w.shape).clone() for d, w in zip(d_outputs[1:], initial))
+    d_weights = tuple(torch.zeros_like(w) if d is None else d.reshape(w.shape).clone() for d, w in zip(d_outputs[1:], ends[-1]))
     d_tokens = [torch.empty_like(x) for x in inputs[:4]]
-    d_shared = [torch.zeros_like(x, dtype=initial[0].dtype) for x in inputs[4:7]]
-    room = tuple(w.new_empty(min(group_size, number) - 1, *w.shape) for w in initial)
-    for first in reversed(range(0, number, group_size)):
-        place = slice(first, first + group_size)
+    d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
+    weights = tuple(map(torch.empty_like, d_weights))
+    for number, end in reversed(list(enumerate(ends))):
+        place = slice(number * group_size, (number + 1) * group_size)
+        for w, x in zip(weights, end):
+            w.copy_(x)
         group, shared = _load(inputs, complete, place, eps)
-        before = [tuple(w[first // group_size - 1] for w in starts) if first else initial, *zip(*room)]  # each mini-batch's first weights
-        *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _group_backward(group, shared, before, _from_frames(d_out[:, place]), d_weights)
+        zs = [z[:, place] for z in kept]
+        *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _group_backward(
+            group, shared, zs, weights, _from_frames(d_out[:, place]), d_weights
+        )
         for d, part in zip(d_tokens, of_tokens):
             d[:, place] = _to_frames(part, shape).view(d[:, place].shape)
         for total, d in zip(d_shared, (d_token_weight[None], d_norm_weight, d_norm_bias)):
@@ -112,32 +131,27 @@ def _backward(
 
 
 def _group_backward(
-    group: _Step, shared: _Shared, before: list[Weights], d_out: Tensor, d_weights: Weights
+    group: _Step, shared: _Shared, zs: list[Tensor], weights: Weights, d_out: Tensor, d_weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a group again and then backwards: dq, dk, dv `[n, M, b, D]`, dlr `[n, M, b, 1]`, dtoken_weight `[b]`, dnorm_weight and dnorm_bias `[M, D]`.
+    """A group backwards: dq, dk, dv `[n, M, b, D]`, dlr `[n, M, b, 1]`, dtoken_weight `[b]`, dnorm_weight and dnorm_bias `[M, D]`.
 
-    `before` has the weights at the group's start in its first place, and room for those before each later mini-batch; d_weights is the
-    gradient of the weights at the group's end, and becomes that of the weights at its start.
+    The weights, and their gradient d_weights, are those at the group's end, and become those at its start.
     """
-    inner, inner_backward = (_linear, _linear_backward) if len(d_weights) == 2 else (_mlp, _mlp_backward)
-    steps = list(group.steps())
-    runs = [inner(step, shared, before[i], before[i + 1] if i + 1 < len(steps) else None) for i, step in enumerate(steps)]
-    kept = [(learned.unit, learned.error) for _, learned, *_ in runs]
-    d_answers, d_norm_weight = _answers_backward(torch.stack([run[0] for run in runs]), d_out, shared)
-    grads = _Gradients.empty(group)
+    inner_backward = _linear_backward if len(d_weights) == 2 else _mlp_backward
+    learned, grads = _learn(zs[-1][0], group, shared), _Gradients.empty(group)
+    d_answers, d_norm_weight = _answers_backward(zs[-1][1], d_out, shared)
+    steps, lessons = list(group.steps()), [_Learned(*parts) for parts in zip(*learned)]
     for i in reversed(range(len(steps))):
-        inner_backward(steps[i], shared, before[i], runs.pop()[1:], d_answers[i], d_weights, grads.step(i))
+        inner_backward(steps[i], shared, [z[:, i] for z in zs], lessons[i], weights, d_answers[i], d_weights, grads.step(i))
 
     d_token_weight = grads.token_weight + (grads.read * group.dots).tril().sum((0, 1, 3))
     d_token_weight[-1] += (grads.end * group.closes).sum()
     d_error = grads.pull * shared.norm_weight
     d_norm_bias = (d_error + d_out).sum((0, 2))
-    units, errors = map(torch.stack, zip(*kept))
-    d_norm_weight += grads.pull.mul_(errors).addcmul_(d_error, units).sum((0, 2))
-    d_dots = grads.read * shared.table
-    d_k, d_q = grads.kq.chunk(2, 2)
-    d_q += (d_dots @ group.k).add_(d_out)  # the answer has q added to it
-    d_k += (d_dots.mT @ group.q).add_(d_error)  # the target v - k enters the error with a minus
+    d_norm_weight += grads.pull.mul_(learned.error).addcmul_(d_error, learned.unit).sum((0, 2))
+    d_dots = grads.read.mul_(shared.table)
+    d_q = grads.q.add_(d_dots @ group.k).add_(d_out)  # the answer has q added to it
+    d_k = grads.k.add_(d_dots.mT @ group.q).add_(d_error)  # the target v - k enters the error with a minus
     return d_q, d_k, d_error.neg_(), grads.rate, d_token_weight, d_norm_weight, d_norm_bias
 
 
@@ -160,25 +174,14 @@ class _Shared(NamedTuple):
 class _Step(NamedTuple):
     """One mini-batch, or n of them with one dimension more in front."""
 
-    kq: Tensor  # [M, 2 b, D], keys above queries
+    k: Tensor  # [M, b, D]
+    q: Tensor  # [M, b, D]
     offset: Tensor  # [M, b, D]: norm_bias - target
     rate: Tensor  # [M, b, 1]
     dots: Tensor  # [M, b, b]: q_t . k_s + 1
     read: Tensor  # [M, b, b]: w_t times that where s <= t, else 0
     closes: Tensor  # [M, 1, 1]: 1, or 0 where the mini-batch is not complete
     end: Tensor  # [M, 1, 1]: w_{b-1} times that
-
-    @property
-    def size(self) -> int:
-        return self.rate.shape[-2]
-
-    @property
-    def k(self) -> Tensor:
-        return self.kq[..., : self.size, :]
-
-    @property
-    def q(self) -> Tensor:
-        return self.kq[..., self.size :, :]
 
     def steps(self) -> Iterator[_Step]:
         return (_Step(*parts) for parts in zip(*self))
@@ -187,7 +190,8 @@ class _Step(NamedTuple):
 class _Gradients(NamedTuple):
     """What the mini-batches of a group write on the way back."""
 
-    kq: Tensor  # [n, M, 2 b, D], without what `read` brings
+    k: Tensor  # [n, M, b, D], without what `read` and `pull` bring
+    q: Tensor  # [n, M, b, D], without what `read` brings
     pull: Tensor  # [n, M, b, D], of norm_weight times error, on which the inner gradient pulls
     rate: Tensor  # [n, M, b, 1]
     read: Tensor  # [n, M, b, b]
@@ -196,11 +200,11 @@ class _Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, group: _Step) -> _Gradients:
-        kq, pull, rate, read = (torch.empty_like(x) for x in (group.kq, group.offset, group.rate, group.read))
-        return cls(kq, pull, rate, read, torch.zeros_like(group.end), group.rate.new_zeros(group.size))
+        tokens = (torch.empty_like(x) for x in (group.k, group.q, group.offset, group.rate, group.read))
+        return cls(*tokens, torch.zeros_like(group.end), group.rate.new_zeros(group.rate.shape[-2]))
 
     def step(self, i: int) -> _Gradients:
-        return _Gradients(self.kq[i], self.pull[i], self.rate[i], self.read[i], self.end[i], self.token_weight)
+        return _Gradients(*(x[i] for x in self[:-1]), self.token_weight)
 
 
 def _load(inputs: tuple[Tensor, ...], complete: Tensor, place: slice, eps: float) -> tuple[_Step, _Shared]:
@@ -211,7 +215,7 @@ def _load(inputs: tuple[Tensor, ...], complete: Tensor, place: slice, eps: float
     table = token_weight.to(dtype)[:, None].expand(-1, len(token_weight)).tril()
     dots = (q @ k.mT).add_(1)
     closes = complete[:, place].t().repeat_interleave(heads, 1)[..., None, None].to(dtype)
-    group = _Step(torch.cat([k, q], 2), norm_bias - (v - k), rate, dots, dots * table, closes, closes * table[-1, -1])
+    group = _Step(k, q, norm_bias - (v - k), rate, dots, dots * table, closes, closes * table[-1, -1])
     return group, _Shared(table, norm_weight, norm_bias, eps)
 
 
@@ -226,9 +230,10 @@ def _to_frames(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 # --- one mini-batch --------------------------------------------------------------------------------------------------------------------
-# Each gives the answers f(q) of its tokens, what was learned from its keys, and whatever else its backward needs, and writes the weights
-# after it to `after` (which may be the weights themselves; None where nobody asks for them).
-# Each backward writes to `grads`, and turns d_weights from the gradient of the weights after into that of the weights before.
+# Each writes what the layers give for its keys and queries to `zs`, one `[2, M, b, F or D]` a layer, the last one's queries being the
+# answers f(q); and moves the weights, in place, from those before it to those after it.
+# Each backward writes to `grads`, and turns the weights and their gradient d_weights from those after the mini-batch into those before it.
+# A product is written to a tensor of its own: into a part of a larger one it would go head by head.
 
 
 class _Learned(NamedTuple):
@@ -239,103 +244,105 @@ class _Learned(NamedTuple):
     mean: Tensor  # [M, b, 1]
     rstd: Tensor  # [M, b, 1]
     error: Tensor  # LN(z) - target
+    pull: Tensor  # norm_weight times that
     gradient: Tensor  # of 1/2 ||error||^2 with respect to z
     step: Tensor  # lr times gradient
 
 
-def _linear(step: _Step, shared: _Shared, weights: Weights, after: Weights | None) -> tuple[Tensor, _Learned]:
-    W1, b1 = weights
-    z = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, D]
-    learned = _learn(z[:, : step.size], step, shared)
-    if after is not None:
-        _move(W1, b1, step.k, learned.step * step.end, *after)
-    return torch.baddbmm(z[:, step.size :], step.read, learned.step, alpha=-1), learned
+def _linear(step: _Step, shared: _Shared, weights: Weights, zs: list[Tensor]) -> None:
+    (W1, b1), ((z, answers),) = weights, zs
+    torch.baddbmm(b1, step.k, W1, out=z)
+    learned = _learn(z, step, shared)
+    torch.baddbmm(b1, step.q, W1, out=answers).baddbmm_(step.read, learned.step, alpha=-1)
+    _move(W1, b1, step.k, learned.step * step.end, -1)
 
 
 def _linear_backward(
-    step: _Step, shared: _Shared, weights: Weights, memory: Any, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+    step: _Step, shared: _Shared, zs: list[Tensor], learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
 ) -> None:
-    (W1, _), (d_W1, d_b1), (learned,) = weights, d_weights, memory
-    torch.baddbmm(grads.read, d_answer, learned.step.mT, beta=0, alpha=-1, out=grads.read)
-    d_step = _moved_steps_backward(step, step.k, learned.step, d_W1, d_b1, grads)
-    d_step.baddbmm_(step.read.mT, d_answer, alpha=-1)
-    d_z = torch.cat([_learn_backward(learned, d_step, step, shared, grads), d_answer], 1)  # [M, 2 b, D]
-    _first_layer_backward(step, W1, learned.step, d_z, d_W1, d_b1, grads)
+    (W1, b1), (d_W1, d_b1), moved = weights, d_weights, learned.step * step.end
+    _move(W1, b1, step.k, moved, 1)
+    torch.bmm(d_answer, learned.step.mT, out=grads.read).neg_()
+    d_step = _moved_steps_backward(step, step.k, learned.step, d_W1, d_b1, grads).baddbmm_(step.read.mT, d_answer, alpha=-1)
+    _first_layer_backward(step, W1, moved, _learn_backward(learned, d_step, step, shared, grads), d_answer, d_W1, d_b1, grads)
 
 
-def _mlp(step: _Step, shared: _Shared, weights: Weights, after: Weights | None) -> tuple[Tensor, _Learned, Any]:
-    W1, b1, W2, b2 = weights
-    z1 = torch.baddbmm(b1, step.kq, W1)  # [M, 2 b, F]
-    zk = z1[:, : step.size]
+def _mlp(step: _Step, shared: _Shared, weights: Weights, zs: list[Tensor]) -> None:
+    (W1, b1, W2, b2), ((zk, zq), (z2, answers)) = weights, zs
+    torch.baddbmm(b1, step.k, W1, out=zk)
     gate = gelu_gate(zk)
     xk = zk * gate
-    learned = _learn(torch.baddbmm(b2, xk, W2), step, shared)
-    slope = gelu_slope(zk, gate)
-    pulled = torch.bmm(learned.step, W2.mT)  # [M, b, F]
-    step1 = pulled * slope
-    zq = torch.baddbmm(z1[:, step.size :], step.read, step1, alpha=-1)
-    gate_q = gelu_gate(zq)
-    xq = zq * gate_q
-    dots = torch.bmm(xq, xk.mT).add_(1)  # [M, b, b]
-    read = dots * shared.table
-    answer = torch.baddbmm(b2, xq, W2).baddbmm_(read, learned.step, alpha=-1)
-    if after is not None:
-        _move(W1, b1, step.k, step1 * step.end, *after[:2])
-        _move(W2, b2, xk, learned.step * step.end, *after[2:])
-    return answer, learned, (zk, gate, xk, slope, pulled, step1, zq, gate_q, xq, dots, read)
+    torch.baddbmm(b2, xk, W2, out=z2)
+    step2 = _learn(z2, step, shared).step
+    step1 = torch.bmm(step2, W2.mT).mul_(gelu_slope(zk, gate))  # [M, b, F]
+    torch.baddbmm(b1, step.q, W1, out=zq).baddbmm_(step.read, step1, alpha=-1)
+    xq = zq * gelu_gate(zq)
+    read = torch.bmm(xq, xk.mT).add_(1).mul_(shared.table)  # [M, b, b]
+    torch.baddbmm(b2, xq, W2, out=answers).baddbmm_(read, step2, alpha=-1)
+    _move(W1, b1, step.k, step1.mul_(step.end), -1)
+    _move(W2, b2, xk, step2.mul_(step.end), -1)
 
 
 def _mlp_backward(
-    step: _Step, shared: _Shared, weights: Weights, memory: Any, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+    step: _Step, shared: _Shared, zs: list[Tensor], learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
 ) -> None:
-    (W1, _, W2, _), (d_W1, d_b1, d_W2, d_b2) = weights, d_weights
-    learned, (zk, gate, xk, slope, pulled, step1, zq, gate_q, xq, dots, read) = memory
+    (W1, b1, W2, b2), (d_W1, d_b1, d_W2, d_b2) = weights, d_weights
+    z1 = zs[0]
+    gate = gelu_gate(z1)
+    (xk, xq), (slope, slope_q) = z1 * gate, gelu_slope(z1, gate)
+    moved2 = learned.step * step.end
+    _move(W2, b2, xk, moved2, 1)
+    pulled = torch.bmm(learned.step, W2.mT)
+    step1 = pulled * slope
+    moved1 = step1 * step.end
+    _move(W1, b1, step.k, moved1, 1)
     # the reading of the second layer
-    d_read = torch.bmm(d_answer, learned.step.mT).neg_()  # [M, b, b]
+    dots = torch.bmm(xq, xk.mT).add_(1)  # [M, b, b]
+    d_read = torch.bmm(d_answer, learned.step.mT).neg_()
     grads.token_weight.add_((d_read * dots).tril_().sum((0, 2)))
     d_dots = d_read.mul_(shared.table)
-    d_zq = torch.bmm(d_answer, W2.mT).baddbmm_(d_dots, xk).mul_(gelu_slope(zq, gate_q))  # [M, b, F]
+    d_zq = torch.bmm(d_answer, W2.mT).baddbmm_(d_dots, xk).mul_(slope_q)  # [M, b, F]
     # the reading of the first layer, and the weights at the end
-    torch.baddbmm(grads.read, d_zq, step1.mT, beta=0, alpha=-1, out=grads.read)
+    torch.bmm(d_zq, step1.mT, out=grads.read).neg_()
     d_step1 = _moved_steps_backward(step, step.k, step1, d_W1, d_b1, grads).baddbmm_(step.read.mT, d_zq, alpha=-1)
-    d_step2 = _moved_steps_backward(step, xk, learned.step, d_W2, d_b2, grads).baddbmm_(read.mT, d_answer, alpha=-1)
+    d_step2 = _moved_steps_backward(step, xk, learned.step, d_W2, d_b2, grads).baddbmm_(dots.mul_(shared.table).mT, d_answer, alpha=-1)
     # the inner gradient: through its own backward pass, then through its forward pass
     d_pulled = d_step1 * slope
     d_step2.baddbmm_(d_pulled, W2)
     d_z2 = _learn_backward(learned, d_step2, step, shared, grads)
-    d_xk = torch.bmm(d_z2, W2.mT).baddbmm_(learned.step * step.end, d_W2.mT, alpha=-1).baddbmm_(d_dots.mT, xq)
-    d_zk = d_xk.mul_(slope).addcmul_(d_step1.mul_(pulled), _gelu_curvature(zk, gate))
-    d_W2.baddbmm_(torch.cat([xk, xq, d_pulled], 1).mT, torch.cat([d_z2, d_answer, learned.step], 1))
+    d_xk = torch.bmm(d_z2, W2.mT).baddbmm_(moved2, d_W2.mT, alpha=-1).baddbmm_(d_dots.mT, xq)
+    d_zk = d_xk.mul_(slope).addcmul_(d_step1.mul_(pulled), _gelu_curvature(z1[0], gate[0]))
+    d_W2.baddbmm_(xk.mT, d_z2).baddbmm_(xq.mT, d_answer).baddbmm_(d_pulled.mT, learned.step)
     d_b2 += (d_z2 + d_answer).sum(1, keepdim=True)
-    _first_layer_backward(step, W1, step1, torch.cat([d_zk, d_zq], 1), d_W1, d_b1, grads)
+    _first_layer_backward(step, W1, moved1, d_zk, d_zq, d_W1, d_b1, grads)
 
 
 def _first_layer_backward(
-    step: _Step, W1: Tensor, steps: Tensor, d_z: Tensor, d_W1: Tensor, d_b1: Tensor, grads: _Gradients
+    step: _Step, W1: Tensor, moved: Tensor, d_zk: Tensor, d_zq: Tensor, d_W1: Tensor, d_b1: Tensor, grads: _Gradients
 ) -> None:
-    """From d_z `[M, 2 b, F]` of keys and queries to these, and through the first layer's weights."""
-    torch.bmm(d_z, W1.mT, out=grads.kq)
-    grads.kq[:, : step.size].baddbmm_(steps * step.end, d_W1.mT, alpha=-1)
-    d_W1.baddbmm_(step.kq.mT, d_z)
-    d_b1 += d_z.sum(1, keepdim=True)
+    """From the gradients `[M, b, F]` of what the layer gave for keys and queries to these, and to the layer's weights."""
+    torch.bmm(d_zk, W1.mT, out=grads.k).baddbmm_(moved, d_W1.mT, alpha=-1)
+    torch.bmm(d_zq, W1.mT, out=grads.q)
+    d_W1.baddbmm_(step.k.mT, d_zk).baddbmm_(step.q.mT, d_zq)
+    d_b1 += (d_zk + d_zq).sum(1, keepdim=True)
 
 
 def _learn(z: Tensor, step: _Step, shared: _Shared) -> _Learned:
     """Gradient of 1/2 ||LN(z) - target||^2 with respect to z `[M, b, D]`, and the step along it."""
     unit, mean, rstd = normalise(z, shared.eps)
     error = torch.addcmul(step.offset, unit, shared.norm_weight)
-    gradient = normalise_backward(error * shared.norm_weight, z, mean, rstd)
-    return _Learned(z, unit, mean, rstd, error, gradient, step.rate * gradient)
+    pull = error * shared.norm_weight
+    gradient = normalise_backward(pull, z, mean, rstd)
+    return _Learned(z, unit, mean, rstd, error, pull, gradient, step.rate * gradient)
 
 
 def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Shared, grads: _Gradients) -> Tensor:
     """dz; the gradients of the rate and of the pull go to `grads`."""
-    z, unit, mean, rstd, error, gradient, _ = learned
-    pull = error * shared.norm_weight
+    z, unit, mean, rstd, _, pull, gradient, _ = learned
     torch.sum(d_step * gradient, -1, keepdim=True, out=grads.rate)
     d_gradient = step.rate * d_step
     grads.pull.copy_(normalise_backward(d_gradient, z, mean, rstd))  # the gradient is a linear map of the pull, and its own transpose
-    scaled = d_gradient * rstd
+    scaled = d_gradient.mul_(rstd)
     d_unit = grads.pull * shared.norm_weight.square()
     d_unit.addcmul_(scaled, (pull * unit).mean(-1, keepdim=True), value=-1)
     d_unit.addcmul_(pull, (scaled * unit).mean(-1, keepdim=True), value=-1)
@@ -343,15 +350,15 @@ def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Sha
     return d_z.addcmul_(unit, grads.rate * step.rate * rstd, value=-1 / z.shape[-1])
 
 
-def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, W_after: Tensor, bias_after: Tensor) -> None:
-    """The weights of one layer after the mini-batch: x holds the layer's inputs for the keys `[M, b, D or F]`."""
-    torch.baddbmm(W, x.mT, moved, alpha=-1, out=W_after)
-    torch.sub(bias, moved.sum(1, keepdim=True), out=bias_after)
+def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, sign: int) -> None:
+    """The weights of one layer over a mini-batch: -1 moves them forward, 1 back. x holds the layer's inputs for the keys `[M, b, D or F]`."""
+    W.baddbmm_(x.mT, moved, alpha=sign)
+    bias.add_(moved.sum(1, keepdim=True), alpha=sign)
 
 
 def _moved_steps_backward(step: _Step, x: Tensor, steps: Tensor, d_W: Tensor, d_bias: Tensor, grads: _Gradients) -> Tensor:
     """Gradient of `_move` for the steps `[M, b, D or F]`, of which it moves the weights by `end` times."""
-    d_moved = torch.baddbmm(d_bias, x, d_W).neg_()
+    d_moved = torch.baddbmm(d_bias, x, d_W, beta=-1, alpha=-1)
     grads.end.add_((d_moved * steps).sum((1, 2), keepdim=True))
     return d_moved.mul_(step.end)
 
