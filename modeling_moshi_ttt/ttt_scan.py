@@ -4,12 +4,12 @@ With weights W at a mini-batch's start and g_s the gradients of l_s there with r
 reads need never be made (the dual form, Sun et al. 2024, section 2.5): q_t W_t = q_t W - w_t sum_{s <= t} (q_t . k_s) lr_s g_s, and the
 bias adds 1 to the dot product. Only the weights at the mini-batch's end are formed, by one product over its tokens.
 
-Backward runs no mini-batch again. It keeps what each layer of the inner model gave for every key and query, from which all else follows without
-the weights; and it walks the weights back with the mini-batches, each time adding the product that forward took from them. That is exact but
-for rounding, which the weights kept at every bound between two groups of mini-batches take back. Below, dX is the gradient of the outer loss with respect
-to X; `step` stands for lr_s g_s, which both the reading and the update of the weights use.
+Backward runs no mini-batch again. It keeps what each layer of the inner model gave for every key and query, from which all else follows
+without the weights, and walks the weights back with the mini-batches, each time adding the product that forward took from them. Rounding aside
+that is exact, and the weights kept at the end of every group of mini-batches undo the rounding. Below, dX is the gradient of the outer
+loss with respect to X; `step` stands for lr_s g_s, which both the reading and the update of the weights use.
 
-Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a group, b mini-batch size, D head dimension, F hidden width.
+Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a piece, b mini-batch size, D head dimension, F hidden width.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+PIECE = 32  # frames whose element-wise steps are taken together; more would cost memory and save little time
 
 Weights = tuple[Tensor, ...]
 
@@ -64,24 +66,20 @@ class _Scan(torch.autograd.Function):
         after = tuple(w.clone(memory_format=torch.contiguous_format) for w in inputs[7:])
         weights = tuple(w.flatten(0, 1) for w in after)  # [M, ...], ours to change in place
         inner = _linear if len(weights) == 2 else _mlp
-        number, b = inputs[0].shape[1:3]
-        bounds = [w.new_empty((number - 1) // group_size if keep else 0, *w.shape) for w in weights]
-        kept = [w.new_empty(2, number if keep else group_size, len(w), b, w.shape[-1]) for w in weights[::2]]
         out = torch.empty_like(inputs[0], dtype=after[0].dtype)
-        for first in range(0, number, group_size):
-            place = slice(first, first + group_size)
-            if keep and first:
-                for bound, w in zip(bounds, weights):
-                    bound[first // group_size - 1] = w
-            group, shared = _load(inputs, complete, place, eps)
-            zs = [z[:, place] if keep else z[:, : len(group.k)] for z in kept]
-            for i, step in enumerate(group.steps()):
-                inner(step, shared, weights, [z[:, i] for z in zs])
-            unit = normalise(zs[-1][1], eps)[0]
-            out[:, place] = _to_frames(torch.addcmul(group.q + shared.norm_bias, unit, shared.norm_weight), out.shape)
+        kept: list[Tensor] = []
+        for place, ends_group in _pieces(complete.shape[1], out.shape[2], group_size):
+            piece, shared = _load(inputs, complete, place, eps)
+            given = _room(piece, weights)
+            for i, step in enumerate(piece.steps()):
+                inner(step, shared, weights, [z[i] for z in given])
+            unit = normalise(given[1], eps)[0]
+            out[:, place] = _to_frames(torch.addcmul(piece.q + shared.norm_bias, unit, shared.norm_weight), out.shape)
+            if keep:
+                kept += (*given, *(w.clone() for w in after if ends_group))
         ctx.set_materialize_grads(False)
         if keep:
-            ctx.save_for_backward(complete, *inputs, *kept, *bounds, *after)
+            ctx.save_for_backward(complete, *inputs, *kept, *after)
             ctx.group_size, ctx.eps = group_size, eps
         return (out, *after)
 
@@ -89,39 +87,29 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         complete, *saved = ctx.saved_tensors
-        kinds = len(d_outputs) - 1
-        inputs, rest = tuple(saved[: 7 + kinds]), saved[7 + kinds :]
-        kept, bounds, after = rest[: kinds // 2], rest[-2 * kinds : -kinds], [w.flatten(0, 1) for w in rest[-kinds:]]
-        ends = [*zip(*bounds), after]  # the weights at the end of every group
+        inputs = 7 + len(d_outputs) - 1
         with torch.autocast(complete.device.type, enabled=False):
-            return (None, None, None, None, *_backward(inputs, kept, ends, complete, d_outputs, ctx.group_size, ctx.eps))
+            found = _backward(tuple(saved[:inputs]), saved[inputs:], complete, d_outputs, ctx.group_size, ctx.eps)
+        return (None, None, None, None, *found)
 
 
 def _backward(
-    inputs: tuple[Tensor, ...],
-    kept: list[Tensor],
-    ends: list[Weights],
-    complete: Tensor,
-    d_outputs: tuple[Tensor | None, ...],
-    group_size: int,
-    eps: float,
+    inputs: tuple[Tensor, ...], kept: list[Tensor], complete: Tensor, d_outputs: tuple[Tensor | None, ...], group_size: int, eps: float
 ) -> list[Tensor]:
-    """Gradients of all inputs, the groups of mini-batches taken from the last to the first."""
-    shape = inputs[0].shape
+    """Gradients of all inputs, the mini-batches taken from the last to the first, and so what was kept of them."""
+    shape, kinds = inputs[0].shape, len(d_outputs) - 1
     d_out = inputs[7].new_zeros(()).expand(shape) if d_outputs[0] is None else d_outputs[0]
-    d_weights = tuple(torch.zeros_like(w) if d is None else d.reshape(w.shape).clone() for d, w in zip(d_outputs[1:], ends[-1]))
+    d_weights = tuple((torch.zeros_like(w) if d is None else d.clone()).flatten(0, 1) for d, w in zip(d_outputs[1:], kept[-kinds:]))
     d_tokens = [torch.empty_like(x) for x in inputs[:4]]
     d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
-    weights = tuple(map(torch.empty_like, d_weights))
-    for number, end in reversed(list(enumerate(ends))):
-        place = slice(number * group_size, (number + 1) * group_size)
-        for w, x in zip(weights, end):
-            w.copy_(x)
-        group, shared = _load(inputs, complete, place, eps)
-        zs = [z[:, place] for z in kept]
-        *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _group_backward(
-            group, shared, zs, weights, _from_frames(d_out[:, place]), d_weights
-        )
+    weights: Weights = ()
+    for place, ends_group in reversed(list(_pieces(complete.shape[1], shape[2], group_size))):
+        if ends_group or not weights:
+            weights = tuple(w.flatten(0, 1).clone() for w in _take(kept, kinds))
+        given = _take(kept, 1 + kinds // 2)
+        piece, shared = _load(inputs, complete, place, eps)
+        d_piece = _from_frames(d_out[:, place])
+        *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _piece_backward(piece, shared, given, weights, d_piece, d_weights)
         for d, part in zip(d_tokens, of_tokens):
             d[:, place] = _to_frames(part, shape).view(d[:, place].shape)
         for total, d in zip(d_shared, (d_token_weight[None], d_norm_weight, d_norm_bias)):
@@ -130,38 +118,61 @@ def _backward(
     return d_tokens + [d.to(x.dtype) for d, x in zip(found, inputs[4:])]
 
 
-def _group_backward(
-    group: _Step, shared: _Shared, zs: list[Tensor], weights: Weights, d_out: Tensor, d_weights: Weights
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A group backwards: dq, dk, dv `[n, M, b, D]`, dlr `[n, M, b, 1]`, dtoken_weight `[b]`, dnorm_weight and dnorm_bias `[M, D]`.
+def _pieces(number: int, b: int, group_size: int) -> Iterator[tuple[slice, bool]]:
+    """The mini-batches in runs that are loaded together; and whether a group ends with each, the last one's end aside."""
+    size = max(1, PIECE // b)
+    for first in range(0, number, group_size):
+        end = min(first + group_size, number)
+        for start in range(first, end, size):
+            stop = min(start + size, end)
+            yield slice(start, stop), stop == end < number
 
-    The weights, and their gradient d_weights, are those at the group's end, and become those at its start.
+
+def _take(kept: list[Tensor], count: int) -> list[Tensor]:
+    """The last so many, which the list loses."""
+    taken = kept[-count:]
+    del kept[-count:]
+    return taken
+
+
+def _piece_backward(
+    piece: _Step, shared: _Shared, given: list[Tensor], weights: Weights, d_out: Tensor, d_weights: Weights
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A piece backwards: dq, dk, dv `[n, M, b, D]`, dlr `[n, M, b, 1]`, dtoken_weight `[b]`, dnorm_weight and dnorm_bias `[M, D]`.
+
+    The weights, and their gradient d_weights, are those at the piece's end, and become those at its start.
     """
     inner_backward = _linear_backward if len(d_weights) == 2 else _mlp_backward
-    learned, grads = _learn(zs[-1][0], group, shared), _Gradients.empty(group)
-    d_answers, d_norm_weight = _answers_backward(zs[-1][1], d_out, shared)
-    steps, lessons = list(group.steps()), [_Learned(*parts) for parts in zip(*learned)]
+    d_answers, d_norm_weight = _answers_backward(given[1], d_out, shared)
+    learned, grads = _learn(given[0], piece, shared), _Gradients.empty(piece)
+    steps, lessons = list(piece.steps()), [_Learned(*parts) for parts in zip(*learned)]
     for i in reversed(range(len(steps))):
-        inner_backward(steps[i], shared, [z[:, i] for z in zs], lessons[i], weights, d_answers[i], d_weights, grads.step(i))
+        hidden = [z[i] for z in given[2:]]
+        inner_backward(steps[i], shared, lessons[i], *hidden, weights, d_answers[i], d_weights, grads.step(i))
 
-    d_token_weight = grads.token_weight + (grads.read * group.dots).tril().sum((0, 1, 3))
-    d_token_weight[-1] += (grads.end * group.closes).sum()
-    d_error = grads.pull * shared.norm_weight
+    d_read, d_closing = grads.read.neg_(), grads.closing.neg_()
+    d_token_weight = grads.token_weight + (d_read * piece.dots).tril().sum((0, 1, 3))
+    d_end = (d_closing * piece.k).sum((2, 3), keepdim=True).sub_(grads.end)
+    d_token_weight[-1] += (d_end * piece.closes).sum()
+    d_norm_weight += (grads.pull * learned.error).sum((0, 2))
+    d_error = grads.pull.mul_(shared.norm_weight)
+    d_norm_weight += (d_error * learned.unit).sum((0, 2))
     d_norm_bias = (d_error + d_out).sum((0, 2))
-    d_norm_weight += grads.pull.mul_(learned.error).addcmul_(d_error, learned.unit).sum((0, 2))
-    d_dots = grads.read.mul_(shared.table)
-    d_q = grads.q.add_(d_dots @ group.k).add_(d_out)  # the answer has q added to it
-    d_k = grads.k.add_(d_dots.mT @ group.q).add_(d_error)  # the target v - k enters the error with a minus
+    d_dots = d_read.mul_(shared.table)
+    d_k, d_q = grads.kq.chunk(2, 2)
+    d_q += (d_dots @ piece.k).add_(d_out)  # the answer has q added to it
+    d_k += (d_dots.mT @ piece.q).addcmul_(d_closing, piece.end).add_(d_error)  # the target v - k enters the error with a minus
     return d_q, d_k, d_error.neg_(), grads.rate, d_token_weight, d_norm_weight, d_norm_bias
 
 
 def _answers_backward(answers: Tensor, d_out: Tensor, shared: _Shared) -> tuple[Tensor, Tensor]:
     """Through the LayerNorm after the inner model, for the answers `[n, M, b, D]`: their gradient and that of norm_weight `[M, D]`."""
     unit, mean, rstd = normalise(answers, shared.eps)
-    return normalise_backward(d_out * shared.norm_weight, answers, mean, rstd), unit.mul_(d_out).sum((0, 2))
+    d_norm_weight = (unit * d_out).sum((0, 2))
+    return normalise_backward(torch.mul(d_out, shared.norm_weight, out=unit), answers, mean, rstd), d_norm_weight
 
 
-# --- the tokens of a group -------------------------------------------------------------------------------------------------------------
+# --- the tokens of a piece -------------------------------------------------------------------------------------------------------------
 
 
 class _Shared(NamedTuple):
@@ -174,34 +185,41 @@ class _Shared(NamedTuple):
 class _Step(NamedTuple):
     """One mini-batch, or n of them with one dimension more in front."""
 
-    k: Tensor  # [M, b, D]
-    q: Tensor  # [M, b, D]
+    kq: Tensor  # [M, 2 b, D], keys above queries: both go through the first layer together
     offset: Tensor  # [M, b, D]: norm_bias - target
     rate: Tensor  # [M, b, 1]
     dots: Tensor  # [M, b, b]: q_t . k_s + 1
     read: Tensor  # [M, b, b]: w_t times that where s <= t, else 0
     closes: Tensor  # [M, 1, 1]: 1, or 0 where the mini-batch is not complete
-    end: Tensor  # [M, 1, 1]: w_{b-1} times that
+    end: Tensor  # [M, 1, 1]: w_{b-1} times that, the share of every key in the weights at the mini-batch's end
+
+    @property
+    def k(self) -> Tensor:
+        return self.kq[..., : self.rate.shape[-2], :]
+
+    @property
+    def q(self) -> Tensor:
+        return self.kq[..., self.rate.shape[-2] :, :]
 
     def steps(self) -> Iterator[_Step]:
         return (_Step(*parts) for parts in zip(*self))
 
 
 class _Gradients(NamedTuple):
-    """What the mini-batches of a group write on the way back."""
+    """What the mini-batches of a piece write on the way back."""
 
-    k: Tensor  # [n, M, b, D], without what `read` and `pull` bring
-    q: Tensor  # [n, M, b, D], without what `read` brings
+    kq: Tensor  # [n, M, 2 b, D], of keys and queries through the first layer
+    closing: Tensor  # [n, M, b, D], of keys times `end`; with the sign turned, as are `read` and `end`
     pull: Tensor  # [n, M, b, D], of norm_weight times error, on which the inner gradient pulls
     rate: Tensor  # [n, M, b, 1]
     read: Tensor  # [n, M, b, b]
-    end: Tensor  # [n, M, 1, 1]
+    end: Tensor  # [n, M, 1, 1], a sum, without what `closing` brings
     token_weight: Tensor  # [b], a sum, without what `read` and `end` bring
 
     @classmethod
-    def empty(cls, group: _Step) -> _Gradients:
-        tokens = (torch.empty_like(x) for x in (group.k, group.q, group.offset, group.rate, group.read))
-        return cls(*tokens, torch.zeros_like(group.end), group.rate.new_zeros(group.rate.shape[-2]))
+    def empty(cls, piece: _Step) -> _Gradients:
+        tokens = (torch.empty_like(x) for x in (piece.kq, piece.offset, piece.offset, piece.rate, piece.read))
+        return cls(*tokens, torch.zeros_like(piece.end), piece.rate.new_zeros(piece.rate.shape[-2]))
 
     def step(self, i: int) -> _Gradients:
         return _Gradients(*(x[i] for x in self[:-1]), self.token_weight)
@@ -215,8 +233,14 @@ def _load(inputs: tuple[Tensor, ...], complete: Tensor, place: slice, eps: float
     table = token_weight.to(dtype)[:, None].expand(-1, len(token_weight)).tril()
     dots = (q @ k.mT).add_(1)
     closes = complete[:, place].t().repeat_interleave(heads, 1)[..., None, None].to(dtype)
-    group = _Step(k, q, norm_bias - (v - k), rate, dots, dots * table, closes, closes * table[-1, -1])
-    return group, _Shared(table, norm_weight, norm_bias, eps)
+    piece = _Step(torch.cat([k, q], 2), norm_bias - (v - k), rate, dots, dots * table, closes, closes * table[-1, -1])
+    return piece, _Shared(table, norm_weight, norm_bias, eps)
+
+
+def _room(piece: _Step, weights: Weights) -> list[Tensor]:
+    """For what a piece gives: f(k) and the answers f(q) `[n, M, b, D]`; for the MLP also what the first layer gives for both `[n, M, 2 b, F]`."""
+    hidden = [piece.kq.new_empty(*piece.kq.shape[:-1], weights[0].shape[-1])] if len(weights) == 4 else []
+    return [torch.empty_like(piece.offset), torch.empty_like(piece.offset), *hidden]
 
 
 def _from_frames(x: Tensor) -> Tensor:
@@ -230,10 +254,9 @@ def _to_frames(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 # --- one mini-batch --------------------------------------------------------------------------------------------------------------------
-# Each writes what the layers give for its keys and queries to `zs`, one `[2, M, b, F or D]` a layer, the last one's queries being the
-# answers f(q); and moves the weights, in place, from those before it to those after it.
+# Each writes what the layers give to `room`, and moves the weights, in place, from those before the mini-batch to those after it.
 # Each backward writes to `grads`, and turns the weights and their gradient d_weights from those after the mini-batch into those before it.
-# A product is written to a tensor of its own: into a part of a larger one it would go head by head.
+# A large product gets a tensor of its own, for into a part of one it would go head by head; other operations write where it is wanted.
 
 
 class _Learned(NamedTuple):
@@ -244,105 +267,108 @@ class _Learned(NamedTuple):
     mean: Tensor  # [M, b, 1]
     rstd: Tensor  # [M, b, 1]
     error: Tensor  # LN(z) - target
-    pull: Tensor  # norm_weight times that
     gradient: Tensor  # of 1/2 ||error||^2 with respect to z
-    step: Tensor  # lr times gradient
 
 
-def _linear(step: _Step, shared: _Shared, weights: Weights, zs: list[Tensor]) -> None:
-    (W1, b1), ((z, answers),) = weights, zs
+def _linear(step: _Step, shared: _Shared, weights: Weights, room: list[Tensor]) -> None:
+    (W1, b1), (z, answers) = weights, room
     torch.baddbmm(b1, step.k, W1, out=z)
-    learned = _learn(z, step, shared)
-    torch.baddbmm(b1, step.q, W1, out=answers).baddbmm_(step.read, learned.step, alpha=-1)
-    _move(W1, b1, step.k, learned.step * step.end, -1)
+    steps = _learn(z, step, shared).gradient.mul_(step.rate)
+    torch.baddbmm(b1, step.q, W1, out=answers).baddbmm_(step.read, steps, alpha=-1)
+    _move(W1, b1, step.k, steps.mul_(step.end), -1)
 
 
 def _linear_backward(
-    step: _Step, shared: _Shared, zs: list[Tensor], learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+    step: _Step, shared: _Shared, learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
 ) -> None:
-    (W1, b1), (d_W1, d_b1), moved = weights, d_weights, learned.step * step.end
-    _move(W1, b1, step.k, moved, 1)
-    torch.bmm(d_answer, learned.step.mT, out=grads.read).neg_()
-    d_step = _moved_steps_backward(step, step.k, learned.step, d_W1, d_b1, grads).baddbmm_(step.read.mT, d_answer, alpha=-1)
-    _first_layer_backward(step, W1, moved, _learn_backward(learned, d_step, step, shared, grads), d_answer, d_W1, d_b1, grads)
+    (W1, b1), (d_W1, d_b1), steps = weights, d_weights, step.rate * learned.gradient
+    _move(W1, b1, step.k, steps * step.end, 1)
+    d_steps = _first_steps_backward(step, d_answer, steps, d_W1, d_b1, grads)
+    d_z = torch.cat([_learn_backward(learned, d_steps, step, shared, grads), d_answer], 1)  # [M, 2 b, D]
+    _first_layer_backward(step, W1, steps, d_z, d_W1, d_b1, grads)
 
 
-def _mlp(step: _Step, shared: _Shared, weights: Weights, zs: list[Tensor]) -> None:
-    (W1, b1, W2, b2), ((zk, zq), (z2, answers)) = weights, zs
-    torch.baddbmm(b1, step.k, W1, out=zk)
+def _mlp(step: _Step, shared: _Shared, weights: Weights, room: list[Tensor]) -> None:
+    (W1, b1, W2, b2), (z2, answers, z1) = weights, room
+    zk, zq = torch.baddbmm(b1, step.kq, W1, out=z1).chunk(2, 1)  # [M, b, F]
     gate = gelu_gate(zk)
     xk = zk * gate
-    torch.baddbmm(b2, xk, W2, out=z2)
-    step2 = _learn(z2, step, shared).step
-    step1 = torch.bmm(step2, W2.mT).mul_(gelu_slope(zk, gate))  # [M, b, F]
-    torch.baddbmm(b1, step.q, W1, out=zq).baddbmm_(step.read, step1, alpha=-1)
+    steps2 = _learn(torch.baddbmm(b2, xk, W2, out=z2), step, shared).gradient.mul_(step.rate)
+    steps1 = torch.bmm(steps2, W2.mT).mul_(gelu_slope(zk, gate))
+    zq -= torch.bmm(step.read, steps1)
     xq = zq * gelu_gate(zq)
     read = torch.bmm(xq, xk.mT).add_(1).mul_(shared.table)  # [M, b, b]
-    torch.baddbmm(b2, xq, W2, out=answers).baddbmm_(read, step2, alpha=-1)
-    _move(W1, b1, step.k, step1.mul_(step.end), -1)
-    _move(W2, b2, xk, step2.mul_(step.end), -1)
+    torch.baddbmm(b2, xq, W2, out=answers).baddbmm_(read, steps2, alpha=-1)
+    _move(W1, b1, step.k, steps1.mul_(step.end), -1)
+    _move(W2, b2, xk, steps2.mul_(step.end), -1)
 
 
 def _mlp_backward(
-    step: _Step, shared: _Shared, zs: list[Tensor], learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+    step: _Step, shared: _Shared, learned: _Learned, z1: Tensor, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
 ) -> None:
-    (W1, b1, W2, b2), (d_W1, d_b1, d_W2, d_b2) = weights, d_weights
-    z1 = zs[0]
+    (W1, b1, W2, b2), (d_W1, d_b1, d_W2, d_b2), b = weights, d_weights, d_answer.shape[1]
     gate = gelu_gate(z1)
-    (xk, xq), (slope, slope_q) = z1 * gate, gelu_slope(z1, gate)
-    moved2 = learned.step * step.end
+    x = z1.new_empty(len(z1), 3 * b, z1.shape[2])  # what W2 is multiplied with, in three products
+    xk, xq, d_pulled = x.split(b, 1)  # [M, b, F]
+    torch.mul(z1, gate, out=x[:, : 2 * b])
+    d_z1 = gelu_slope(z1, gate)  # the rest of it is multiplied in
+    slope, d_zq = d_z1.chunk(2, 1)
+    # to the weights before
+    steps2 = step.rate * learned.gradient
+    moved2 = steps2 * step.end
     _move(W2, b2, xk, moved2, 1)
-    pulled = torch.bmm(learned.step, W2.mT)
-    step1 = pulled * slope
-    moved1 = step1 * step.end
-    _move(W1, b1, step.k, moved1, 1)
-    # the reading of the second layer
+    pulled = torch.bmm(steps2, W2.mT)
+    steps1 = pulled * slope
+    _move(W1, b1, step.k, steps1 * step.end, 1)
+    # the reading of the second layer, and its weights at the end
     dots = torch.bmm(xq, xk.mT).add_(1)  # [M, b, b]
-    d_read = torch.bmm(d_answer, learned.step.mT).neg_()
+    d_read = torch.bmm(d_answer, steps2.mT).neg_()
     grads.token_weight.add_((d_read * dots).tril_().sum((0, 2)))
     d_dots = d_read.mul_(shared.table)
-    d_zq = torch.bmm(d_answer, W2.mT).baddbmm_(d_dots, xk).mul_(slope_q)  # [M, b, F]
-    # the reading of the first layer, and the weights at the end
-    torch.bmm(d_zq, step1.mT, out=grads.read).neg_()
-    d_step1 = _moved_steps_backward(step, step.k, step1, d_W1, d_b1, grads).baddbmm_(step.read.mT, d_zq, alpha=-1)
-    d_step2 = _moved_steps_backward(step, xk, learned.step, d_W2, d_b2, grads).baddbmm_(dots.mul_(shared.table).mT, d_answer, alpha=-1)
+    d_zq *= torch.bmm(d_answer, W2.mT).baddbmm_(d_dots, xk)
+    d_moved = torch.baddbmm(d_b2, xk, d_W2, beta=-1, alpha=-1)
+    grads.end.sub_((d_moved * steps2).sum((1, 2), keepdim=True))
+    d_steps2 = d_moved.mul_(step.end).baddbmm_(dots.mul_(shared.table).mT, d_answer, alpha=-1)
     # the inner gradient: through its own backward pass, then through its forward pass
-    d_pulled = d_step1 * slope
-    d_step2.baddbmm_(d_pulled, W2)
-    d_z2 = _learn_backward(learned, d_step2, step, shared, grads)
+    d_steps1 = _first_steps_backward(step, d_zq, steps1, d_W1, d_b1, grads)
+    torch.mul(d_steps1, slope, out=d_pulled)
+    d_z2 = _learn_backward(learned, d_steps2.baddbmm_(d_pulled, W2), step, shared, grads)
     d_xk = torch.bmm(d_z2, W2.mT).baddbmm_(moved2, d_W2.mT, alpha=-1).baddbmm_(d_dots.mT, xq)
-    d_zk = d_xk.mul_(slope).addcmul_(d_step1.mul_(pulled), _gelu_curvature(z1[0], gate[0]))
-    d_W2.baddbmm_(xk.mT, d_z2).baddbmm_(xq.mT, d_answer).baddbmm_(d_pulled.mT, learned.step)
+    slope.mul_(d_xk).addcmul_(d_steps1.mul_(pulled), _gelu_curvature(z1[:, :b], gate[:, :b]))
+    d_W2.baddbmm_(x.mT, torch.cat([d_z2, d_answer, steps2], 1))
     d_b2 += (d_z2 + d_answer).sum(1, keepdim=True)
-    _first_layer_backward(step, W1, moved1, d_zk, d_zq, d_W1, d_b1, grads)
+    _first_layer_backward(step, W1, steps1, d_z1, d_W1, d_b1, grads)
 
 
-def _first_layer_backward(
-    step: _Step, W1: Tensor, moved: Tensor, d_zk: Tensor, d_zq: Tensor, d_W1: Tensor, d_b1: Tensor, grads: _Gradients
-) -> None:
-    """From the gradients `[M, b, F]` of what the layer gave for keys and queries to these, and to the layer's weights."""
-    torch.bmm(d_zk, W1.mT, out=grads.k).baddbmm_(moved, d_W1.mT, alpha=-1)
-    torch.bmm(d_zq, W1.mT, out=grads.q)
-    d_W1.baddbmm_(step.k.mT, d_zk).baddbmm_(step.q.mT, d_zq)
-    d_b1 += (d_zk + d_zq).sum(1, keepdim=True)
+def _first_steps_backward(step: _Step, d_zq: Tensor, steps: Tensor, d_W1: Tensor, d_b1: Tensor, grads: _Gradients) -> Tensor:
+    """Gradient of the first layer's steps, from its reading and from its weights at the end."""
+    torch.bmm(d_zq, steps.mT, out=grads.read)
+    grads.end.add_(torch.bmm(steps, d_b1.mT).sum(1, keepdim=True))
+    return torch.baddbmm(d_b1 * step.end, step.k * step.end, d_W1, beta=-1, alpha=-1).baddbmm_(step.read.mT, d_zq, alpha=-1)
+
+
+def _first_layer_backward(step: _Step, W1: Tensor, steps: Tensor, d_z: Tensor, d_W1: Tensor, d_b1: Tensor, grads: _Gradients) -> None:
+    """From the gradients `[M, 2 b, F]` of what the layer gives for keys and queries to these, and to the layer's weights."""
+    torch.bmm(d_z, W1.mT, out=grads.kq)
+    torch.bmm(steps, d_W1.mT, out=grads.closing)
+    d_W1.baddbmm_(step.kq.mT, d_z)
+    d_b1 += d_z.sum(1, keepdim=True)
 
 
 def _learn(z: Tensor, step: _Step, shared: _Shared) -> _Learned:
-    """Gradient of 1/2 ||LN(z) - target||^2 with respect to z `[M, b, D]`, and the step along it."""
+    """Gradient of 1/2 ||LN(z) - target||^2 with respect to z `[M, b, D]`."""
     unit, mean, rstd = normalise(z, shared.eps)
     error = torch.addcmul(step.offset, unit, shared.norm_weight)
-    pull = error * shared.norm_weight
-    gradient = normalise_backward(pull, z, mean, rstd)
-    return _Learned(z, unit, mean, rstd, error, pull, gradient, step.rate * gradient)
+    return _Learned(z, unit, mean, rstd, error, normalise_backward(error * shared.norm_weight, z, mean, rstd))
 
 
-def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Shared, grads: _Gradients) -> Tensor:
+def _learn_backward(learned: _Learned, d_steps: Tensor, step: _Step, shared: _Shared, grads: _Gradients) -> Tensor:
     """dz; the gradients of the rate and of the pull go to `grads`."""
-    z, unit, mean, rstd, _, pull, gradient, _ = learned
-    torch.sum(d_step * gradient, -1, keepdim=True, out=grads.rate)
-    d_gradient = step.rate * d_step
+    z, unit, mean, rstd, error, gradient = learned
+    torch.sum(d_steps * gradient, -1, keepdim=True, out=grads.rate)
+    d_gradient = step.rate * d_steps
     grads.pull.copy_(normalise_backward(d_gradient, z, mean, rstd))  # the gradient is a linear map of the pull, and its own transpose
-    scaled = d_gradient.mul_(rstd)
+    scaled, pull = d_gradient.mul_(rstd), error * shared.norm_weight
     d_unit = grads.pull * shared.norm_weight.square()
     d_unit.addcmul_(scaled, (pull * unit).mean(-1, keepdim=True), value=-1)
     d_unit.addcmul_(pull, (scaled * unit).mean(-1, keepdim=True), value=-1)
@@ -351,16 +377,9 @@ def _learn_backward(learned: _Learned, d_step: Tensor, step: _Step, shared: _Sha
 
 
 def _move(W: Tensor, bias: Tensor, x: Tensor, moved: Tensor, sign: int) -> None:
-    """The weights of one layer over a mini-batch: -1 moves them forward, 1 back. x holds the layer's inputs for the keys `[M, b, D or F]`."""
+    """One layer's weights over a mini-batch, forward (-1) or back (1): x `[M, b, D or F]` has the layer's inputs for the keys."""
     W.baddbmm_(x.mT, moved, alpha=sign)
     bias.add_(moved.sum(1, keepdim=True), alpha=sign)
-
-
-def _moved_steps_backward(step: _Step, x: Tensor, steps: Tensor, d_W: Tensor, d_bias: Tensor, grads: _Gradients) -> Tensor:
-    """Gradient of `_move` for the steps `[M, b, D or F]`, of which it moves the weights by `end` times."""
-    d_moved = torch.baddbmm(d_bias, x, d_W, beta=-1, alpha=-1)
-    grads.end.add_((d_moved * steps).sum((1, 2), keepdim=True))
-    return d_moved.mul_(step.end)
 
 
 def normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
