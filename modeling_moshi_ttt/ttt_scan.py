@@ -14,7 +14,7 @@ Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a pie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -68,8 +68,9 @@ class _Scan(torch.autograd.Function):
         inner = _linear if len(weights) == 2 else _mlp
         out = torch.empty_like(inputs[0], dtype=after[0].dtype)
         kept: list[Tensor] = []
+        shared = _share(inputs, eps)
         for place, ends_group in _pieces(complete.shape[1], out.shape[2], group_size):
-            piece, shared = _load(inputs, complete, place, eps)
+            piece = _load(inputs, shared, complete, place)
             given = _room(piece, weights)
             for i, step in enumerate(piece.steps()):
                 inner(step, shared, weights, [z[i] for z in given])
@@ -102,12 +103,13 @@ def _backward(
     d_weights = tuple((torch.zeros_like(w) if d is None else d.clone()).flatten(0, 1) for d, w in zip(d_outputs[1:], kept[-kinds:]))
     d_tokens = [torch.empty_like(x) for x in inputs[:4]]
     d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
+    shared = _share(inputs, eps)
     weights: Weights = ()
     for place, ends_group in reversed(list(_pieces(complete.shape[1], shape[2], group_size))):
         if ends_group or not weights:
             weights = tuple(w.flatten(0, 1).clone() for w in _take(kept, kinds))
         given = _take(kept, 1 + kinds // 2)
-        piece, shared = _load(inputs, complete, place, eps)
+        piece = _load(inputs, shared, complete, place)
         d_piece = _from_frames(d_out[:, place])
         *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _piece_backward(piece, shared, given, weights, d_piece, d_weights)
         for d, part in zip(d_tokens, of_tokens):
@@ -142,13 +144,13 @@ def _piece_backward(
 
     The weights, and their gradient d_weights, are those at the piece's end, and become those at its start.
     """
-    inner_backward = _linear_backward if len(d_weights) == 2 else _mlp_backward
+    inner_backward: Callable[..., None] = _linear_backward if len(d_weights) == 2 else _mlp_backward
     d_answers, d_norm_weight = _answers_backward(given[1], d_out, shared)
     learned, grads = _learn(given[0], piece, shared), _Gradients.empty(piece)
     steps, lessons = list(piece.steps()), [_Learned(*parts) for parts in zip(*learned)]
     for i in reversed(range(len(steps))):
         hidden = [z[i] for z in given[2:]]
-        inner_backward(steps[i], shared, lessons[i], *hidden, weights, d_answers[i], d_weights, grads.step(i))
+        inner_backward(steps[i], shared, lessons[i], weights, d_answers[i], d_weights, grads.step(i), *hidden)
 
     d_read, d_closing = grads.read.neg_(), grads.closing.neg_()
     d_token_weight = grads.token_weight + (d_read * piece.dots).tril().sum((0, 1, 3))
@@ -225,16 +227,19 @@ class _Gradients(NamedTuple):
         return _Gradients(*(x[i] for x in self[:-1]), self.token_weight)
 
 
-def _load(inputs: tuple[Tensor, ...], complete: Tensor, place: slice, eps: float) -> tuple[_Step, _Shared]:
-    q, k, v, lr, token_weight, norm_weight, norm_bias, W1 = inputs[:8]
-    rows, heads, dtype = W1.shape[0], W1.shape[1], W1.dtype
-    q, k, v, rate = (_from_frames(x[:, place].to(dtype)) for x in (q, k, v, lr[..., None]))
-    norm_weight, norm_bias = (x.to(dtype).repeat(rows, 1)[:, None] for x in (norm_weight, norm_bias))
-    table = token_weight.to(dtype)[:, None].expand(-1, len(token_weight)).tril()
+def _share(inputs: tuple[Tensor, ...], eps: float) -> _Shared:
+    token_weight, *norm, W1 = inputs[4:8]
+    norm_weight, norm_bias = (x.to(W1.dtype).repeat(W1.shape[0], 1)[:, None] for x in norm)
+    table = token_weight.to(W1.dtype)[:, None].expand(-1, len(token_weight)).tril()
+    return _Shared(table, norm_weight, norm_bias, eps)
+
+
+def _load(inputs: tuple[Tensor, ...], shared: _Shared, complete: Tensor, place: slice) -> _Step:
+    (q, k, v, lr), table = inputs[:4], shared.table
+    q, k, v, rate = (_from_frames(x[:, place].to(table.dtype)) for x in (q, k, v, lr[..., None]))
     dots = (q @ k.mT).add_(1)
-    closes = complete[:, place].t().repeat_interleave(heads, 1)[..., None, None].to(dtype)
-    piece = _Step(torch.cat([k, q], 2), norm_bias - (v - k), rate, dots, dots * table, closes, closes * table[-1, -1])
-    return piece, _Shared(table, norm_weight, norm_bias, eps)
+    closes = complete[:, place].t().repeat_interleave(lr.shape[-1], 1)[..., None, None].to(table.dtype)
+    return _Step(torch.cat([k, q], 2), shared.norm_bias - (v - k), rate, dots, dots * table, closes, closes * table[-1, -1])
 
 
 def _room(piece: _Step, weights: Weights) -> list[Tensor]:
@@ -291,12 +296,12 @@ def _linear_backward(
 def _mlp(step: _Step, shared: _Shared, weights: Weights, room: list[Tensor]) -> None:
     (W1, b1, W2, b2), (z2, answers, z1) = weights, room
     zk, zq = torch.baddbmm(b1, step.kq, W1, out=z1).chunk(2, 1)  # [M, b, F]
-    gate = gelu_gate(zk)
-    xk = zk * gate
+    gelu = Gelu.of(zk)
+    xk = zk * gelu.gate
     steps2 = _learn(torch.baddbmm(b2, xk, W2, out=z2), step, shared).gradient.mul_(step.rate)
-    steps1 = torch.bmm(steps2, W2.mT).mul_(gelu_slope(zk, gate))
+    steps1 = torch.bmm(steps2, W2.mT).mul_(gelu.slope())
     zq -= torch.bmm(step.read, steps1)
-    xq = zq * gelu_gate(zq)
+    xq = zq * Gelu.of(zq).gate
     read = torch.bmm(xq, xk.mT).add_(1).mul_(shared.table)  # [M, b, b]
     torch.baddbmm(b2, xq, W2, out=answers).baddbmm_(read, steps2, alpha=-1)
     _move(W1, b1, step.k, steps1.mul_(step.end), -1)
@@ -304,14 +309,14 @@ def _mlp(step: _Step, shared: _Shared, weights: Weights, room: list[Tensor]) -> 
 
 
 def _mlp_backward(
-    step: _Step, shared: _Shared, learned: _Learned, z1: Tensor, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+    step: _Step, shared: _Shared, learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients, z1: Tensor
 ) -> None:
     (W1, b1, W2, b2), (d_W1, d_b1, d_W2, d_b2), b = weights, d_weights, d_answer.shape[1]
-    gate = gelu_gate(z1)
+    gelu = Gelu.of(z1)
     x = z1.new_empty(len(z1), 3 * b, z1.shape[2])  # what W2 is multiplied with, in three products
     xk, xq, d_pulled = x.split(b, 1)  # [M, b, F]
-    torch.mul(z1, gate, out=x[:, : 2 * b])
-    d_z1 = gelu_slope(z1, gate)  # the rest of it is multiplied in
+    torch.mul(z1, gelu.gate, out=x[:, : 2 * b])
+    d_z1 = gelu.slope()  # the rest of it is multiplied in
     slope, d_zq = d_z1.chunk(2, 1)
     # to the weights before
     steps2 = step.rate * learned.gradient
@@ -334,7 +339,7 @@ def _mlp_backward(
     torch.mul(d_steps1, slope, out=d_pulled)
     d_z2 = _learn_backward(learned, d_steps2.baddbmm_(d_pulled, W2), step, shared, grads)
     d_xk = torch.bmm(d_z2, W2.mT).baddbmm_(moved2, d_W2.mT, alpha=-1).baddbmm_(d_dots.mT, xq)
-    slope.mul_(d_xk).addcmul_(d_steps1.mul_(pulled), _gelu_curvature(z1[:, :b], gate[:, :b]))
+    slope.mul_(d_xk).addcmul_(d_steps1.mul_(pulled), gelu.rows(b).curvature())
     d_W2.baddbmm_(x.mT, torch.cat([d_z2, d_answer, steps2], 1))
     d_b2 += (d_z2 + d_answer).sum(1, keepdim=True)
     _first_layer_backward(step, W1, steps1, d_z1, d_W1, d_b1, grads)
@@ -393,23 +398,30 @@ def normalise_backward(d: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tens
 
 
 # The tanh form of GELU is z gate with gate = (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3). Everything is taken from
-# the sigmoid, which costs a tenth of tanh, in as few passes as there can be.
-_SCALE, _CUBE = 1.5957691216057308, 0.044715  # 2 u = _SCALE (z + _CUBE z^3)
+# the sigmoid, which costs a tenth of tanh, and from r, a third of (2 u)', and z r: 2 u = z (r + 2 S / 3). As few passes as there can be.
+_SCALE, _CUBE = 1.5957691216057308, 0.044715  # S and c in r = S (1 / 3 + c z^2)
 
 
-def gelu_gate(z: Tensor) -> Tensor:
-    return torch.addcmul(z, z, z * z, value=_CUBE).mul_(_SCALE).sigmoid_()
+class Gelu(NamedTuple):
+    rise: Tensor  # r
+    lift: Tensor  # z r
+    gate: Tensor
 
+    @classmethod
+    def of(cls, z: Tensor) -> Gelu:
+        rise = torch.rsub(z * z, _SCALE / 3, alpha=-_SCALE * _CUBE)
+        lift = z * rise
+        return cls(rise, lift, torch.add(lift, z, alpha=2 * _SCALE / 3).sigmoid_())
 
-def gelu_slope(z: Tensor, gate: Tensor) -> Tensor:
-    """First derivative: gate + z (2 u)' gate (1 - gate)."""
-    rise = torch.addcmul(z, z, z * z, value=3 * _CUBE)
-    return torch.addcmul(gate, rise, torch.addcmul(gate, gate, gate, value=-1), value=_SCALE)
+    def slope(self) -> Tensor:
+        """First derivative: gate + z (2 u)' gate (1 - gate)."""
+        return torch.add(self.gate, torch.ops.aten.sigmoid_backward(self.lift, self.gate), alpha=3)
 
+    def curvature(self) -> Tensor:
+        """Second derivative: gate (1 - gate) (2 (2 u)' + z (2 u)'' + z (2 u)'^2 (1 - 2 gate)), where z (2 u)'' = 6 r - 2 S."""
+        inner = torch.rsub(self.gate, 9, alpha=18).mul_(self.lift).add_(12).mul_(self.rise).sub_(2 * _SCALE)
+        return torch.ops.aten.sigmoid_backward(inner, self.gate)
 
-def _gelu_curvature(z: Tensor, gate: Tensor) -> Tensor:
-    """Second derivative: gate (1 - gate) (2 (2 u)' + z (2 u)'' + z (2 u)'^2 (1 - 2 gate))."""
-    square = z * z
-    rise = torch.rsub(square, _SCALE, alpha=-3 * _SCALE * _CUBE)  # (2 u)'
-    bend = torch.rsub(square, 2 * _SCALE, alpha=-12 * _SCALE * _CUBE).addcmul_(rise.square_().mul_(z), torch.rsub(gate, 1, alpha=2))
-    return bend.mul_(torch.addcmul(gate, gate, gate, value=-1))
+    def rows(self, count: int) -> Gelu:
+        """Of the first so many rows."""
+        return Gelu(*(x[:, :count] for x in self))
