@@ -68,7 +68,7 @@ def loop_learning(mixer: str, length: int) -> Callable[[], object]:
 def measure_learning(mixer: str, length: int, group: int, repeats: int, with_reference: bool) -> Rows:
     works = {"scan": (learning(mixer, length, "scan", group), length), "plain loop": (loop_learning(mixer, length), length)}
     if mixer == "mlp":
-        works["products alone"] = (products_alone(length, group), length)
+        works["products alone"] = (products_alone(length), length)
     times = seconds(*(work for work, _ in works.values()), repeats=repeats)
     if with_reference:
         works["reference"] = (learning(mixer, REFERENCE_FRAMES, "reference", group), REFERENCE_FRAMES)
@@ -80,25 +80,29 @@ def measure_learning(mixer: str, length: int, group: int, repeats: int, with_ref
 
 
 @torch.no_grad()
-def products_alone(length: int, group: int, heads: int = 8, dim: int = 128) -> Callable[[], object]:
-    """The large matrix products of the MLP's forward, recomputation and backward, with nothing between them: the scan's lower bound."""
+def products_alone(length: int, heads: int = 8, dim: int = 128) -> Callable[[], object]:
+    """The large matrix products of the MLP's forward and backward, with nothing between them: the scan's lower bound."""
     b, width = MINI_BATCH, 4 * dim
     W1, W2, d_W1, d_W2 = (torch.zeros(heads, *shape) for shape in 2 * [(dim, width), (width, dim)])
-    both, d_both, key, hidden, step = (torch.zeros(heads, *shape) for shape in ((2 * b, dim), (2 * b, width), (b, dim), (b, width), (b, dim)))
+    key, both, three = (torch.zeros(heads, rows * b, dim) for rows in (1, 2, 3))
+    hidden, d_both, d_three = (torch.zeros(heads, rows * b, width) for rows in (1, 2, 3))
 
-    def forward(moves: bool) -> None:
-        both @ W1, hidden @ W2, step @ W2.mT, hidden @ W2
-        if moves:
-            W1.baddbmm_(key.mT, hidden), W2.baddbmm_(hidden.mT, step)
+    def move() -> None:
+        W1.baddbmm_(key.mT, hidden), W2.baddbmm_(hidden.mT, key)
+
+    def forward() -> None:
+        both @ W1, hidden @ W2, key @ W2.mT, hidden @ W2
+        move()
 
     def backward() -> None:
-        key @ d_W1, hidden @ d_W1.mT, hidden @ d_W2, step @ d_W2.mT
-        step @ W2.mT, step @ W2.mT, hidden @ W2, d_both @ W1.mT
-        d_W1.baddbmm_(both.mT, d_both), d_W2.baddbmm_(torch.cat([d_both, hidden], 1).mT, torch.cat([both, key], 1))
+        move()
+        key @ W2.mT, key @ W2.mT, hidden @ W2, key @ W2.mT, d_both @ W1.mT
+        key @ d_W1, hidden @ d_W2, key @ d_W2.mT, hidden @ d_W1.mT
+        d_W1.baddbmm_(both.mT, d_both), d_W2.baddbmm_(d_three.mT, three)
 
     def work() -> None:
-        for i in range(length // b):
-            forward(moves=True), forward(moves=i % group > 0), backward()
+        for _ in range(length // b):
+            forward(), backward()
 
     return work
 
@@ -131,21 +135,21 @@ def measure_decoding(mixer: str, mini_batches: int) -> Rows:
 
 
 def measure_growth(mixer: str) -> dict[str, Any]:
-    """Time from 256 to 8,192 frames, and memory kept for backward over length / group, in 2 heads of 64."""
+    """Time from 256 to 8,192 frames, and memory kept for backward, each frame's own and one state a group, in 2 heads of 64."""
     lengths = [256, 512, 1024, 2048, 4096, 8192]
     times = seconds(*(learning(mixer, length, "scan", 16, heads=2, dim=64) for length in lengths), repeats=3)
     slope, straight = fitted_line(lengths, times)
     groups = [(length, group) for length in (1024, 2048, 4096) for group in (1, 2, 4, 8, 16)]
-    kept = [kept_bytes(mixer, length, group) / 1e6 for length, group in groups]
-    _, kept_straight = fitted_line([length / group for length, group in groups], kept)
+    kept = [kept_bytes(mixer, length, group) / length for length, group in groups]  # a frame's own, and its part of a group's state
+    state_a_frame, kept_straight = fitted_line([1 / group for _, group in groups], kept)
     return {
         "mixer": mixer, "lengths": lengths, "seconds": times, "us_a_frame": 1e6 * slope, "time_r2": straight,
-        "groups": groups, "kept_mb": kept, "kept_r2": kept_straight,
+        "groups": groups, "kept_bytes_a_frame": kept, "own_bytes": kept[-1] - state_a_frame / groups[-1][1], "state_bytes": state_a_frame, "kept_r2": kept_straight,
     }  # fmt: skip
 
 
 def kept_bytes(mixer: str, length: int, group: int) -> int:
-    """Bytes of weights that one call keeps for its backward: what it saves beyond its own inputs."""
+    """Bytes that one call keeps for its backward beyond its own inputs."""
     inputs, weights = inputs_of(mixer, length, heads=2, dim=64)
     given = {x.untyped_storage().data_ptr() for x in (*inputs, *weights)}
     sizes = {}
@@ -172,7 +176,7 @@ def print_tables(learned: Rows, decoded: Rows, growth: list[dict[str, Any]]) -> 
     print()
     for row in growth:
         print(f"{row['mixer']}: {row['us_a_frame']:.0f} us a frame from 256 to 8192 frames, R2 {row['time_r2']:.4f};"
-              f" memory kept as length / group, R2 {row['kept_r2']:.4f}")  # fmt: skip
+              f" kept for backward {row['own_bytes']:.0f} + {row['state_bytes']:.0f} / group bytes a frame, R2 {row['kept_r2']:.4f}")  # fmt: skip
 
 
 def ratios_of(learned: Rows, decoded: Rows) -> dict[str, float]:
@@ -190,7 +194,7 @@ def ratios_of(learned: Rows, decoded: Rows) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", type=int, default=4, help="mini-batches recomputed together in backward")
+    parser.add_argument("--group", type=int, default=16, help="mini-batches for which backward keeps one state")
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions, of which the median counts")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
