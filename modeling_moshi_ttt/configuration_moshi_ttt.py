@@ -83,7 +83,8 @@ class MoshiTTTConfig(MoshiConfig):
         ttt_rope (`str`, defaults to `"mini_batch"`): rotary positions inside the TTT layer: `"mini_batch"` (t mod b), `"absolute"` or `"none"`.
         ttt_gate_init (`float`, defaults to 0.1): start of `gating_alpha`; the layer's output is scaled by its tanh.
         ttt_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norm of the inner model.
-        scan_checkpoint_group_size (`int`, defaults to 16): mini-batches recomputed together in backward; changes memory and time, never a number.
+        scan_checkpoint_group_size (`int`, defaults to 16):
+            Mini-batches for which backward keeps one state of the fast weights; changes memory and time, never a number.
         ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`, `"reference"`.
         num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
         audio_delays (`list[int]`, *optional*):

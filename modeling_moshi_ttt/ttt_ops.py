@@ -52,7 +52,7 @@ def ttt_linear(
         lr: `[B, T, H]`, step size of each token. token_weight: `[b]`. norm_weight, norm_bias: `[H, D]`.
         state: what `TTTState.initial(...)` or the previous call gave.
         mini_batch_size: tokens b that share the weights at which gradients are taken; 1 is online gradient descent.
-        group_size: mini-batches recomputed together in backward: a matter of memory and time, never of numbers.
+        group_size: mini-batches for which backward keeps one state of the weights: a matter of memory and time, never of numbers.
         backend: "auto" (Triton on CUDA where it takes the inputs, else scan; scan for one frame without gradients), "scan", "triton" or "reference".
         mask: `[B, T]` bool; a False frame changes nothing of the state, and its output is 0.
 
