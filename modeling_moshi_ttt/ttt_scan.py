@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE = 32  # frames whose element-wise steps are taken together; more would cost memory and save little time
+PIECE = 32  # frames that are loaded together in learning, elsewhere twice as many; more would cost memory and save little time
 
 Weights = tuple[Tensor, ...]
 
@@ -69,7 +69,8 @@ class _Scan(torch.autograd.Function):
         out = torch.empty_like(inputs[0], dtype=after[0].dtype)
         kept: list[Tensor] = []
         shared = _share(inputs, eps)
-        for place, ends_group in _pieces(complete.shape[1], out.shape[2], group_size):
+        number, b = out.shape[1:3]
+        for place, ends_group in _pieces(number, b, group_size, PIECE) if keep else _pieces(number, b, number, 2 * PIECE):
             piece = _load(inputs, shared, complete, place)
             given = _room(piece, weights)
             for i, step in enumerate(piece.steps()):
@@ -105,7 +106,7 @@ def _backward(
     d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
     shared = _share(inputs, eps)
     weights: Weights = ()
-    for place, ends_group in reversed(list(_pieces(complete.shape[1], shape[2], group_size))):
+    for place, ends_group in reversed(list(_pieces(*shape[1:3], group_size, PIECE))):
         if ends_group or not weights:
             weights = tuple(w.flatten(0, 1).clone() for w in _take(kept, kinds))
         given = _take(kept, 1 + kinds // 2)
@@ -120,9 +121,9 @@ def _backward(
     return d_tokens + [d.to(x.dtype) for d, x in zip(found, inputs[4:])]
 
 
-def _pieces(number: int, b: int, group_size: int) -> Iterator[tuple[slice, bool]]:
-    """The mini-batches in runs that are loaded together; and whether a group ends with each, the last one's end aside."""
-    size = max(1, PIECE // b)
+def _pieces(number: int, b: int, group_size: int, frames: int) -> Iterator[tuple[slice, bool]]:
+    """The mini-batches in runs of so many frames that are loaded together; and whether a group ends with each, the last one's end aside."""
+    size = max(1, frames // b)
     for first in range(0, number, group_size):
         end = min(first + group_size, number)
         for start in range(first, end, size):
