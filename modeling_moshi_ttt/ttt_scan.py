@@ -6,8 +6,8 @@ bias adds 1 to the dot product. Only the weights at the mini-batch's end are for
 
 Backward runs no mini-batch again. It keeps what each layer of the inner model gave for every key and query, from which all else follows
 without the weights, and walks the weights back with the mini-batches, each time adding the product that forward took from them. Rounding aside
-that is exact, and the weights kept at the end of every group of mini-batches undo the rounding. Below, dX is the gradient of the outer
-loss with respect to X; `step` stands for lr_s g_s, which both the reading and the update of the weights use.
+that is exact, and the weights kept at the end of every group of mini-batches undo the rounding. Below, d_x is the gradient of the outer
+loss with respect to x; a `_Step` is one mini-batch's tokens, and its `steps` are lr_s g_s, which the reading and the update of the weights use.
 
 Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a piece, b mini-batch size, D head dimension, F hidden width.
 """
@@ -70,7 +70,8 @@ class _Scan(torch.autograd.Function):
         kept: list[Tensor] = []
         shared = _share(inputs, eps)
         number, b = out.shape[1:3]
-        for place, ends_group in _pieces(number, b, group_size, PIECE) if keep else _pieces(number, b, number, 2 * PIECE):
+        pieces = _pieces(number, b, group_size, PIECE) if keep else _pieces(number, b, number, 2 * PIECE)
+        for place, ends_group in pieces:
             piece = _load(inputs, shared, complete, place)
             given = _room(piece, weights)
             for i, step in enumerate(piece.steps()):
@@ -101,7 +102,8 @@ def _backward(
     """Gradients of all inputs, the mini-batches taken from the last to the first, and so what was kept of them."""
     shape, kinds = inputs[0].shape, len(d_outputs) - 1
     d_out = inputs[7].new_zeros(()).expand(shape) if d_outputs[0] is None else d_outputs[0]
-    d_weights = tuple((torch.zeros_like(w) if d is None else d.clone()).flatten(0, 1) for d, w in zip(d_outputs[1:], kept[-kinds:]))
+    d_last = [torch.zeros_like(w) if d is None else d.clone(memory_format=torch.contiguous_format) for d, w in zip(d_outputs[1:], kept[-kinds:])]
+    d_weights = tuple(d.flatten(0, 1) for d in d_last)  # [M, ...], ours to change in place
     d_tokens = [torch.empty_like(x) for x in inputs[:4]]
     d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
     shared = _share(inputs, eps)
