@@ -15,11 +15,11 @@ import zlib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .ttt_kernels_device import triton
 from .ttt_kernels_linear import linear_backward, linear_forward
 from .ttt_kernels_mlp import mlp_backward, mlp_forward
+from .ttt_scan import refuse_second_derivative
 
 HEAD_DIMS = (32, 64, 128)
 MAX_MINI_BATCH = 64
@@ -144,8 +144,8 @@ class _Scan(torch.autograd.Function):
         return tuple(results[: 1 + fast])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor, *d_after: Tensor):
+        refuse_second_derivative("triton")
         complete, *kept = ctx.saved_tensors
         gradients = _call("backward", [d_out, *d_after, *kept], complete, ctx.group, ctx.eps)
         return (None, None, None, *gradients)

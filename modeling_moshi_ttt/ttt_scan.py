@@ -6,7 +6,8 @@ bias adds 1 to the dot product. Only the weights at the mini-batch's end are for
 
 Backward runs no mini-batch again. It keeps what each layer of the inner model gave for every key and query, from which all else follows
 without the weights, and walks the weights back with the mini-batches, each time adding the product that forward took from them. Rounding aside
-that is exact, and the weights kept at the end of every group of mini-batches undo the rounding. Below, d_x is the gradient of the outer
+that is exact; the weights kept between groups of mini-batches undo the rounding, and so do the first ones, which may be small beside the
+first steps. Below, d_x is the gradient of the outer
 loss with respect to x; a `_Step` is one mini-batch's tokens, and its `steps` are lr_s g_s, which the reading and the update of the weights use.
 
 Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a piece, b mini-batch size, D head dimension, F hidden width.
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 PIECE = 32  # frames that are loaded together in learning, elsewhere twice as many; more would cost memory and save little time
 
@@ -87,13 +87,19 @@ class _Scan(torch.autograd.Function):
         return (out, *after)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("scan")
         complete, *saved = ctx.saved_tensors
         inputs = 7 + len(d_outputs) - 1
         with torch.autocast(complete.device.type, enabled=False):
             found = _backward(tuple(saved[:inputs]), saved[inputs:], complete, d_outputs, ctx.group_size, ctx.eps)
         return (None, None, None, None, *found)
+
+
+def refuse_second_derivative(backend: str) -> None:
+    """For the backward of an autograd function. torch's `once_differentiable` lets some through, with wrong numbers."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"backend '{backend}' has no second derivative (create_graph=True); use backend 'reference'")
 
 
 def _backward(
@@ -112,9 +118,10 @@ def _backward(
         if ends_group or not weights:
             weights = tuple(w.flatten(0, 1).clone() for w in _take(kept, kinds))
         given = _take(kept, 1 + kinds // 2)
+        start = (kept or inputs)[-kinds:] if place.start % group_size == 0 else []
         piece = _load(inputs, shared, complete, place)
-        d_piece = _from_frames(d_out[:, place])
-        *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _piece_backward(piece, shared, given, weights, d_piece, d_weights)
+        d_piece, known = _from_frames(d_out[:, place]), tuple(w.flatten(0, 1) for w in start)
+        *of_tokens, d_token_weight, d_norm_weight, d_norm_bias = _piece_backward(piece, shared, given, weights, known, d_piece, d_weights)
         for d, part in zip(d_tokens, of_tokens):
             d[:, place] = _to_frames(part, shape).view(d[:, place].shape)
         for total, d in zip(d_shared, (d_token_weight[None], d_norm_weight, d_norm_bias)):
@@ -141,19 +148,20 @@ def _take(kept: list[Tensor], count: int) -> list[Tensor]:
 
 
 def _piece_backward(
-    piece: _Step, shared: _Shared, given: list[Tensor], weights: Weights, d_out: Tensor, d_weights: Weights
+    piece: _Step, shared: _Shared, given: list[Tensor], weights: Weights, start: Weights, d_out: Tensor, d_weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A piece backwards: dq, dk, dv `[n, M, b, D]`, dlr `[n, M, b, 1]`, dtoken_weight `[b]`, dnorm_weight and dnorm_bias `[M, D]`.
 
-    The weights, and their gradient d_weights, are those at the piece's end, and become those at its start.
+    The weights, and their gradient d_weights, are those at the piece's end, and become those at its start; but the weights stay those after
+    its first mini-batch where the ones at the start are given.
     """
     inner_backward: Callable[..., None] = _linear_backward if len(d_weights) == 2 else _mlp_backward
     d_answers, d_norm_weight = _answers_backward(given[1], d_out, shared)
     learned, grads = _learn(given[0], piece, shared), _Gradients.empty(piece)
     steps, lessons = list(piece.steps()), [_Learned(*parts) for parts in zip(*learned)]
     for i in reversed(range(len(steps))):
-        hidden = [z[i] for z in given[2:]]
-        inner_backward(steps[i], shared, lessons[i], weights, d_answers[i], d_weights, grads.step(i), *hidden)
+        hidden, known = [z[i] for z in given[2:]], i == 0 and len(start) > 0
+        inner_backward(steps[i], shared, lessons[i], start if known else weights, known, d_answers[i], d_weights, grads.step(i), *hidden)
 
     d_read, d_closing = grads.read.neg_(), grads.closing.neg_()
     d_token_weight = grads.token_weight + (d_read * piece.dots).tril().sum((0, 1, 3))
@@ -263,7 +271,8 @@ def _to_frames(x: Tensor, shape: torch.Size) -> Tensor:
 
 # --- one mini-batch --------------------------------------------------------------------------------------------------------------------
 # Each writes what the layers give to `room`, and moves the weights, in place, from those before the mini-batch to those after it.
-# Each backward writes to `grads`, and turns the weights and their gradient d_weights from those after the mini-batch into those before it.
+# Each backward writes to `grads`, and turns the weights and their gradient d_weights from those after the mini-batch into those before it;
+# weights that are `known` are those before it already.
 # A large product gets a tensor of its own, for into a part of one it would go head by head; other operations write where it is wanted.
 
 
@@ -287,10 +296,11 @@ def _linear(step: _Step, shared: _Shared, weights: Weights, room: list[Tensor]) 
 
 
 def _linear_backward(
-    step: _Step, shared: _Shared, learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients
+    step: _Step, shared: _Shared, learned: _Learned, weights: Weights, known: bool, d_answer: Tensor, d_weights: Weights, grads: _Gradients
 ) -> None:
     (W1, b1), (d_W1, d_b1), steps = weights, d_weights, step.rate * learned.gradient
-    _move(W1, b1, step.k, steps * step.end, 1)
+    if not known:
+        _move(W1, b1, step.k, steps * step.end, 1)
     d_steps = _first_steps_backward(step, d_answer, steps, d_W1, d_b1, grads)
     d_z = torch.cat([_learn_backward(learned, d_steps, step, shared, grads), d_answer], 1)  # [M, 2 b, D]
     _first_layer_backward(step, W1, steps, d_z, d_W1, d_b1, grads)
@@ -312,7 +322,15 @@ def _mlp(step: _Step, shared: _Shared, weights: Weights, room: list[Tensor]) -> 
 
 
 def _mlp_backward(
-    step: _Step, shared: _Shared, learned: _Learned, weights: Weights, d_answer: Tensor, d_weights: Weights, grads: _Gradients, z1: Tensor
+    step: _Step,
+    shared: _Shared,
+    learned: _Learned,
+    weights: Weights,
+    known: bool,
+    d_answer: Tensor,
+    d_weights: Weights,
+    grads: _Gradients,
+    z1: Tensor,
 ) -> None:
     (W1, b1, W2, b2), (d_W1, d_b1, d_W2, d_b2), b = weights, d_weights, d_answer.shape[1]
     gelu = Gelu.of(z1)
@@ -324,10 +342,12 @@ def _mlp_backward(
     # to the weights before
     steps2 = step.rate * learned.gradient
     moved2 = steps2 * step.end
-    _move(W2, b2, xk, moved2, 1)
+    if not known:
+        _move(W2, b2, xk, moved2, 1)
     pulled = torch.bmm(steps2, W2.mT)
     steps1 = pulled * slope
-    _move(W1, b1, step.k, steps1 * step.end, 1)
+    if not known:
+        _move(W1, b1, step.k, steps1 * step.end, 1)
     # the reading of the second layer, and its weights at the end
     dots = torch.bmm(xq, xk.mT).add_(1)  # [M, b, b]
     d_read = torch.bmm(d_answer, steps2.mT).neg_()

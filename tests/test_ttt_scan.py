@@ -91,6 +91,33 @@ def test_walking_the_weights_back_loses_no_precision(mixer):
     assert error(1) <= 1e-5
 
 
+@pytest.mark.parametrize(("b", "group"), [(1, 1), (1, 16), (8, 1), (8, 16)])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_first_steps_far_larger_than_the_weights_lose_no_precision(mixer, b, group):
+    """(W - step) + step is not W where the step is a thousand times as large; the weights at a group's start are taken, not walked back to."""
+    values = make_inputs(mixer, 1, 64, 2, 16, b, dtype=torch.float32)
+    with torch.no_grad():
+        values["lr"].add_(0.7)
+        for name in WEIGHTS[mixer]:
+            values[name].mul_(1e-3)
+    exact = run_all(mixer, {name: x.detach().double().requires_grad_() for name, x in values.items()}, backend="scan")
+    found = run_all(mixer, values, backend="scan", group_size=group)
+    for name in exact:
+        if name.startswith("grad_"):
+            assert (found[name] - exact[name]).abs().max() <= 2e-5 * exact[name].abs().max(), name
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_second_derivatives_are_refused(mixer, squared):
+    """They would be wrong. A constant gradient coming in is the case that torch's own guard lets through."""
+    values = make_inputs(mixer, 1, 7, 2, 4, 3)
+    out, _ = run(mixer, values, start(mixer, values, 1), backend="scan")
+    loss = out.square().sum() if squared else out[..., 0].sum()
+    with pytest.raises(RuntimeError, match="'scan' has no second derivative .* use backend 'reference'"):
+        torch.autograd.grad(loss, values["q"], create_graph=True)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_nothing_is_kept_where_nothing_is_learned(mixer):
     values = make_inputs(mixer, 1, 8, 2, 4, 2)
