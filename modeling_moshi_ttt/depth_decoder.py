@@ -158,7 +158,7 @@ class MoshiTTTDepthDecoder(nn.Module):
         Args:
             hidden_states: `[B, input_size]`.
             text_tokens: `[B]`, the frame's text.
-            forced: `[B, K]`; a code of 0 or more is taken as it is, a negative one is sampled.
+            forced: `[B, K]`; a code, or -1 for none, is taken as it is; below that it is sampled.
             sample: `[B, card]` logits -> `[B]` codes.
 
         Returns:
@@ -171,6 +171,6 @@ class MoshiTTTDepthDecoder(nn.Module):
             for i, layer in enumerate(self.layers):
                 x, past[i] = layer.step(x, codebook, past[i])  # type: ignore[operator]
             sampled = sample(self.lm_heads(x, codebook))
-            token = torch.where(forced[:, codebook] >= 0, forced[:, codebook], sampled)
+            token = torch.where(forced[:, codebook] >= -1, forced[:, codebook], sampled)
             chosen.append(token)
         return torch.stack(chosen, dim=1)

@@ -59,8 +59,7 @@ def align(
         ("audio_labels", audio_labels, (rows, config.num_codebooks, frames), config.audio_vocab_size),
     ):
         if labels is not None:
-            _check_shape(name, labels, shape)
-            _check_range(name, labels, IGNORED, card)
+            check_tokens(name, labels, shape, IGNORED, card)
     if attention_mask is None:
         return AlignedFrames(codes, text_labels, audio_labels, None, None)
     _check_shape("attention_mask", attention_mask, (rows, frames))
@@ -123,10 +122,15 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
     ):
         if codes is None:
             codes = given.new_full((rows, count, frames), ZERO)
-        _check_shape(name, codes, (rows, count, frames))
-        _check_range(name, codes, ZERO, card)
+        check_tokens(name, codes, (rows, count, frames), ZERO, card)
         streams.append(codes)
     return torch.cat(streams, dim=1)
+
+
+def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], lowest: int, card: int) -> None:
+    """Raises a ValueError that names the tokens where they have not this shape, are no ids, or not from `lowest` to `card - 1`."""
+    _check_shape(name, tokens, shape)
+    _check_range(name, tokens, lowest, card)
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -11,9 +11,10 @@ from transformers.utils import ModelOutput
 
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
+from .frames_moshi_ttt import ZERO, check_tokens
 
 UNGENERATED = -2
-ZERO = -1
+LABELS = ("text_labels", "audio_labels")  # of a processor's batch
 
 
 class MoshiTTTFrame(NamedTuple):
@@ -53,7 +54,7 @@ class Sampling:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` must be greater than 0; for the likeliest token set `do_sample=False`.")
         for name in ("top_k", "text_top_k"):
-            if getattr(self, name) < 0:
+            if getattr(self, name) is None or getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` must be 0 (no limit) or more.")
 
     def text(self, logits: torch.Tensor) -> torch.Tensor:
@@ -111,11 +112,11 @@ class MoshiTTTStream:
 
     @torch.no_grad()
     def _step(self, user_codes: torch.Tensor, forced: torch.Tensor) -> MoshiTTTFrame:
-        """As [`step`]; tokens of 0 or more in `forced` `[B, 1 + K]`, in delayed time, are said as they are."""
+        """As [`step`]; tokens in `forced` `[B, 1 + K]`, in delayed time, are said as they are, those of -1 (none) too; for -2 one is chosen."""
         self._check(user_codes)
         self._heard = torch.cat([self._heard[..., 1:], user_codes.to(self._heard)[..., None]], dim=-1)
         logits, hidden_states = self.model.step_frame(self._inputs(), self.past_key_values)
-        text = torch.where(forced[:, 0] >= 0, forced[:, 0], self.sampling.text(logits))
+        text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], self.sampling.text(logits))
         audio = self.model.depth_decoder.decode(hidden_states, text, forced[:, 1:], self.sampling.audio)
         said = torch.cat([text[:, None], audio], dim=1)
         self._said = torch.cat([self._said[..., 1:], said[..., None]], dim=-1)
@@ -167,11 +168,7 @@ class MoshiTTTStream:
             self.sampling.generator.set_state(tensors["generator"])
 
     def _check(self, user_codes: torch.Tensor) -> None:
-        shape, card = self._heard.shape[:2], self.model.config.audio_vocab_size
-        if user_codes.shape != shape:
-            raise ValueError(f"`user_codes` has shape {tuple(user_codes.shape)}; one frame is [B, K] = {tuple(shape)}.")
-        if user_codes.numel() and (int(user_codes.min()) < ZERO or int(user_codes.max()) >= card):
-            raise ValueError(f"`user_codes` goes from {int(user_codes.min())} to {int(user_codes.max())}; codes are -1 (none) to {card - 1}.")
+        check_tokens("user_codes", user_codes, tuple(self._heard.shape[:2]), ZERO, self.model.config.audio_vocab_size)
 
 
 class MoshiTTTGenerationMixin:
@@ -212,28 +209,29 @@ class MoshiTTTGenerationMixin:
         moshi_audio_codes: torch.Tensor | None = None,
         user_audio_codes: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
+        attention_mask: torch.Tensor | None = None,
         **sampling: Any,
     ) -> MoshiTTTGenerateOutput:
         """Listen to the user's codes and answer: a loop over [`MoshiTTTStream.step`].
 
         Args:
-            input_ids: `[B, P]`, text of the first P frames, said as given.
-            moshi_audio_codes: `[B, K, P]`, Moshi's codes of those frames.
+            input_ids: `[B, P]`, text of the first P frames, said as given; -1 for none, -2 where it is to be generated.
+            moshi_audio_codes: `[B, K, P]`, Moshi's codes of those frames, likewise.
             user_audio_codes: `[B, K_user, T]` from the first frame on; after its end the user's stream is absent.
             max_new_tokens: frames to generate after the P given; as many as `user_audio_codes` still has when None.
-            sampling: as in [`new_stream`].
+            attention_mask: `[B, P]` as a processor gives it; all ones, for all rows begin and go on together.
+            sampling: as in [`new_stream`]; labels in a processor's batch are passed over.
 
         Returns:
             P + `max_new_tokens` complete frames, those given included.
 
         Raises:
-            ValueError: no input, no number of frames, or shapes that do not fit.
+            ValueError: no input, no number of frames, a mask with padding, tokens out of range, or shapes that do not fit.
         """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("`attention_mask` has padding, but rows generate together; call `generate` for rows of one length at a time.")
         text, moshi, user = _prompt(self.config, input_ids, moshi_audio_codes, user_audio_codes)
-        given = text.shape[-1]
-        frames = user.shape[-1] if max_new_tokens is None else given + max_new_tokens
-        if frames <= 0:
-            raise ValueError("nothing to generate: give `user_audio_codes` longer than the prompt, or `max_new_tokens`.")
+        frames = _frames_wanted(text.shape[-1], user.shape[-1], max_new_tokens)
         own, depth = self.config.delays[: 1 + self.config.num_codebooks], max(self.config.delays)
         prompt = torch.cat([text[:, None], moshi], dim=1)  # [B, 1 + K, P]
         ahead = prompt.new_full((*prompt.shape[:2], frames + depth), UNGENERATED)
@@ -242,7 +240,7 @@ class MoshiTTTGenerationMixin:
         heard = user.new_full((*user.shape[:2], frames + depth), ZERO)
         count = min(user.shape[-1], frames + depth - 1)
         heard[..., 1 : 1 + count] = user[..., :count]
-        stream = self.new_stream(prompt.shape[0], **sampling)
+        stream = self.new_stream(prompt.shape[0], **{name: value for name, value in sampling.items() if name not in LABELS})
         said = [stream._step(heard[..., s], forced[..., s]) for s in range(frames + depth)][depth:]
         return MoshiTTTGenerateOutput(torch.stack([f.text for f in said], -1), torch.stack([f.audio_codes for f in said], -1))
 
@@ -260,4 +258,20 @@ def _prompt(
     user = given.new_full((given.shape[0], config.num_user_codebooks, 0), ZERO) if user is None else user
     if text.shape[-1] != moshi.shape[-1]:
         raise ValueError(f"`input_ids` has {text.shape[-1]} frames and `moshi_audio_codes` {moshi.shape[-1]}; a prompt has as many of both.")
+    rows = given.shape[0]
+    check_tokens("input_ids", text, (rows, length), UNGENERATED, config.vocab_size)
+    check_tokens("moshi_audio_codes", moshi, (rows, config.num_codebooks, length), UNGENERATED, config.audio_vocab_size)
+    check_tokens("user_audio_codes", user, (rows, config.num_user_codebooks, user.shape[-1]), ZERO, config.audio_vocab_size)
     return text, moshi, user
+
+
+def _frames_wanted(given: int, heard: int, new: int | None) -> int:
+    """How many frames `generate` returns for a prompt of `given` frames, a user of `heard`, and `max_new_tokens`."""
+    if new is not None and (not isinstance(new, int) or new < 0):
+        raise ValueError(f"`max_new_tokens={new}` must be a whole number of frames, 0 or more.")
+    frames = heard if new is None else given + new
+    if frames == 0 or frames < given:
+        raise ValueError(
+            f"nothing to generate: the prompt has {given} frames, `user_audio_codes` {heard}; give it longer than the prompt, or `max_new_tokens`."
+        )
+    return frames

@@ -94,6 +94,56 @@ def test_generate_says_its_prompt_and_goes_on(model):
     assert more.sequences.shape == (2, 24)
 
 
+def test_what_a_prompt_leaves_out_stays_out_and_what_it_leaves_open_is_generated(model):
+    frames = random_frames(model.config, rows=2, frames=10)
+    moshi, user = frames["moshi_audio_codes"].clamp(min=0), user_codes(model, rows=2, frames=24)
+    text = torch.full((2, 10), -1)
+    moshi[:, 1, 3:6] = -1
+    output = model.generate(text, moshi, user, do_sample=False)
+    assert torch.equal(output.sequences[:, :10], text)
+    assert torch.equal(output.audio_codes[..., :10], moshi)
+    forward = model(output.sequences, output.audio_codes, user, use_cache=False)
+    assert torch.equal(forward.logits.argmax(-1)[:, 10:], output.sequences[:, 10:])
+    opened = model.generate(torch.full((2, 10), -2), moshi, user, do_sample=False)
+    assert (opened.sequences >= 0).all()
+    assert torch.equal(opened.audio_codes[..., :10], moshi)
+
+
+def test_generate_takes_a_processors_batch(model):
+    frames = random_frames(model.config, rows=2, frames=6)
+    labels = {"text_labels": frames["input_ids"], "audio_labels": frames["moshi_audio_codes"]}
+    mask = torch.ones(2, 6, dtype=torch.long)
+    output = model.generate(**frames, **labels, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert torch.equal(output.sequences, model.generate(**frames, max_new_tokens=3, do_sample=False).sequences)
+    mask[1, 4:] = 0
+    with pytest.raises(ValueError, match="attention_mask.*rows of one length"):
+        model.generate(**frames, attention_mask=mask, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"user_audio_codes": torch.zeros(1, 3, 2, dtype=torch.long)}, "the prompt has 4 frames, `user_audio_codes` 2"),
+        ({"max_new_tokens": -3}, "`max_new_tokens=-3` must be a whole number"),
+        ({"max_new_tokens": 2.5}, "`max_new_tokens=2.5` must be a whole number"),
+        ({"input_ids": torch.full((1, 4), 10**6)}, "`input_ids` holds 1000000"),
+        ({"moshi_audio_codes": torch.full((1, 3, 4), 20)}, "`moshi_audio_codes` holds 20"),
+        ({"moshi_audio_codes": torch.zeros(2, 3, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(2, 3, 4\).*must be \(1, 3, 4\)"),
+        ({"moshi_audio_codes": torch.zeros(1, 2, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(1, 2, 4\)"),
+        ({"input_ids": torch.zeros(1, 4)}, "`input_ids` has dtype torch.float32"),
+        ({"top_k": None}, "`top_k=None` must be 0"),
+    ],
+)
+def test_bad_prompts_are_refused(model, changes, words):
+    given = {
+        "input_ids": torch.zeros(1, 4, dtype=torch.long),
+        "moshi_audio_codes": torch.zeros(1, 3, 4, dtype=torch.long),
+        "user_audio_codes": torch.zeros(1, 3, 9, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=words):
+        model.generate(**(given | changes))
+
+
 def test_sampling_stays_in_the_top_k_and_follows_its_generator(model):
     user = user_codes(model, rows=2, frames=25)
     one = talk(model.new_stream(2, generator=torch.Generator().manual_seed(1)), user)
@@ -123,8 +173,10 @@ def test_bad_frames_and_states_are_refused(model):
     stream = model.new_stream(2)
     with pytest.raises(ValueError, match=r"user_codes.*\(2, 3\)"):
         stream.step(torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="20.*-1 \\(none\\) to 19"):
+    with pytest.raises(ValueError, match="`user_codes` holds 20; it takes ids from 0 to 19"):
         stream.step(torch.full((2, 3), 20))
+    with pytest.raises(ValueError, match="`user_codes` has dtype torch.float32"):
+        stream.step(torch.zeros(2, 3))
     saved = stream.state_dict()
     with pytest.raises(ValueError, match="lacks calls"):
         stream.load_state_dict({name: tensor for name, tensor in saved.items() if name != "calls"})
