@@ -338,6 +338,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
+        whole = self._whole_weights(num_items_in_batch)  # here, before any memory moves
         past = past_key_values
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
@@ -351,7 +352,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
         result = MoshiTTTOutput(logits=logits, audio_logits=audio_logits, **outputs)
-        result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, num_items_in_batch)
+        result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, whole)
         losses = [loss for loss in (result.text_loss, result.audio_loss) if loss is not None]
         result.loss = torch.stack(losses).sum() if losses else None
         if past is not None:
@@ -397,9 +398,9 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         )
 
     def _losses(
-        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, num_items_in_batch: torch.Tensor | int | None
+        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, whole: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        """Text and audio loss; None where there are no labels."""
+        """Text and audio loss, divided by `whole` `[2]` where given; None where there are no labels."""
         losses: list[torch.Tensor | None] = []
         labels = (steps.text_labels, steps.audio_labels)
         for i, (scores, targets, weights) in enumerate(zip((logits, audio_logits), labels, self._weights(steps))):
@@ -407,17 +408,18 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
                 losses.append(None)
                 continue
             total, weight = weighted_cross_entropy(scores, targets, weights)
-            losses.append(mean_loss(total, weight if num_items_in_batch is None else self._whole_weight(num_items_in_batch, i).to(weight)))
+            losses.append(mean_loss(total, weight if whole is None else whole[i].to(weight)))
         return losses
 
-    def _whole_weight(self, num_items_in_batch: torch.Tensor | int, stream: int) -> torch.Tensor:
-        """What a stream's loss sum is divided by: its weight in the whole batch, or what that many frames weigh."""
-        whole = torch.as_tensor(num_items_in_batch)
-        if whole.numel() == 2:
-            return whole.flatten()[stream]
-        if whole.numel() != 1:
+    def _whole_weights(self, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
+        """`[2]`, what the (text, audio) loss sums are divided by: their weights in the whole batch, or what that many frames weigh."""
+        if num_items_in_batch is None:
+            return None
+        whole = torch.as_tensor(num_items_in_batch).flatten()
+        if whole.numel() not in (1, 2):
             raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
-        return whole * (1.0 if stream == 0 else self.config.semantic_loss_weight + self.config.num_codebooks - 1)
+        weights = (1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1)
+        return whole if whole.numel() == 2 else torch.cat([whole * weight for weight in weights])
 
 
 def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import cut, random_frames, tiny_model
+from tiny import cut, random_frames, tiny_model, with_labels
 
 from modeling_moshi_ttt import MoshiTTTCache
 
@@ -97,6 +97,15 @@ def test_detach_and_to_keep_the_numbers(heard):
     attached.to("cpu")
     assert not attached.ttt_state(0).W1.requires_grad
     assert all(torch.equal(before[name], tensor) for name, tensor in attached.state_dict().items())
+
+
+def test_a_wrong_num_items_in_batch_moves_no_memory(heard):
+    model, memory, frames = heard
+    kept = copy_of(model, memory)
+    for wrong in (torch.ones(3), torch.ones(0)):
+        with pytest.raises(ValueError, match=f"`num_items_in_batch` holds {wrong.numel()} numbers"):
+            model(**with_labels(frames), past_key_values=kept, num_items_in_batch=wrong)
+    assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in memory.state_dict().items())
 
 
 def test_refusals(heard):
