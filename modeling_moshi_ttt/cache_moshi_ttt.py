@@ -207,6 +207,22 @@ class MoshiTTTCache(Cache):
         """Keep these rows, in this order; a row may occur more than once."""
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies side by side; each then goes its own way."""
+        if repeats < 1:
+            raise ValueError(f"`repeats={repeats}` must be at least 1.")
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not to be had: the fast weights have learned from the frames that would be removed.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"`crop({tokens_to_remove})`: fast weights cannot be cut back to an earlier frame; keep a `state_dict()` of it and load that."
+        )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The most frames any row has heard since its start (not only those kept)."""
         return int(self.frames.max())
@@ -245,6 +261,20 @@ class MoshiTTTCache(Cache):
         for layer in self.layers:
             layer.load_tensors({name: change(tensor) for name, tensor in layer.tensors().items()})
         return self
+
+
+def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_layers: list[int] | str) -> None:
+    """As [`MoshiTTTCache.check`], of whatever a caller gave as `past_key_values`.
+
+    Raises:
+        TypeError: it is not a MoshiTTTCache.
+        ValueError: it is of another batch or model.
+    """
+    # By what it has, not by class: code from the Hub and the installed package each have their own MoshiTTTCache.
+    if not hasattr(past_key_values, "ttt_state"):
+        kind = type(past_key_values).__name__
+        raise TypeError(f"`past_key_values` is a {kind}, which has no TTT memory; make one with `model.new_cache(batch_size={batch_size})`.")
+    past_key_values.check(batch_size, num_layers, ttt_layers)
 
 
 def window_slots(length: int, sliding_window: int) -> slice:

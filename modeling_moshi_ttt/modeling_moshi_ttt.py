@@ -20,7 +20,7 @@ from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiG
 from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache
+from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
@@ -221,7 +221,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         rows, num_frames, _ = inputs_embeds.shape
         window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
         if past is not None:
-            past.check(rows, len(self.layers), self.config.ttt_layers)
+            check_cache(past, rows, len(self.layers), self.config.ttt_layers)
             positions, key_positions = past.window(num_frames, lengths)
         else:
             positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
@@ -272,6 +272,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
 
     Raises:
         ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model.
+        TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
 
     _auto_class = "AutoModel"  # saved checkpoints carry the code
@@ -380,7 +381,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     def _delay(self, frames: AlignedFrames, past: MoshiTTTCache | None) -> DelayedSteps:
         if past is None:
             return delay_frames(self.config, frames, None, None)
-        past.check(frames.codes.shape[0], self.config.num_hidden_layers, self.config.ttt_layers)
+        check_cache(past, frames.codes.shape[0], self.config.num_hidden_layers, self.config.ttt_layers)
         return delay_frames(self.config, frames, past.codes, past.labels)
 
     def _audio_logits(self, hidden_states: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

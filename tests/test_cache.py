@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import cut, random_frames, tiny_model, with_labels
+from transformers import DynamicCache
 
 from modeling_moshi_ttt import MoshiTTTCache
 
@@ -97,6 +98,32 @@ def test_detach_and_to_keep_the_numbers(heard):
     attached.to("cpu")
     assert not attached.ttt_state(0).W1.requires_grad
     assert all(torch.equal(before[name], tensor) for name, tensor in attached.state_dict().items())
+
+
+def test_rows_are_repeated_side_by_side(heard):
+    model, memory, frames = heard
+    straight = go_on(model, copy_of(model, memory), frames)
+    twice = copy_of(model, memory)
+    twice.batch_repeat_interleave(2)
+    assert twice.batch_size == 6
+    repeated = go_on(model, twice, {name: tensor.repeat_interleave(2, dim=0) for name, tensor in frames.items()})
+    assert torch.allclose(repeated, straight.repeat_interleave(2, dim=0), atol=1e-12)
+    with pytest.raises(ValueError, match="repeats=0"):
+        twice.batch_repeat_interleave(0)
+    with pytest.raises(NotImplementedError, match=r"crop\(2\).*fast weights cannot be cut back"):
+        twice.crop(2)
+
+
+def test_caches_of_other_kinds_are_refused_by_name(heard):
+    model, _, frames = heard
+    labelled = with_labels(frames)
+    for wrong in (DynamicCache(), (), "memory"):
+        with pytest.raises(TypeError, match=rf"`past_key_values` is a {type(wrong).__name__}.*model\.new_cache\(batch_size=3\)"):
+            model(**frames, past_key_values=wrong)
+        with pytest.raises(TypeError, match=type(wrong).__name__):
+            model.loss_weights(labelled["text_labels"], labelled["audio_labels"], past_key_values=wrong)
+    with pytest.raises(TypeError, match="DynamicCache"):
+        model.decoder.model(torch.zeros(1, 1, 32, dtype=torch.float64), past_key_values=DynamicCache())
 
 
 def test_a_wrong_num_items_in_batch_moves_no_memory(heard):
