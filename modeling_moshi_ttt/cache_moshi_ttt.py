@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
-from .ttt_state import TTTState
+from .ttt_state import Entry, TTTState, check_entries, check_names, saved_entries
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -76,12 +76,19 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
         return {**held, **{f"ttt.{name}": tensor for name, tensor in state.items()}}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The way back from [`tensors`]."""
+        """The way back from [`tensors`].
+
+        Raises:
+            ValueError: keys without values, an unknown entry, or a TTT state that is not whole.
+        """
+        saved = {name.removeprefix("ttt."): tensor for name, tensor in tensors.items() if name.startswith("ttt.")}
+        attention = [name for name in tensors if not name.startswith("ttt.")]
+        check_names("layer", attention, ("keys", "values") if attention else ())
+        state = TTTState.from_tensors(saved) if saved else None
         self.reset()
-        if "keys" in tensors:
+        if attention:
             self.keep(tensors["keys"], tensors["values"], slice(None))
-        state = {name.removeprefix("ttt."): tensor for name, tensor in tensors.items() if name.startswith("ttt.")}
-        self.ttt_state = TTTState.from_tensors(state) if state else None
+        self.ttt_state = state
 
 
 class MoshiTTTCache(Cache):
@@ -106,6 +113,9 @@ class MoshiTTTCache(Cache):
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
         super().__init__(layers=[MoshiTTTCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
         self.sliding_window, self.ttt_layers = config.sliding_window, list(config.ttt_layers)
+        self._heads = (config.num_key_value_heads, config.head_dim)
+        self._inner = (config.ttt_num_heads, config.ttt_head_dim, 4 * config.ttt_head_dim if config.ttt_mixer == "mlp" else None)
+        self._mini_batch_size = config.ttt_mini_batch_size
         self.initial_tokens = initial_tokens(config, device)  # [1 + K + K_user, M + 1]
         self.frames = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.key_positions = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
@@ -236,22 +246,48 @@ class MoshiTTTCache(Cache):
         return tensors
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore what [`state_dict`] gave.
+        """Restore what [`state_dict`] gave, on this cache's device. What is refused leaves the cache as it was.
+
+        A state of another floating dtype goes on in the model's: keys and values are cast where they are next used.
 
         Raises:
-            ValueError: an entry is missing, or of another batch size.
+            ValueError: an entry is missing, unknown, or of another batch size, shape or dtype: the state is not of this model or not whole.
         """
         missing = {"frames", "key_positions", "codes", "labels", "fresh"} - set(tensors)
         if missing:
             raise ValueError(f"the saved cache lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
-        if tensors["frames"].shape[0] != self.batch_size:
-            raise ValueError(f"the saved cache holds {tensors['frames'].shape[0]} rows, this one {self.batch_size}.")
-        for name in ("frames", "key_positions", "codes", "labels"):
-            setattr(self, name, tensors[name])
-        self.fresh = tensors["fresh"] if bool(tensors["fresh"].any()) else None
+        if tensors["frames"].numel() != self.batch_size:
+            raise ValueError(f"the saved cache holds {tensors['frames'].numel()} rows, this one {self.batch_size}; make a cache of as many.")
+        wanted = self._saved_entries(tensors)
+        check_names("cache", tensors, wanted)
+        check_entries("cache", tensors, wanted)
+        tensors = {name: tensor.to(self.frames.device) for name, tensor in tensors.items()}
         for i, layer in enumerate(self.layers):
             prefix = f"layers.{i}."
             layer.load_tensors({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        for name in ("frames", "key_positions", "codes", "labels"):
+            setattr(self, name, tensors[name])
+        self.fresh = tensors["fresh"] if bool(tensors["fresh"].any()) else None
+
+    def _saved_entries(self, tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
+        """Every entry that a cache of this model saves where its rows stand as in `tensors`."""
+        rows, slots = self.batch_size, tensors["key_positions"].numel() // self.batch_size
+        if slots >= self.sliding_window:
+            raise ValueError(f"the saved cache keeps {slots} frames for attention; with `sliding_window={self.sliding_window}` it must be fewer.")
+        row, integer = (rows,), torch.int64
+        wanted: dict[str, Entry] = {"frames": (row, integer), "fresh": (row, torch.bool), "key_positions": ((rows, slots), integer)}
+        wanted |= {name: (tuple(getattr(self, name).shape), integer) for name in ("codes", "labels")}
+        # A cache may have forgotten its attention, but rows that have heard a frame have learned from it.
+        attention = slots > 0 or any(name.endswith((".keys", ".values")) for name in tensors)
+        learned = bool(tensors["frames"].any()) or any(".ttt." in name for name in tensors)
+        heads, dim = self._heads
+        state = saved_entries(rows, *self._inner, self._mini_batch_size)
+        for i in range(len(self.layers)):
+            if attention:
+                wanted |= {f"layers.{i}.{name}": ((rows, heads, slots, dim), torch.float32) for name in ("keys", "values")}
+            if learned and i in self.ttt_layers:
+                wanted |= {f"layers.{i}.ttt.{name}": entry for name, entry in state.items()}
+        return wanted
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MoshiTTTCache":
         self.frames, self.key_positions, self.codes, self.labels = (
