@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
-from .ttt_state import Entry, TTTState, check_entries, check_names, saved_entries
+from .ttt_state import Entry, TTTState, check_entries, check_names, row_mask, saved_entries
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -180,9 +180,15 @@ class MoshiTTTCache(Cache):
         self.labels = last_frames(labels, self.labels, lengths)
 
     def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
-        """Start these rows (indices, or a bool tensor `[B]`; all of them when None) anew, and leave the others as they are."""
-        chosen = torch.zeros(self.batch_size, dtype=torch.bool, device=self.frames.device)
-        chosen[slice(None) if rows is None else torch.as_tensor(rows, device=chosen.device)] = True
+        """Start these rows (indices, or a bool tensor `[B]`; all of them when None) anew, and leave the others as they are.
+
+        Raises:
+            ValueError: a row that does not exist, or a mask of another length.
+        """
+        device = self.frames.device
+        chosen = torch.ones(self.batch_size, dtype=torch.bool, device=device) if rows is None else row_mask(rows, self.batch_size, device)
+        if not bool(chosen.any()):
+            return
         if bool(chosen.all()):
             for layer in self.layers:
                 layer.reset()

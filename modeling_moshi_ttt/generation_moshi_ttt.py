@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
-from .ttt_state import Entry, check_entries, check_names
+from .ttt_state import Entry, check_entries, check_names, row_mask
 
 UNGENERATED = -2
 ZERO = -1
@@ -137,9 +137,13 @@ class MoshiTTTStream:
         return torch.where(begun, tokens, self.past_key_values.initial_tokens[:, 0])
 
     def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
-        """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed."""
+        """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed.
+
+        Raises:
+            ValueError: a row that does not exist, or a mask of another length.
+        """
+        chosen = slice(None) if rows is None else row_mask(rows, self.batch_size, self._calls.device)
         self.past_key_values.reset(rows)
-        chosen = slice(None) if rows is None else torch.as_tensor(rows, device=self._calls.device)
         self._calls, self._said, self._heard = self._calls.clone(), self._said.clone(), self._heard.clone()
         self._calls[chosen], self._said[chosen], self._heard[chosen] = 0, UNGENERATED, ZERO
 

@@ -125,7 +125,7 @@ class TTTState:
             raise ValueError(f"initial has {initial.batch_size} rows; the state has {self.batch_size}, so it needs 1 or {self.batch_size}")
         if initial.mini_batch_size:
             raise ValueError("initial has already consumed frames; make it with TTTState.initial(...)")
-        chosen = _row_mask(rows, self.batch_size, self.W1.device)
+        chosen = row_mask(rows, self.batch_size, self.W1.device)
 
         def blend(x: Tensor, fresh: Tensor) -> Tensor:
             return torch.where(chosen.view(-1, *(1,) * (x.dim() - 1)), fresh.to(x), x)
@@ -217,13 +217,19 @@ def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """`[B]` bool from indices or from such a mask."""
+def row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """`[B]` bool from indices (none of them: no row) or from such a mask.
+
+    Raises:
+        ValueError: a mask of another length, or a row that does not exist; rows are not counted from the end.
+    """
     rows = torch.as_tensor(rows, device=device)
     if rows.dtype == torch.bool:
         if rows.shape != (batch_size,):
-            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows")
+            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows, so it needs as many entries")
         return rows
+    if rows.is_floating_point() and rows.numel():  # an empty list comes as float
+        raise ValueError(f"rows {rows.tolist()} are {rows.dtype}; they must be integers, or a bool mask [{batch_size}]")
     rows = rows.to(torch.int64).reshape(-1)
     if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < batch_size):
         raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")

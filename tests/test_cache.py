@@ -175,6 +175,25 @@ def test_a_state_of_another_dtype_goes_on_in_the_models(saved, into):
     assert {tensor.dtype for layer in memory.layers for tensor in layer.past} == {into}
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([3], "rows 0 to 2"), ([-1], r"\[-1\] are out of range"), (torch.tensor([True, False]), "mask of shape .2"), ([0.5], "must be integers")],
+)
+def test_rows_that_do_not_exist_are_refused(heard, rows, words):
+    model, memory, _ = heard
+    with pytest.raises(ValueError, match=words):
+        copy_of(model, memory).reset(rows)
+
+
+def test_resetting_no_row_changes_nothing(heard):
+    model, memory, _ = heard
+    for rows in ([], torch.zeros(3, dtype=torch.bool), torch.zeros(0, dtype=torch.long)):
+        same = copy_of(model, memory)
+        same.reset(rows)
+        assert same.fresh is None
+        assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in memory.state_dict().items())
+
+
 def test_rows_are_repeated_side_by_side(heard):
     model, memory, frames = heard
     straight = go_on(model, copy_of(model, memory), frames)

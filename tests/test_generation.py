@@ -96,6 +96,17 @@ def test_a_saved_stream_goes_on_in_a_model_of_another_dtype(model):
     assert talk(resumed, user[..., 9:]).shape == (2, 4, 3)
 
 
+def test_only_rows_that_exist_are_reset(model):
+    user = user_codes(model, rows=2, frames=12)
+    stream, other = model.new_stream(2, do_sample=False), model.new_stream(2, do_sample=False)
+    assert torch.equal(talk(stream, user[..., :8]), talk(other, user[..., :8]))
+    stream.reset([])
+    for rows, words in (([2], "rows 0 to 1"), ([-1], "out of range"), (torch.ones(3, dtype=torch.bool), "mask of shape .3")):
+        with pytest.raises(ValueError, match=words):
+            stream.reset(rows)
+    assert torch.equal(talk(stream, user[..., 8:]), talk(other, user[..., 8:]))
+
+
 def test_memory_does_not_grow_with_the_conversation(model):
     def size(stream) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in stream.state_dict().values())
