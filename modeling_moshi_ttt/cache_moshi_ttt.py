@@ -263,7 +263,7 @@ class MoshiTTTCache(Cache):
         if missing:
             raise ValueError(f"the saved cache lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
         if tensors["frames"].numel() != self.batch_size:
-            raise ValueError(f"the saved cache holds {tensors['frames'].numel()} rows, this one {self.batch_size}; make a cache of as many.")
+            raise ValueError(f"the saved cache holds {tensors['frames'].numel()} rows, this one {self.batch_size}; make one of as many.")
         wanted = self._saved_entries(tensors)
         check_names("cache", tensors, wanted)
         check_entries("cache", tensors, wanted)
@@ -279,7 +279,7 @@ class MoshiTTTCache(Cache):
         """Every entry that a cache of this model saves where its rows stand as in `tensors`."""
         rows, slots = self.batch_size, tensors["key_positions"].numel() // self.batch_size
         if slots >= self.sliding_window:
-            raise ValueError(f"the saved cache keeps {slots} frames for attention; with `sliding_window={self.sliding_window}` it must be fewer.")
+            raise ValueError(f"the saved cache keeps {slots} frames for attention; `sliding_window={self.sliding_window}` needs fewer.")
         row, integer = (rows,), torch.int64
         wanted: dict[str, Entry] = {"frames": (row, integer), "fresh": (row, torch.bool), "key_positions": ((rows, slots), integer)}
         wanted |= {name: (tuple(getattr(self, name).shape), integer) for name in ("codes", "labels")}
@@ -315,7 +315,7 @@ def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_laye
     # By what it has, not by class: code from the Hub and the installed package each have their own MoshiTTTCache.
     if not hasattr(past_key_values, "ttt_state"):
         kind = type(past_key_values).__name__
-        raise TypeError(f"`past_key_values` is a {kind}, which has no TTT memory; make one with `model.new_cache(batch_size={batch_size})`.")
+        raise TypeError(f"`past_key_values` is a {kind}, without TTT memory; make one with `model.new_cache(batch_size={batch_size})`.")
     past_key_values.check(batch_size, num_layers, ttt_layers)
 
 

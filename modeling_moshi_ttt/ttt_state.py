@@ -210,7 +210,7 @@ def check_entries(what: str, tensors: Mapping[str, Tensor], wanted: Mapping[str,
         if tuple(found.shape) != shape:
             raise ValueError(f"{name} of the saved {what} has shape {tuple(found.shape)} where {shape} is needed; make it alike.")
         if found.dtype != dtype and not (found.is_floating_point() and dtype.is_floating_point):
-            raise ValueError(f"{name} of the saved {what} has dtype {found.dtype} where {dtype} is needed; save it as `state_dict()` gives it.")
+            raise ValueError(f"{name} of the saved {what} has dtype {found.dtype} where {dtype} is needed; save what `state_dict()` gives.")
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
