@@ -38,7 +38,8 @@ class MoshiTTTAttention(MoshiAttention):
         )
         q, k = apply_rotary_pos_emb(q, k, *frames.rotary)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            # A loaded memory may be of another dtype than this model.
+            k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         attended, _ = attend(self, q, k, v, frames.visible, dropout=dropout, scaling=self.scaling)  # [B, T, H, D]

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
-from .ttt_state import TTTState
+from .ttt_state import Entry, TTTState, check_entries, check_names, row_mask, saved_entries
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -76,12 +76,19 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
         return {**held, **{f"ttt.{name}": tensor for name, tensor in state.items()}}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The way back from [`tensors`]."""
+        """The way back from [`tensors`].
+
+        Raises:
+            ValueError: keys without values, an unknown entry, or a TTT state that is not whole.
+        """
+        saved = {name.removeprefix("ttt."): tensor for name, tensor in tensors.items() if name.startswith("ttt.")}
+        attention = [name for name in tensors if not name.startswith("ttt.")]
+        check_names("layer", attention, ("keys", "values") if attention else ())
+        state = TTTState.from_tensors(saved) if saved else None
         self.reset()
-        if "keys" in tensors:
+        if attention:
             self.keep(tensors["keys"], tensors["values"], slice(None))
-        state = {name.removeprefix("ttt."): tensor for name, tensor in tensors.items() if name.startswith("ttt.")}
-        self.ttt_state = TTTState.from_tensors(state) if state else None
+        self.ttt_state = state
 
 
 class MoshiTTTCache(Cache):
@@ -106,6 +113,9 @@ class MoshiTTTCache(Cache):
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
         super().__init__(layers=[MoshiTTTCacheLayer(config.sliding_window) for _ in range(config.num_hidden_layers)])
         self.sliding_window, self.ttt_layers = config.sliding_window, list(config.ttt_layers)
+        self._heads = (config.num_key_value_heads, config.head_dim)
+        self._inner = (config.ttt_num_heads, config.ttt_head_dim, 4 * config.ttt_head_dim if config.ttt_mixer == "mlp" else None)
+        self._mini_batch_size = config.ttt_mini_batch_size
         self.initial_tokens = initial_tokens(config, device)  # [1 + K + K_user, M + 1]
         self.frames = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.key_positions = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
@@ -170,9 +180,15 @@ class MoshiTTTCache(Cache):
         self.labels = last_frames(labels, self.labels, lengths)
 
     def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
-        """Start these rows (indices, or a bool tensor `[B]`; all of them when None) anew, and leave the others as they are."""
-        chosen = torch.zeros(self.batch_size, dtype=torch.bool, device=self.frames.device)
-        chosen[slice(None) if rows is None else torch.as_tensor(rows, device=chosen.device)] = True
+        """Start these rows (indices, or a bool tensor `[B]`; all of them when None) anew, and leave the others as they are.
+
+        Raises:
+            ValueError: a row that does not exist, or a mask of another length.
+        """
+        device = self.frames.device
+        chosen = torch.ones(self.batch_size, dtype=torch.bool, device=device) if rows is None else row_mask(rows, self.batch_size, device)
+        if not bool(chosen.any()):
+            return
         if bool(chosen.all()):
             for layer in self.layers:
                 layer.reset()
@@ -207,6 +223,22 @@ class MoshiTTTCache(Cache):
         """Keep these rows, in this order; a row may occur more than once."""
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies side by side; each then goes its own way."""
+        if repeats < 1:
+            raise ValueError(f"`repeats={repeats}` must be at least 1.")
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not to be had: the fast weights have learned from the frames that would be removed.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"`crop({tokens_to_remove})`: fast weights cannot be cut back to an earlier frame; keep a `state_dict()` of it and load that."
+        )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The most frames any row has heard since its start (not only those kept)."""
         return int(self.frames.max())
@@ -220,22 +252,48 @@ class MoshiTTTCache(Cache):
         return tensors
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore what [`state_dict`] gave.
+        """Restore what [`state_dict`] gave, on this cache's device. What is refused leaves the cache as it was.
+
+        A state of another floating dtype goes on in the model's: keys and values are cast where they are next used.
 
         Raises:
-            ValueError: an entry is missing, or of another batch size.
+            ValueError: an entry is missing, unknown, or of another batch size, shape or dtype: the state is not of this model or not whole.
         """
         missing = {"frames", "key_positions", "codes", "labels", "fresh"} - set(tensors)
         if missing:
             raise ValueError(f"the saved cache lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
-        if tensors["frames"].shape[0] != self.batch_size:
-            raise ValueError(f"the saved cache holds {tensors['frames'].shape[0]} rows, this one {self.batch_size}.")
-        for name in ("frames", "key_positions", "codes", "labels"):
-            setattr(self, name, tensors[name])
-        self.fresh = tensors["fresh"] if bool(tensors["fresh"].any()) else None
+        if tensors["frames"].numel() != self.batch_size:
+            raise ValueError(f"the saved cache holds {tensors['frames'].numel()} rows, this one {self.batch_size}; make one of as many.")
+        wanted = self._saved_entries(tensors)
+        check_names("cache", tensors, wanted)
+        check_entries("cache", tensors, wanted)
+        tensors = {name: tensor.to(self.frames.device) for name, tensor in tensors.items()}
         for i, layer in enumerate(self.layers):
             prefix = f"layers.{i}."
             layer.load_tensors({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+        for name in ("frames", "key_positions", "codes", "labels"):
+            setattr(self, name, tensors[name])
+        self.fresh = tensors["fresh"] if bool(tensors["fresh"].any()) else None
+
+    def _saved_entries(self, tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
+        """Every entry that a cache of this model saves where its rows stand as in `tensors`."""
+        rows, slots = self.batch_size, tensors["key_positions"].numel() // self.batch_size
+        if slots >= self.sliding_window:
+            raise ValueError(f"the saved cache keeps {slots} frames for attention; `sliding_window={self.sliding_window}` needs fewer.")
+        row, integer = (rows,), torch.int64
+        wanted: dict[str, Entry] = {"frames": (row, integer), "fresh": (row, torch.bool), "key_positions": ((rows, slots), integer)}
+        wanted |= {name: (tuple(getattr(self, name).shape), integer) for name in ("codes", "labels")}
+        # A cache may have forgotten its attention, but rows that have heard a frame have learned from it.
+        attention = slots > 0 or any(name.endswith((".keys", ".values")) for name in tensors)
+        learned = bool(tensors["frames"].any()) or any(".ttt." in name for name in tensors)
+        heads, dim = self._heads
+        state = saved_entries(rows, *self._inner, self._mini_batch_size)
+        for i in range(len(self.layers)):
+            if attention:
+                wanted |= {f"layers.{i}.{name}": ((rows, heads, slots, dim), torch.float32) for name in ("keys", "values")}
+            if learned and i in self.ttt_layers:
+                wanted |= {f"layers.{i}.ttt.{name}": entry for name, entry in state.items()}
+        return wanted
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MoshiTTTCache":
         self.frames, self.key_positions, self.codes, self.labels = (
@@ -245,6 +303,20 @@ class MoshiTTTCache(Cache):
         for layer in self.layers:
             layer.load_tensors({name: change(tensor) for name, tensor in layer.tensors().items()})
         return self
+
+
+def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_layers: list[int] | str) -> None:
+    """As [`MoshiTTTCache.check`], of whatever a caller gave as `past_key_values`.
+
+    Raises:
+        TypeError: it is not a MoshiTTTCache.
+        ValueError: it is of another batch or model.
+    """
+    # By what it has, not by class: code from the Hub and the installed package each have their own MoshiTTTCache.
+    if not hasattr(past_key_values, "ttt_state"):
+        kind = type(past_key_values).__name__
+        raise TypeError(f"`past_key_values` is a {kind}, without TTT memory; make one with `model.new_cache(batch_size={batch_size})`.")
+    past_key_values.check(batch_size, num_layers, ttt_layers)
 
 
 def window_slots(length: int, sliding_window: int) -> slice:

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
 from .frames_moshi_ttt import ZERO, check_tokens
+from .ttt_state import Entry, check_entries, check_names, row_mask
 
 UNGENERATED = -2
 LABELS = ("text_labels", "audio_labels")  # of a processor's batch
@@ -137,9 +138,13 @@ class MoshiTTTStream:
         return torch.where(begun, tokens, self.past_key_values.initial_tokens[:, 0])
 
     def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
-        """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed."""
+        """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed.
+
+        Raises:
+            ValueError: a row that does not exist, or a mask of another length.
+        """
+        chosen = slice(None) if rows is None else row_mask(rows, self.batch_size, self._calls.device)
         self.past_key_values.reset(rows)
-        chosen = slice(None) if rows is None else torch.as_tensor(rows, device=self._calls.device)
         self._calls, self._said, self._heard = self._calls.clone(), self._said.clone(), self._heard.clone()
         self._calls[chosen], self._said[chosen], self._heard[chosen] = 0, UNGENERATED, ZERO
 
@@ -151,21 +156,24 @@ class MoshiTTTStream:
         return tensors | {f"past_key_values.{name}": tensor for name, tensor in self.past_key_values.state_dict().items()}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on exactly where [`state_dict`] was taken.
+        """Go on exactly where [`state_dict`] was taken, on the model's device. What is refused leaves the stream as it was.
 
         Raises:
-            ValueError: an entry is missing, or of another batch size.
+            ValueError: an entry is missing, unknown, or of another batch size, shape or dtype: the state is not of this model or not whole.
         """
-        missing = {"calls", "said", "heard"} - set(tensors)
-        if missing:
-            raise ValueError(f"the saved stream lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
-        if tensors["said"].shape != self._said.shape or tensors["heard"].shape != self._heard.shape:
-            raise ValueError(f"the saved stream has shapes {tuple(tensors['said'].shape)}, this one {tuple(self._said.shape)}; make it alike.")
-        prefix = "past_key_values."
+        prefix, generator = "past_key_values.", self.sampling.generator
+        wanted: dict[str, Entry] = {
+            name: (tuple(own.shape), own.dtype) for name, own in (("calls", self._calls), ("said", self._said), ("heard", self._heard))
+        }
+        own = [name for name in tensors if not name.startswith(prefix) and name != "generator"]
+        check_names("stream", own, wanted)
+        if generator is not None and "generator" in tensors:
+            wanted["generator"] = (tuple(generator.get_state().shape), torch.uint8)
+        check_entries("stream", tensors, wanted)
         self.past_key_values.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        self._calls, self._said, self._heard = tensors["calls"], tensors["said"], tensors["heard"]
-        if self.sampling.generator is not None and "generator" in tensors:
-            self.sampling.generator.set_state(tensors["generator"])
+        self._calls, self._said, self._heard = (tensors[name].to(self._calls.device) for name in ("calls", "said", "heard"))
+        if generator is not None and "generator" in tensors:
+            generator.set_state(tensors["generator"].cpu())
 
     def _check(self, user_codes: torch.Tensor) -> None:
         check_tokens("user_codes", user_codes, tuple(self._heard.shape[:2]), ZERO, self.model.config.audio_vocab_size)

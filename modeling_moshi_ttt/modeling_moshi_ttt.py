@@ -20,7 +20,7 @@ from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiG
 from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache
+from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
@@ -221,7 +221,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         rows, num_frames, _ = inputs_embeds.shape
         window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
         if past is not None:
-            past.check(rows, len(self.layers), self.config.ttt_layers)
+            check_cache(past, rows, len(self.layers), self.config.ttt_layers)
             positions, key_positions = past.window(num_frames, lengths)
         else:
             positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
@@ -272,6 +272,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
 
     Raises:
         ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model.
+        TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
 
     _auto_class = "AutoModel"  # saved checkpoints carry the code
@@ -338,6 +339,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
+        whole = self._whole_weights(num_items_in_batch)  # here, before any memory moves
         past = past_key_values
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
@@ -351,7 +353,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
         result = MoshiTTTOutput(logits=logits, audio_logits=audio_logits, **outputs)
-        result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, num_items_in_batch)
+        result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, whole)
         losses = [loss for loss in (result.text_loss, result.audio_loss) if loss is not None]
         result.loss = torch.stack(losses).sum() if losses else None
         if past is not None:
@@ -379,7 +381,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     def _delay(self, frames: AlignedFrames, past: MoshiTTTCache | None) -> DelayedSteps:
         if past is None:
             return delay_frames(self.config, frames, None, None)
-        past.check(frames.codes.shape[0], self.config.num_hidden_layers, self.config.ttt_layers)
+        check_cache(past, frames.codes.shape[0], self.config.num_hidden_layers, self.config.ttt_layers)
         return delay_frames(self.config, frames, past.codes, past.labels)
 
     def _audio_logits(self, hidden_states: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -397,9 +399,9 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         )
 
     def _losses(
-        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, num_items_in_batch: torch.Tensor | int | None
+        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, whole: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        """Text and audio loss; None where there are no labels."""
+        """Text and audio loss, divided by `whole` `[2]` where given; None where there are no labels."""
         losses: list[torch.Tensor | None] = []
         labels = (steps.text_labels, steps.audio_labels)
         for i, (scores, targets, weights) in enumerate(zip((logits, audio_logits), labels, self._weights(steps))):
@@ -407,17 +409,18 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
                 losses.append(None)
                 continue
             total, weight = weighted_cross_entropy(scores, targets, weights)
-            losses.append(mean_loss(total, weight if num_items_in_batch is None else self._whole_weight(num_items_in_batch, i).to(weight)))
+            losses.append(mean_loss(total, weight if whole is None else whole[i].to(weight)))
         return losses
 
-    def _whole_weight(self, num_items_in_batch: torch.Tensor | int, stream: int) -> torch.Tensor:
-        """What a stream's loss sum is divided by: its weight in the whole batch, or what that many frames weigh."""
-        whole = torch.as_tensor(num_items_in_batch)
-        if whole.numel() == 2:
-            return whole.flatten()[stream]
-        if whole.numel() != 1:
+    def _whole_weights(self, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
+        """`[2]`, what the (text, audio) loss sums are divided by: their weights in the whole batch, or what that many frames weigh."""
+        if num_items_in_batch is None:
+            return None
+        whole = torch.as_tensor(num_items_in_batch).flatten()
+        if whole.numel() not in (1, 2):
             raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
-        return whole * (1.0 if stream == 0 else self.config.semantic_loss_weight + self.config.num_codebooks - 1)
+        weights = (1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1)
+        return whole if whole.numel() == 2 else torch.cat([whole * weight for weight in weights])
 
 
 def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:

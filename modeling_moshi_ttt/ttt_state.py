@@ -5,7 +5,7 @@ Shape letters: B rows (streams), H heads, D head dimension, F hidden width of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor
 
 WEIGHT_NAMES = ("W1", "b1", "W2", "b2")
 TOKEN_NAMES = ("k", "v", "lr", "frames")
+
+# What a saved entry has to be: its shape and its dtype.
+Entry = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +125,7 @@ class TTTState:
             raise ValueError(f"initial has {initial.batch_size} rows; the state has {self.batch_size}, so it needs 1 or {self.batch_size}")
         if initial.mini_batch_size:
             raise ValueError("initial has already consumed frames; make it with TTTState.initial(...)")
-        chosen = _row_mask(rows, self.batch_size, self.W1.device)
+        chosen = row_mask(rows, self.batch_size, self.W1.device)
 
         def blend(x: Tensor, fresh: Tensor) -> Tensor:
             return torch.where(chosen.view(-1, *(1,) * (x.dim() - 1)), fresh.to(x), x)
@@ -149,16 +152,16 @@ class TTTState:
         """The state that gave these `tensors()`.
 
         Raises:
-            ValueError: a tensor is missing, unknown, or of a shape that does not fit the others.
+            ValueError: a tensor is missing, unknown, or of a shape or dtype that does not fit the others.
         """
-        mixer = WEIGHT_NAMES if "W2" in tensors or "b2" in tensors else WEIGHT_NAMES[:2]
-        if missing := [name for name in (*mixer, *TOKEN_NAMES) if name not in tensors]:
-            raise ValueError(f"the saved TTT state lacks {', '.join(missing)}")
-        if unknown := sorted(set(tensors) - {*mixer, *TOKEN_NAMES}):
-            raise ValueError(f"the saved TTT state has unknown entries {', '.join(unknown)}")
-        state = cls.of(tuple(tensors[name] for name in mixer), *(tensors[name] for name in TOKEN_NAMES))
-        _check_saved_shapes(state)
-        return state
+        names = WEIGHT_NAMES if "W2" in tensors or "b2" in tensors else WEIGHT_NAMES[:2]
+        check_names("TTT state", tensors, (*names, *TOKEN_NAMES))
+        W1, k = tensors["W1"], tensors["k"]
+        if W1.dim() != 4 or k.dim() != 4:
+            raise ValueError(f"W1 {tuple(W1.shape)} and k {tuple(k.shape)} of the saved TTT state must have 4 dimensions")
+        rows, heads, dim, width = W1.shape
+        check_entries("TTT state", tensors, saved_entries(rows, heads, dim, width if "W2" in names else None, k.shape[1]))
+        return cls.of(tuple(tensors[name] for name in names), *(tensors[name] for name in TOKEN_NAMES))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
         """The state with every tensor changed; the decoding factors are dropped, to be made again from the tokens."""
@@ -181,25 +184,52 @@ def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: 
     return heads, dim
 
 
-def _check_saved_shapes(state: TTTState) -> None:
-    if state.W1.dim() != 4 or state.k.dim() != 4:
-        raise ValueError(f"W1 {tuple(state.W1.shape)} and k {tuple(state.k.shape)} of the saved TTT state must have 4 dimensions")
-    _check_initial_shapes(*(w[0] for w in state.weights))
-    rows, heads, dim = state.W1.shape[:3]
-    slots = state.mini_batch_size
-    wanted = {"k": (rows, slots, heads, dim), "v": (rows, slots, heads, dim), "lr": (rows, slots, heads), "frames": (rows,)}
-    for name, shape in wanted.items():
-        if tuple(getattr(state, name).shape) != shape:
-            raise ValueError(f"{name} of the saved TTT state has shape {tuple(getattr(state, name).shape)}; it must be {shape}")
+def saved_entries(rows: int, heads: int, dim: int, width: int | None, slots: int) -> dict[str, Entry]:
+    """What `TTTState.tensors()` gives by name; `width` is F of the MLP, None for the linear mixer."""
+    inner = dim if width is None else width
+    shapes: dict[str, tuple[int, ...]] = {"W1": (rows, heads, dim, inner), "b1": (rows, heads, 1, inner)}
+    if width is not None:
+        shapes |= {"W2": (rows, heads, width, dim), "b2": (rows, heads, 1, dim)}
+    shapes |= {"k": (rows, slots, heads, dim), "v": (rows, slots, heads, dim), "lr": (rows, slots, heads)}
+    return {name: (shape, torch.float32) for name, shape in shapes.items()} | {"frames": ((rows,), torch.int64)}
 
 
-def _row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """`[B]` bool from indices or from such a mask."""
+def check_names(what: str, tensors: Iterable[str], wanted: Iterable[str]) -> None:
+    """ValueError unless the saved `what` has exactly these entries."""
+    given, wanted = set(tensors), list(wanted)
+    if missing := [name for name in wanted if name not in given]:
+        raise ValueError(f"the saved {what} lacks {_some(missing)}; load all of a state that the same model saved.")
+    if unknown := sorted(given - set(wanted)):
+        raise ValueError(f"the saved {what} has unknown entries {_some(unknown)}; load a state that the same model saved.")
+
+
+def check_entries(what: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Entry]) -> None:
+    """ValueError unless these entries of the saved `what` have these shapes and dtypes; floats may be of another width."""
+    for name, (shape, dtype) in wanted.items():
+        found = tensors[name]
+        if tuple(found.shape) != shape:
+            raise ValueError(f"{name} of the saved {what} has shape {tuple(found.shape)} where {shape} is needed; make it alike.")
+        if found.dtype != dtype and not (found.is_floating_point() and dtype.is_floating_point):
+            raise ValueError(f"{name} of the saved {what} has dtype {found.dtype} where {dtype} is needed; save what `state_dict()` gives.")
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """`[B]` bool from indices (none of them: no row) or from such a mask.
+
+    Raises:
+        ValueError: a mask of another length, or a row that does not exist; rows are not counted from the end.
+    """
     rows = torch.as_tensor(rows, device=device)
     if rows.dtype == torch.bool:
         if rows.shape != (batch_size,):
-            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows")
+            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows, so it needs as many entries")
         return rows
+    if rows.is_floating_point() and rows.numel():  # an empty list comes as float
+        raise ValueError(f"rows {rows.tolist()} are {rows.dtype}; they must be integers, or a bool mask [{batch_size}]")
     rows = rows.to(torch.int64).reshape(-1)
     if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < batch_size):
         raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import cut, random_frames, tiny_model
+from tiny import cut, random_frames, tiny_model, with_labels
+from transformers import DynamicCache
 
 from modeling_moshi_ttt import MoshiTTTCache
 
@@ -97,6 +98,142 @@ def test_detach_and_to_keep_the_numbers(heard):
     attached.to("cpu")
     assert not attached.ttt_state(0).W1.requires_grad
     assert all(torch.equal(before[name], tensor) for name, tensor in attached.state_dict().items())
+
+
+def saved_by(model, rows: int = 2, frames: int = 11) -> dict[str, torch.Tensor]:
+    memory = model.new_cache(rows)
+    with torch.no_grad():
+        model(**random_frames(model.config, rows, frames), past_key_values=memory)
+    return memory.state_dict()
+
+
+def refused(model, state: dict[str, torch.Tensor], words: str, rows: int = 2) -> None:
+    """The state is refused with these words, and a memory that has heard something stays as it was."""
+    memory = model.new_cache(rows)
+    memory.load_state_dict(saved_by(model, rows, 3))
+    before = memory.state_dict()
+    with pytest.raises(ValueError, match=words):
+        memory.load_state_dict(state)
+    after = memory.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_state_of_other_ttt_layers_is_refused():
+    """It would be taken with some of its memory gone."""
+    some, all_three = (tiny_model(num_hidden_layers=3, ttt_layers=layers) for layers in ([0, 2], "all"))
+    refused(all_three, saved_by(some), r"lacks layers\.1\.ttt\.W1, .*same model")
+    refused(some, saved_by(all_three), r"unknown entries layers\.1\.ttt\.W1")
+    refused(tiny_model(), saved_by(all_three), r"unknown entries layers\.2\.keys")
+    refused(all_three, saved_by(tiny_model()), r"lacks layers\.2\.keys")
+    refused(tiny_model(num_hidden_layers=3, ttt_layers=[]), saved_by(all_three), r"unknown entries layers\.0\.ttt")
+
+
+def test_a_state_of_other_sizes_is_refused(heard):
+    model, own = heard[0], saved_by(heard[0])
+    refused(model, saved_by(tiny_model(ttt_mixer="linear")), r"lacks layers\.0\.ttt\.W2")
+    refused(model, saved_by(tiny_model(ttt_num_heads=4)), r"layers\.0\.ttt\.W1 of the saved cache has shape \(2, 4, 8, 32\)")
+    refused(model, saved_by(tiny_model(ttt_mini_batch_size=8)), r"layers\.0\.ttt\.k .*\(2, 8, 2, 16\) where \(2, 4, 2, 16\)")
+    refused(model, saved_by(tiny_model(num_attention_heads=4)), r"layers\.0\.keys of the saved cache has shape \(2, 4, 7, 8\)")
+    refused(model, saved_by(tiny_model(sliding_window=10)), "keeps 9 frames.*sliding_window=8")
+    refused(model, saved_by(tiny_model(audio_delays=[0, 2, 2, 0, 1, 1])), "codes of the saved cache has shape")
+    for name in ("layers.1.values", "layers.1.ttt.b1", "layers.1.ttt.frames", "fresh", "key_positions"):
+        refused(model, own | {name: own[name][:1]}, rf"{name} of the saved cache has shape")
+    refused(model, own | {"frames": own["frames"].double()}, "frames of the saved cache has dtype torch.float64 where torch.int64")
+
+
+def test_a_state_that_is_not_whole_is_refused(heard):
+    model, own = heard[0], saved_by(heard[0])
+    for part in ("layers.1.values", "layers.1.keys", "layers.0.ttt.lr", "fresh"):
+        refused(model, {name: tensor for name, tensor in own.items() if name != part}, f"lacks {part}")
+    refused(model, {name: tensor for name, tensor in own.items() if ".ttt." not in name}, "lacks layers.0.ttt.W1, .* and 10 more")
+    refused(model, {name: tensor for name, tensor in own.items() if "layers.1" not in name}, "lacks layers.1.keys")
+    refused(model, own | {"layers.0.ttt.W9": own["frames"]}, "unknown entries layers.0.ttt.W9")
+    layer = model.new_cache(2).layers[0]
+    with pytest.raises(ValueError, match="lacks values"):
+        layer.load_tensors({"keys": own["layers.0.keys"]})
+
+
+def test_memories_that_hold_less_are_loaded(heard):
+    """Before the first frame, after every row was reset, and with the attention forgotten."""
+    model, memory, frames = heard
+    assert torch.equal(go_on(model, copy_of(model, model.new_cache(3)), frames), go_on(model, model.new_cache(3), frames))
+
+    def row_by_row(cache):
+        for row in range(3):
+            cache.reset([row])
+
+    for change in (MoshiTTTCache.forget_attention, MoshiTTTCache.reset, row_by_row):
+        changed = copy_of(model, memory)
+        change(changed)
+        assert torch.equal(go_on(model, copy_of(model, changed), frames), go_on(model, changed, frames))
+
+
+@pytest.mark.parametrize(
+    ("saved", "into"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float32)]
+)
+def test_a_state_of_another_dtype_goes_on_in_the_models(saved, into):
+    source, model = tiny_model(saved), tiny_model(into)
+    memory = model.new_cache(2)
+    memory.load_state_dict(saved_by(source))
+    for step in range(2):
+        frames = random_frames(model.config, 2, 1, seed=step)
+        assert go_on(model, memory, frames).dtype == into
+    assert {tensor.dtype for layer in memory.layers for tensor in layer.past} == {into}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([3], "rows 0 to 2"), ([-1], r"\[-1\] are out of range"), (torch.tensor([True, False]), "mask of shape .2"), ([0.5], "must be integers")],
+)
+def test_rows_that_do_not_exist_are_refused(heard, rows, words):
+    model, memory, _ = heard
+    with pytest.raises(ValueError, match=words):
+        copy_of(model, memory).reset(rows)
+
+
+def test_resetting_no_row_changes_nothing(heard):
+    model, memory, _ = heard
+    for rows in ([], torch.zeros(3, dtype=torch.bool), torch.zeros(0, dtype=torch.long)):
+        same = copy_of(model, memory)
+        same.reset(rows)
+        assert same.fresh is None
+        assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in memory.state_dict().items())
+
+
+def test_rows_are_repeated_side_by_side(heard):
+    model, memory, frames = heard
+    straight = go_on(model, copy_of(model, memory), frames)
+    twice = copy_of(model, memory)
+    twice.batch_repeat_interleave(2)
+    assert twice.batch_size == 6
+    repeated = go_on(model, twice, {name: tensor.repeat_interleave(2, dim=0) for name, tensor in frames.items()})
+    assert torch.allclose(repeated, straight.repeat_interleave(2, dim=0), atol=1e-12)
+    with pytest.raises(ValueError, match="repeats=0"):
+        twice.batch_repeat_interleave(0)
+    with pytest.raises(NotImplementedError, match=r"crop\(2\).*fast weights cannot be cut back"):
+        twice.crop(2)
+
+
+def test_caches_of_other_kinds_are_refused_by_name(heard):
+    model, _, frames = heard
+    labelled = with_labels(frames)
+    for wrong in (DynamicCache(), (), "memory"):
+        with pytest.raises(TypeError, match=rf"`past_key_values` is a {type(wrong).__name__}.*model\.new_cache\(batch_size=3\)"):
+            model(**frames, past_key_values=wrong)
+        with pytest.raises(TypeError, match=type(wrong).__name__):
+            model.loss_weights(labelled["text_labels"], labelled["audio_labels"], past_key_values=wrong)
+    with pytest.raises(TypeError, match="DynamicCache"):
+        model.decoder.model(torch.zeros(1, 1, 32, dtype=torch.float64), past_key_values=DynamicCache())
+
+
+def test_a_wrong_num_items_in_batch_moves_no_memory(heard):
+    model, memory, frames = heard
+    kept = copy_of(model, memory)
+    for wrong in (torch.ones(3), torch.ones(0)):
+        with pytest.raises(ValueError, match=f"`num_items_in_batch` holds {wrong.numel()} numbers"):
+            model(**with_labels(frames), past_key_values=kept, num_items_in_batch=wrong)
+    assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in memory.state_dict().items())
 
 
 def test_refusals(heard):

@@ -64,6 +64,49 @@ def test_a_saved_stream_goes_on_exactly(model, tmp_path):
     assert torch.equal(talk(resumed, user[..., 13:]), expected)
 
 
+def test_a_state_of_another_stream_is_refused_and_changes_nothing(model):
+    saved = model.new_stream(2, generator=torch.Generator().manual_seed(1))
+    talk(saved, user_codes(model, rows=2, frames=5))
+    saved = saved.state_dict()
+    stream = model.new_stream(2, generator=torch.Generator())
+    before = {name: tensor.clone() for name, tensor in stream.state_dict().items()}
+    name = "past_key_values.layers.1.ttt.W1"
+    changes = [
+        ({name: None}, "saved cache lacks layers.1.ttt.W1"),
+        ({"tone": saved["calls"]}, "saved stream has unknown entries tone"),
+        ({"calls": saved["calls"][:1]}, r"calls of the saved stream has shape \(1,\)"),
+        ({"heard": saved["heard"][:, :2]}, r"heard of the saved stream has shape"),
+        ({"said": saved["said"].float()}, "said of the saved stream has dtype torch.float32"),
+        ({"generator": saved["generator"][:16]}, "generator of the saved stream has shape"),
+    ]
+    for change, words in changes:
+        with pytest.raises(ValueError, match=words):
+            stream.load_state_dict({n: t for n, t in {**saved, **change}.items() if t is not None})
+    after = stream.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_saved_stream_goes_on_in_a_model_of_another_dtype(model):
+    full, short = tiny_model(torch.float32), tiny_model(torch.bfloat16)
+    user = user_codes(model, rows=2, frames=12)
+    stream, resumed = full.new_stream(2), short.new_stream(2)
+    talk(stream, user[..., :9])
+    resumed.load_state_dict(stream.state_dict())
+    assert talk(resumed, user[..., 9:]).shape == (2, 4, 3)
+
+
+def test_only_rows_that_exist_are_reset(model):
+    user = user_codes(model, rows=2, frames=12)
+    stream, other = model.new_stream(2, do_sample=False), model.new_stream(2, do_sample=False)
+    assert torch.equal(talk(stream, user[..., :8]), talk(other, user[..., :8]))
+    stream.reset([])
+    for rows, words in (([2], "rows 0 to 1"), ([-1], "out of range"), (torch.ones(3, dtype=torch.bool), "mask of shape .3")):
+        with pytest.raises(ValueError, match=words):
+            stream.reset(rows)
+    assert torch.equal(talk(stream, user[..., 8:]), talk(other, user[..., 8:]))
+
+
 def test_memory_does_not_grow_with_the_conversation(model):
     def size(stream) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in stream.state_dict().values())

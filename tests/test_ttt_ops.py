@@ -174,6 +174,11 @@ def test_a_state_saved_and_restored_goes_on_alike(mixer):
         TTTState.from_tensors(state.tensors() | {"W9": state.W1})
     with pytest.raises(ValueError, match="frames of the saved TTT state has shape"):
         TTTState.from_tensors(state.tensors() | {"frames": state.frames[:1]})
+    for name in set(state.tensors()) - {"W1", "k", "frames"}:  # of fewer rows than W1
+        with pytest.raises(ValueError, match=rf"{name} of the saved TTT state has shape \(1, "):
+            TTTState.from_tensors(state.tensors() | {name: state.tensors()[name][:1]})
+    with pytest.raises(ValueError, match="frames of the saved TTT state has dtype torch.float64"):
+        TTTState.from_tensors(state.tensors() | {"frames": state.frames.double()})
 
 
 def test_the_dtype_of_the_inputs_comes_back_and_the_state_stays_float32():
