@@ -6,7 +6,6 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import MoshiConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
 
 MIXERS = ("linear", "mlp")
 ROPES = ("mini_batch", "absolute", "none")
@@ -15,8 +14,9 @@ IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
 DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 # Fields that count something, of the model's and the depth decoder's configuration.
-_COUNTS = ("vocab_size", "audio_vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_codebooks", "sliding_window")
-_COUNTS += ("num_attention_heads", "num_key_value_heads", "head_dim", "ttt_num_heads", "ttt_mini_batch_size", "scan_checkpoint_group_size")
+_COUNTS = {"vocab_size", "audio_vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_codebooks", "sliding_window"} | {
+    "num_attention_heads", "num_key_value_heads", "head_dim", "ttt_num_heads", "ttt_mini_batch_size", "scan_checkpoint_group_size",
+}  # fmt: skip
 # What the depth decoder shares with the model, by its name there.
 _SHARED = {name: name for name in ("vocab_size", "audio_vocab_size", "num_codebooks")} | {"input_size": "hidden_size"}
 # What a saved configuration holds that follows from a field, and is worked out anew where an override changes that field.
@@ -194,6 +194,8 @@ class MoshiTTTConfig(MoshiConfig):
                 raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
 
     def _check_choices(self) -> None:
+        from transformers.activations import ACT2FN  # brings triton, which importing this file must not
+
         choices = {"ttt_mixer": MIXERS, "ttt_rope": ROPES, "ttt_implementation": IMPLEMENTATIONS, "hidden_act": tuple(ACT2FN)}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
