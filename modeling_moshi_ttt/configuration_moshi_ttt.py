@@ -1,5 +1,6 @@
 """Configuration of Moshi with Test-Time-Training layers."""
 
+import math
 import re
 from typing import Any
 
@@ -11,6 +12,20 @@ ROPES = ("mini_batch", "absolute", "none")
 IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
 # Published inner learning rates, TTT paper section 2.7 (linear) and appendix (MLP).
 DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+
+# Fields that count something, of the model's and the depth decoder's configuration.
+_COUNTS = {"vocab_size", "audio_vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_codebooks", "sliding_window"} | {
+    "num_attention_heads", "num_key_value_heads", "head_dim", "ttt_num_heads", "ttt_mini_batch_size", "scan_checkpoint_group_size",
+}  # fmt: skip
+# What the depth decoder shares with the model, by its name there.
+_SHARED = {name: name for name in ("vocab_size", "audio_vocab_size", "num_codebooks")} | {"input_size": "hidden_size"}
+# What a saved configuration holds that follows from a field, and is worked out anew where an override changes that field.
+_FOLLOWS = {
+    "hidden_size": ("head_dim", "ttt_head_dim"),
+    "num_attention_heads": ("head_dim", "num_key_value_heads"),
+    "ttt_num_heads": ("ttt_head_dim",),
+    "ttt_mixer": ("ttt_base_lr",),
+}
 
 # Which file of a saved checkpoint holds what transformers' Auto classes ask for.
 _MODEL = "modeling_moshi_ttt.MoshiTTTForConditionalGeneration"
@@ -41,7 +56,10 @@ def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"`ttt_layers` holds {number!r}; it takes whole layer numbers from 0 to {last}.")
         if not 0 <= number <= last:
-            raise ValueError(f"`ttt_layers` names layer {number}, but the model has layers 0 to {last} (`num_hidden_layers={num_hidden_layers}`).")
+            raise ValueError(
+                f"`ttt_layers` names layer {number}, but the model has layers 0 to {last} (`num_hidden_layers={num_hidden_layers}`); "
+                "choose among these."
+            )
     repeated = sorted({number for number in numbers if numbers.count(number) > 1})
     if repeated:
         raise ValueError(f"`ttt_layers` names layer {repeated[0]} more than once; name each layer once.")
@@ -123,6 +141,19 @@ class MoshiTTTConfig(MoshiConfig):
         # As a dict, the parent fills in what the depth decoder shares with the model: vocabularies, widths, codebooks.
         depth = self.depth_decoder_config
         self.depth_decoder_config = depth.to_dict() if isinstance(depth, PreTrainedConfig) else dict(depth or {})
+        self._check_numbers()  # before the parent divides by them
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        self.check()
+
+    def check(self) -> None:
+        """Work out the fields that are None or text, and refuse what does not fit together.
+
+        Models call it again, since fields can be set after construction; it leaves a configuration that is right as it is.
+
+        Raises:
+            ValueError: a field is out of range; the message names the field, its value and what would be right.
+        """
+        self._check_numbers()
         self._check_choices()
         self.ttt_layers = parse_layers(self.ttt_layers, self.num_hidden_layers)
         self._fill_heads()
@@ -135,38 +166,63 @@ class MoshiTTTConfig(MoshiConfig):
         if self.audio_delays is None:
             self.audio_delays = [min(k, 1) for count in (self.num_codebooks, self.num_user_codebooks) for k in range(count)]
         self._check_codebooks()
-        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        self._check_depth()
         self._check_rope()
 
+    def validate_moshi_ttt(self) -> None:
+        """Saving runs it: what cannot be loaded again is not written."""
+        self.check()
+
+    def _check_numbers(self) -> None:
+        depth = self.depth_decoder_config
+        parts = {
+            "": {name: getattr(self, name) for name in self.__dataclass_fields__},
+            "depth_decoder_config.": depth.to_dict() if isinstance(depth, PreTrainedConfig) else (depth or {}),
+            "rope_parameters.": self.rope_parameters or {},
+        }
+        for prefix, fields in parts.items():
+            for field, value in fields.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"`{prefix}{field}={value}` must be a finite number.")
+                if field in _COUNTS and isinstance(value, int) and value < 1:
+                    raise ValueError(f"`{prefix}{field}={value}` must be at least 1.")
+        for field in ("text_padding_weight", "semantic_loss_weight", "initializer_range", "attention_dropout"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"`{field}={getattr(self, field)}` must not be negative.")
+        for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps"):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
+                raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
+
     def _check_choices(self) -> None:
-        choices = {"ttt_mixer": MIXERS, "ttt_rope": ROPES, "ttt_implementation": IMPLEMENTATIONS}
+        from transformers.activations import ACT2FN  # brings triton, which importing this file must not
+
+        choices = {"ttt_mixer": MIXERS, "ttt_rope": ROPES, "ttt_implementation": IMPLEMENTATIONS, "hidden_act": tuple(ACT2FN)}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"`{field}={getattr(self, field)!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
-        for field in ("ttt_mini_batch_size", "scan_checkpoint_group_size", "num_codebooks", "num_hidden_layers"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}={getattr(self, field)}` must be at least 1.")
-        for field in ("text_padding_weight", "semantic_loss_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"`{field}={getattr(self, field)}` must not be negative.")
-        for field in ("ttt_norm_eps", "ttt_base_lr"):
-            if getattr(self, field) is not None and not getattr(self, field) > 0:
-                raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
 
     def _fill_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"`num_attention_heads={self.num_attention_heads}` does not divide `hidden_size={self.hidden_size}`.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads={self.num_key_value_heads}` does not divide `num_attention_heads={self.num_attention_heads}`."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim={self.head_dim}` must be an even number (RoPE turns pairs); choose other `num_attention_heads`.")
         if self.ttt_num_heads is None:
             self.ttt_num_heads = self.num_attention_heads
-        if self.ttt_num_heads < 1:
-            raise ValueError(f"`ttt_num_heads={self.ttt_num_heads}` must be at least 1.")
         if self.ttt_head_dim is None:
             if self.hidden_size % self.ttt_num_heads:
                 raise ValueError(
                     f"`ttt_num_heads={self.ttt_num_heads}` does not divide `hidden_size={self.hidden_size}`; choose a divisor or set `ttt_head_dim`."
                 )
             self.ttt_head_dim = self.hidden_size // self.ttt_num_heads
-        if self.ttt_head_dim < 2 or (self.ttt_head_dim % 2 and self.ttt_rope != "none"):
+        if self.ttt_head_dim < 2:
+            raise ValueError(
+                f"`ttt_head_dim={self.ttt_head_dim}` must be at least 2: targets are standardised over it; choose fewer `ttt_num_heads`."
+            )
+        if self.ttt_head_dim % 2 and self.ttt_rope != "none":
             raise ValueError(f"`ttt_head_dim={self.ttt_head_dim}` must be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`.")
 
     def _check_codebooks(self) -> None:
@@ -176,11 +232,24 @@ class MoshiTTTConfig(MoshiConfig):
         if len(self.audio_delays) != streams or min(self.audio_delays) < 0:
             raise ValueError(
                 f"`audio_delays={self.audio_delays}` must hold {streams} delays of 0 frames or more: "
-                f"{self.num_codebooks} of Moshi's codebooks, then {self.num_user_codebooks} of the user's."
+                f"`num_codebooks={self.num_codebooks}` of Moshi's, then `num_user_codebooks={self.num_user_codebooks}` of the user's; "
+                "give as many, or None for `[0, 1, 1, ...]` of each."
             )
         wrong = [token for token in self.text_padding_ids if not 0 <= token < self.vocab_size]
         if wrong:
             raise ValueError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
+
+    def _check_depth(self) -> None:
+        depth = self.depth_decoder_config
+        if not isinstance(depth, PreTrainedConfig):
+            raise ValueError(f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it.")
+        for name, field in _SHARED.items():
+            found, ours = getattr(depth, name), getattr(self, field)
+            if found != ours:
+                raise ValueError(
+                    f"`depth_decoder_config.{name}={found}` differs from `{field}={ours}`; "
+                    f"give `{field}` when the configuration is made, which sets both."
+                )
 
     def _check_rope(self) -> None:
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
@@ -206,13 +275,14 @@ class MoshiTTTConfig(MoshiConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
         """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused alike."""
-        given = {key: kwargs.pop(key) for key in list(kwargs) if key.startswith("ttt_") and key in cls.__dataclass_fields__}
-        # Heads that follow from other fields are worked out anew when those change.
-        if "ttt_num_heads" in given:
-            given.setdefault("ttt_head_dim", None)
-        if "ttt_mixer" in given:
-            given.setdefault("ttt_base_lr", None)
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        # The parent knows more ways to write `dtype` than its field takes.
+        given = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
+        for key in given.keys() & cls.sub_configs_defaults.keys():
+            if isinstance(given[key], dict) and isinstance(config_dict.get(key), dict):
+                given[key] = {**config_dict[key], **given[key]}
+        changed = [key for key in _FOLLOWS if key in given and given[key] != config_dict.get(key, cls.__dataclass_fields__[key].default)]
+        followers = {follower: None for key in changed for follower in _FOLLOWS[key]}
+        return super().from_dict({**config_dict, **followers, **given}, **kwargs)
 
 
 __all__ = ["MoshiTTTConfig"]

@@ -153,6 +153,39 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
     # A plain Moshi checkpoint carries Mimi, which here belongs to the processor.
     _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\."]
 
+    def __init__(self, config: MoshiTTTConfig):
+        super().__init__(config)
+        config.check()  # fields can be set after the configuration was made
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As the parent's, which `gradient_checkpointing_enable` leads to as well.
+
+        Raises:
+            ValueError: `use_reentrant=True`, under which what a layer returns beside its output (keys, TTT states) loses its gradients.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.get("use_reentrant"):
+            raise ValueError("`use_reentrant=True` loses the gradients of TTT states; leave it out or say False.")
+        super().activation_checkpointing_enable({**options, "use_reentrant": False}, *args, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """The text embeddings where nothing is asked for, as the parent's.
+
+        Raises:
+            ValueError: another size is asked for.
+        """
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            asked = f"new_num_tokens={new_num_tokens}, pad_to_multiple_of={pad_to_multiple_of}"
+            raise ValueError(
+                f"`resize_token_embeddings({asked})`: the last row of both text tables (the model's and the depth decoder's) is the "
+                f"initial token and would move; set `vocab_size` (now {self.config.vocab_size}) in a new configuration and train anew."
+            )
+        return self.get_input_embeddings()  # type: ignore[return-value]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TTTLayer):
@@ -181,7 +214,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: MoshiTTTCache | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         output_inner_losses: bool = False,
     ) -> MoshiTTTModelOutput:
         """Run frames through all layers.
@@ -190,9 +223,11 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             inputs_embeds: `[B, T, E]`.
             attention_mask: `[B, T]`, ones then zeros in each row: padding stands on the right.
             past_key_values: the memory that goes in; it is brought up to date.
-            output_hidden_states: also return the input of every layer.
+            output_hidden_states: also return the input of every layer; `config.output_hidden_states` when None.
             output_inner_losses: also return the inner losses of every TTT layer.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         mask = None if attention_mask is None else attention_mask.bool()
         lengths = None if mask is None else mask.sum(dim=1)
         frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values)
@@ -266,9 +301,9 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         num_items_in_batch:
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
             tensor of two (the sum of [`loss_weights`] of its parts), or as one number the frames of the whole.
-        output_hidden_states: also return the hidden states before each layer and after the last.
+        output_hidden_states: also return the hidden states before each layer and after the last; `config.output_hidden_states` when None.
         output_inner_losses: also return the TTT layers' inner losses.
-        return_dict: False gives a plain tuple of what is not None.
+        return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
 
     Raises:
         ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model.
@@ -333,9 +368,9 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         past_key_values: MoshiTTTCache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         output_inner_losses: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
@@ -360,7 +395,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
         if frames.order is not None:
             _put_back(result, frames.order.argsort(dim=1))
-        return result if return_dict else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def loss_weights(
         self,

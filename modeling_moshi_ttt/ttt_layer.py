@@ -212,6 +212,8 @@ class TTTLayer(nn.Module):
         for name, tensor in (("position_ids", position_ids), ("attention_mask", attention_mask)):
             if tensor is not None and tensor.shape != x.shape[:2]:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B, T] = {tuple(x.shape[:2])}")
+        if state is not None and state.batch_size != x.shape[0]:
+            raise ValueError(f"the state holds {state.batch_size} rows, hidden_states {x.shape[0]}; give the state of these rows, or None")
         return (self.initial_state(x.shape[0]) if state is None else state), (None if attention_mask is None else attention_mask.bool())
 
 

@@ -59,6 +59,16 @@ def test_loading_quantized(folder):
     model.new_stream(1).step(frames["user_audio_codes"][..., 0])
 
 
+def test_overrides_are_checked_before_weights_are_read(folder, tmp_path):
+    for changes, words in (({"sliding_window": 0}, "sliding_window=0"), ({"num_codebooks": 5}, "audio_delays.*num_codebooks=5")):
+        with pytest.raises(ValueError, match=words):
+            AutoModel.from_pretrained(folder, **changes)
+    model = AutoModel.from_pretrained(folder, num_hidden_layers=1, ttt_layers="all", sliding_window=5, dtype="auto")
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert (again.config.num_hidden_layers, again.config.ttt_layers, again.config.sliding_window) == (1, [0], 5)
+
+
 def test_weights_that_are_not_finite_are_refused(folder, tmp_path):
     tiny_config().save_pretrained(tmp_path)
     weights = load_file(folder / "model.safetensors")

@@ -47,6 +47,22 @@ def test_layers_are_stored_as_a_list(layers, expected):
         ({"audio_delays": [0, 1]}, "audio_delays.*6 delays"),
         ({"audio_delays": [0, 1, -1, 0, 1, 1]}, "audio_delays"),
         ({"text_padding_ids": [3, 30]}, "text_padding_ids.*30"),
+        ({"ttt_head_dim": 1, "ttt_rope": "none"}, "ttt_head_dim=1.*at least 2.*standardised"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0.*at least 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3.*num_attention_heads=2"),
+        ({"head_dim": 7}, "head_dim=7.*even"),
+        ({"sliding_window": 0}, "sliding_window=0.*at least 1"),
+        ({"sliding_window": -1}, "sliding_window=-1.*at least 1"),
+        ({"audio_vocab_size": -3}, "audio_vocab_size=-3.*at least 1"),
+        ({"hidden_act": "nope"}, "hidden_act='nope'.*'silu'"),
+        ({"ttt_gate_init": float("nan")}, "ttt_gate_init=nan.*finite"),
+        ({"text_padding_weight": float("nan")}, "text_padding_weight=nan.*finite"),
+        ({"semantic_loss_weight": float("inf")}, "semantic_loss_weight=inf.*finite"),
+        ({"ttt_base_lr": float("inf")}, "ttt_base_lr=inf.*finite"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0.*greater than 0"),
+        ({"initializer_range": -0.1}, "initializer_range=-0.1.*negative"),
+        ({"depth_decoder_config": {"num_attention_heads": 0}}, "depth_decoder_config.num_attention_heads=0.*at least 1"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_parameters.rope_theta=nan"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type.*'linear'"),
     ],
 )
@@ -77,6 +93,64 @@ def test_round_trip_and_overrides(tmp_path):
     assert changed.ttt_head_dim == 8
     with pytest.raises(ValueError, match="layer 9"):
         MoshiTTTConfig.from_pretrained(tmp_path, ttt_layers=[9])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 1}, "ttt_layers.*layer 1.*num_hidden_layers=1"),
+        ({"semantic_loss_weight": -1.0}, "semantic_loss_weight=-1.0"),
+        ({"text_padding_ids": [99]}, "text_padding_ids.*99"),
+        ({"scan_checkpoint_group_size": 0}, "scan_checkpoint_group_size=0"),
+        ({"audio_delays": [0, 1]}, "audio_delays=\\[0, 1\\].*6 delays"),
+        ({"num_codebooks": 5}, "audio_delays.*8 delays.*num_codebooks=5.*num_user_codebooks=3.*or None"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"depth_decoder_config": {"ffn_dim": 0}}, "depth_decoder_config.ffn_dim=0"),
+    ],
+)
+def test_overrides_are_checked_as_in_the_constructor(changes, words, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        MoshiTTTConfig.from_pretrained(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_codebooks": 5, "audio_delays": None}, {"audio_delays": [0, 1, 1, 1, 1, 0, 1, 1]}),
+        ({"num_hidden_layers": 3, "ttt_layers": "last:1"}, {"ttt_layers": [2]}),
+        ({"num_attention_heads": 4}, {"head_dim": 8, "num_key_value_heads": 4, "ttt_num_heads": 2}),
+        ({"hidden_size": 64}, {"head_dim": 32, "ttt_head_dim": 32}),
+        ({"ttt_mixer": "linear"}, {"ttt_base_lr": 1.0}),
+        ({"ttt_mixer": "mlp"}, {"ttt_base_lr": 0.5}),  # as it was: nothing follows from it anew
+        ({"output_hidden_states": True, "return_dict": False}, {"output_hidden_states": True, "return_dict": False}),
+        ({"dtype": "float16"}, {}),
+    ],
+)
+def test_overrides_load_as_if_constructed(changes, expected, tmp_path):
+    tiny_config(ttt_base_lr=0.5).save_pretrained(tmp_path / "before")
+    config, unused = MoshiTTTConfig.from_pretrained(tmp_path / "before", return_unused_kwargs=True, nothing_of_ours=1, **changes)
+    assert unused == {"nothing_of_ours": 1}
+    assert {name: getattr(config, name) for name in expected} == expected
+    config.save_pretrained(tmp_path / "after")
+    assert MoshiTTTConfig.from_pretrained(tmp_path / "after").to_dict() == config.to_dict()
+
+
+def test_an_override_of_the_depth_decoder_joins_what_was_saved(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    depth = MoshiTTTConfig.from_pretrained(tmp_path, depth_decoder_config={"ffn_dim": 40}, vocab_size=50).depth_decoder_config
+    assert (depth.ffn_dim, depth.hidden_size, depth.vocab_size) == (40, 16, 50)
+
+
+def test_fields_set_later_are_checked_before_saving(tmp_path):
+    config = tiny_config()
+    config.text_padding_weight = float("nan")
+    with pytest.raises(Exception, match="text_padding_weight=nan"):
+        config.save_pretrained(tmp_path)
+
+
+def test_odd_heads_need_no_rope():
+    assert tiny_config(ttt_head_dim=7, ttt_rope="none").ttt_head_dim == 7
 
 
 def test_a_plain_moshi_configuration_becomes_ours(tmp_path):

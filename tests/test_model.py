@@ -222,6 +222,20 @@ def test_checkpointing_carries_a_memory():
     assert all((gradients[0][name] - gradients[1][name]).abs().max() <= 1e-10 for name in gradients[0])
 
 
+@pytest.mark.parametrize("enable", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_reentrant_checkpointing_is_refused(enable):
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match="use_reentrant=True.*leave it out or say False"):
+        getattr(model, enable)({"use_reentrant": True})
+    frames = with_labels(random_frames(model.config, rows=1, frames=9))
+    expected = gradients_of(model, frames)[0]
+    for options in (None, {}, {"use_reentrant": False}, {"preserve_rng_state": False}):
+        getattr(model, enable)(options)
+        assert all(layer.gradient_checkpointing for layer in model.decoder.model.layers)
+        assert torch.equal(gradients_of(model, frames)[0], expected)
+
+
 def test_a_reset_row_trains_the_initial_weights():
     model = tiny_model().train()
     frames = with_labels(random_frames(model.config, rows=2, frames=16))
@@ -343,6 +357,60 @@ def test_inputs_may_be_absent_and_labels_may_say_nothing():
     assert len(hidden) == 1 + model.config.num_hidden_layers
     as_tuple = model(**frames, use_cache=False, return_dict=False)
     assert torch.equal(as_tuple[0], model(**frames, use_cache=False).logits)
+
+
+def test_the_configuration_says_what_comes_out():
+    model = tiny_model()
+    frames = random_frames(model.config, rows=1, frames=6)
+    named = model(**frames, use_cache=False, return_dict=None, output_hidden_states=None)
+    assert named.hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(**frames, use_cache=False).hidden_states) == 1 + model.config.num_hidden_layers
+    assert model(**frames, use_cache=False, output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    assert torch.equal(model(**frames, use_cache=False)[0], named.logits)
+    assert torch.equal(model(**frames, use_cache=False, return_dict=True).logits, named.logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("ttt_layers", [7], "ttt_layers.*layer 7"),
+        ("ttt_layers", "every", "ttt_layers='every'"),
+        ("ttt_mixer", "mpl", "ttt_mixer='mpl'.*'linear', 'mlp'"),
+        ("hidden_act", "nope", "hidden_act='nope'"),
+        ("ttt_mini_batch_size", 0, "ttt_mini_batch_size=0"),
+        ("vocab_size", 40, "depth_decoder_config.vocab_size=30.*vocab_size=40.*sets both"),
+        ("num_codebooks", 2, "audio_delays.*num_codebooks=2"),
+        ("depth_decoder_config", {"hidden_size": 16}, "depth_decoder_config=.*is no configuration"),
+        ("depth_decoder_config", None, "depth_decoder_config=None.*is no configuration"),
+    ],
+)
+def test_a_field_set_later_is_checked_before_the_model_is_built(field, value, words):
+    config = tiny_config()
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=words):
+        MoshiTTTForConditionalGeneration(config)
+
+
+def test_building_a_model_leaves_its_configuration_as_it_is():
+    config = tiny_config(ttt_layers=[1], ttt_base_lr=0.3, audio_delays=[0, 2, 1, 0, 0, 3])
+    before = config.to_dict()
+    assert MoshiTTTForConditionalGeneration(config).config.to_dict() == before
+    config.ttt_layers = "last:2"
+    model = MoshiTTTForConditionalGeneration(config)
+    assert config.ttt_layers == [0, 1]
+    assert all(layer.ttt is not None for layer in model.decoder.model.layers)
+
+
+def test_the_text_tables_are_not_resized():
+    model = tiny_model()
+    for part in (model, model.decoder, model.decoder.model):
+        assert part.resize_token_embeddings() is model.get_input_embeddings()
+        for asked in ({"new_num_tokens": 45}, {"pad_to_multiple_of": 8}):
+            with pytest.raises(ValueError, match=r"initial token.*set `vocab_size` \(now 30\).*train anew"):
+                part.resize_token_embeddings(**asked)
+    assert model.get_input_embeddings().num_embeddings == 31
 
 
 @pytest.mark.parametrize(

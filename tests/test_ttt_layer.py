@@ -271,6 +271,7 @@ def test_heads_of_their_own_size_need_not_fill_the_hidden_size():
         ({"position_ids": torch.zeros(2, 4)}, r"position_ids has shape \(2, 4\); it must be \[B, T\] = \(2, 5\)"),
         ({"attention_mask": torch.zeros(5)}, r"attention_mask has shape \(5,\)"),
         ({"state": TTTState.initial(torch.zeros(3, 8, 8), torch.zeros(3, 1, 8), batch_size=2)}, "belongs to mixer 'linear'"),
+        ({"state": make_layer("mlp", dtype=torch.float32).initial_state(3)}, "the state holds 3 rows, hidden_states 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(arguments, message):
