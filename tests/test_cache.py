@@ -184,7 +184,7 @@ def test_a_state_of_another_dtype_goes_on_in_the_models(saved, into):
 
 @pytest.mark.parametrize(
     ("rows", "words"),
-    [([3], "rows 0 to 2"), ([-1], r"\[-1\] are out of range"), (torch.tensor([True, False]), "mask of shape .2"), ([0.5], "must be integers")],
+    [([3], "rows 0 to 2"), ([-1], r"\[-1\] are out of range"), ([True, False], "mask of shape .2"), ([0.5], "must be integers")],
 )
 def test_rows_that_do_not_exist_are_refused(heard, rows, words):
     model, memory, _ = heard
