@@ -90,7 +90,7 @@ class MoshiTTTStream:
     def __init__(self, model: Any, batch_size: int, sampling: Sampling):
         self.model, self.sampling = model, sampling
         self.past_key_values: MoshiTTTCache = model.new_cache(batch_size)
-        config, device = model.config, model.device
+        config, device = model.config, self.past_key_values.frames.device
         self._delays = torch.tensor(config.delays, device=device)
         self._own = 1 + config.num_codebooks
         depth = max(config.delays) + 1

@@ -22,6 +22,8 @@ from transformers.models.mimi.modeling_mimi import (
     apply_rotary_pos_emb,
 )
 
+from .ttt_state import row_mask
+
 
 class CausalState:
     """What one direction of Mimi remembers of B streams. All tensors keep their size; `fresh` rows have seen nothing yet."""
@@ -170,19 +172,14 @@ class MimiStream:
         return x[:, 0]
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
-        """Starts these rows anew (indices or bool [B]; None: all), as if nothing had been heard or said."""
-        chosen = torch.zeros(self.batch_size, dtype=torch.bool)
-        if rows is None:
-            chosen[:] = True
-        else:
-            index = torch.as_tensor(rows)
-            if index.dtype == torch.bool and index.shape != chosen.shape:
-                raise ValueError(f"rows has shape {tuple(index.shape)}; a mask over the streams is [{self.batch_size}].")
-            if index.dtype != torch.bool and index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.batch_size):
-                raise ValueError(f"rows is {index.tolist()}; the stream has rows 0 to {self.batch_size - 1}.")
-            chosen[index if index.dtype == torch.bool else index.long()] = True
+        """Starts these rows anew (indices or bool [B]; None: all), as if nothing had been heard or said.
+
+        Raises:
+            ValueError: a row that does not exist, or a mask of another length.
+        """
         for state in (self._encoder, self._decoder):
-            state.reset(chosen.to(state.fresh.device))
+            device = state.fresh.device
+            state.reset(torch.ones_like(state.fresh) if rows is None else row_mask(rows, self.batch_size, device))
 
     def _check(self, audio: Tensor, name: str, samples: int | None) -> Tensor:
         wanted = f"[{self.batch_size}, {samples or f'a multiple of {self.frame_size}'}]"

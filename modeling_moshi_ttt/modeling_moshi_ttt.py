@@ -126,9 +126,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         inner_losses = None
         if self.ttt is not None:
-            if ttt_state is not None and frames.fresh is not None:
-                ttt_state = ttt_state.reset(frames.fresh, self.ttt.initial_state(1))
-            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask)
+            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.fresh)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
@@ -349,8 +347,11 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         self.decoder.lm_head = new_embeddings
 
     def new_cache(self, batch_size: int = 1) -> MoshiTTTCache:
-        """An empty memory for `batch_size` streams."""
-        return MoshiTTTCache(self.config, batch_size, device=self.device)
+        """An empty memory for `batch_size` streams, on the device that embeds their tokens."""
+        table = self.get_input_embeddings()
+        hook = getattr(table, "_hf_hook", None)  # of accelerate, where weights wait elsewhere until they are used
+        device = getattr(hook, "execution_device", None)
+        return MoshiTTTCache(self.config, batch_size, device=table.weight.device if device is None else device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The input of the temporal transformer: delayed tokens `[B, S, T]` -> summed embeddings `[B, T, E]`; -1 adds exactly 0."""

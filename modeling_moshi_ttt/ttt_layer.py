@@ -63,7 +63,7 @@ class TTTLayer(nn.Module):
         self.ttt_norm_bias = nn.Parameter(torch.empty(heads, dim))
         for name, shape in self.fast_weight_shapes(heads, dim).items():
             self.register_parameter(name, nn.Parameter(torch.empty(heads, *shape)))
-        self.post_norm = nn.LayerNorm(heads * dim, eps=1e-6)
+        self.post_norm = _ExactLayerNorm(heads * dim, eps=1e-6)
         self.reset_ttt_parameters()
 
     @staticmethod
@@ -102,6 +102,7 @@ class TTTLayer(nn.Module):
         state: TTTState | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        fresh: Tensor | None = None,
     ) -> tuple[Tensor, TTTState]:
         """Hear these frames and answer them.
 
@@ -110,6 +111,7 @@ class TTTLayer(nn.Module):
             state: what the previous call gave; None starts new streams.
             position_ids: `[B, T]`, used with ttt_rope "absolute" only; by default each row counts on from its state.
             attention_mask: `[B, T]`, 1 for frames that are there. The others answer `wo(post_norm(0))` and leave the state alone.
+            fresh: `[B]` bool, rows of the state that start anew before these frames.
 
         Returns:
             `[B, T, E]` in the dtype of hidden_states, and the state after these frames.
@@ -117,7 +119,7 @@ class TTTLayer(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or a state that is not of this layer and batch.
         """
-        state, mask = self._check(hidden_states, state, position_ids, attention_mask)
+        state, mask = self._check(hidden_states, state, position_ids, attention_mask, fresh)
         x = hidden_states.to(self.ttt_norm_weight.dtype)  # never quantized, unlike the projections
         projected = self.wq(x), self.wk(x), self.wv(x)
         with torch.autocast(x.device.type, enabled=False):  # the inner learning is float32 whatever is around it
@@ -125,8 +127,7 @@ class TTTLayer(nn.Module):
             options = {"mini_batch_size": self.config.ttt_mini_batch_size, "eps": self.config.ttt_norm_eps, "mask": mask}
             options |= {"group_size": self.config.scan_checkpoint_group_size, "backend": self.config.ttt_implementation}
             out, state = self.op(*inputs, state, **options)  # [B, T, H, D]
-            scale, shift = self.post_norm.weight.to(out.dtype), self.post_norm.bias.to(out.dtype)
-            out = F.layer_norm(out.flatten(2), self.post_norm.normalized_shape, scale, shift, self.post_norm.eps)
+            out = self.post_norm(out.flatten(2))
         return self.wo(out.to(self.ttt_norm_weight.dtype)).to(hidden_states.dtype), state
 
     @torch.no_grad()
@@ -136,13 +137,14 @@ class TTTLayer(nn.Module):
         state: TTTState | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        fresh: Tensor | None = None,
     ) -> TTTInnerLosses:
         """What the inner model learns while these frames pass; arguments as in `forward`, which it does not change.
 
         Raises:
             ValueError: rows that stand at different frames, or masked ones: their mini-batches do not end together.
         """
-        state, mask = self._check(hidden_states, state, position_ids, attention_mask)
+        state, mask = self._check(hidden_states, state, position_ids, attention_mask, fresh)
         if (mask is not None and not bool(mask.all())) or bool((state.frames != state.frames[0]).any()):
             raise ValueError("inner losses need rows of one length that stand at the same frame; measure one recording at a time")
         x, b, frames = hidden_states.to(self.ttt_norm_weight.dtype), self.config.ttt_mini_batch_size, int(state.frames[0])
@@ -205,7 +207,7 @@ class TTTLayer(nn.Module):
         return positions if self.config.ttt_rope == "absolute" else positions % self.config.ttt_mini_batch_size
 
     def _check(
-        self, x: Tensor, state: TTTState | None, position_ids: Tensor | None, attention_mask: Tensor | None
+        self, x: Tensor, state: TTTState | None, position_ids: Tensor | None, attention_mask: Tensor | None, fresh: Tensor | None
     ) -> tuple[TTTState, Tensor | None]:
         if x.dim() != 3 or x.shape[2] != self.config.hidden_size or 0 in x.shape:
             raise ValueError(f"hidden_states has shape {tuple(x.shape)}; it must be [B, T, {self.config.hidden_size}] with B, T at least 1")
@@ -214,7 +216,11 @@ class TTTLayer(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B, T] = {tuple(x.shape[:2])}")
         if state is not None and state.batch_size != x.shape[0]:
             raise ValueError(f"the state holds {state.batch_size} rows, hidden_states {x.shape[0]}; give the state of these rows, or None")
-        return (self.initial_state(x.shape[0]) if state is None else state), (None if attention_mask is None else attention_mask.bool())
+        if state is None:
+            state = self.initial_state(x.shape[0])
+        elif fresh is not None:
+            state = state.reset(fresh, self.initial_state(1))
+        return state, (None if attention_mask is None else attention_mask.bool())
 
 
 class TTTLinear(TTTLayer):
@@ -242,6 +248,13 @@ class TTTMLP(TTTLayer):
     @staticmethod
     def fast_weight_shapes(heads: int, dim: int) -> dict[str, tuple[int, int]]:
         return {"W1": (dim, 4 * dim), "b1": (1, 4 * dim), "W2": (4 * dim, dim), "b2": (1, dim)}
+
+
+class _ExactLayerNorm(nn.LayerNorm):
+    """In the dtype of what it is given, whatever its own weights are in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny import cut, random_frames, rows_of, tiny_config, tiny_model, with_labels
 from transformers import MoshiConfig
 from transformers.models.moshi.modeling_moshi import MoshiForConditionalGeneration
@@ -463,3 +464,24 @@ def test_autocast_keeps_the_inner_learning_in_float32():
         output = model(**random_frames(model.config, rows=1, frames=20), past_key_values=memory)
     assert output.logits.dtype == torch.bfloat16
     assert memory.ttt_state(0).W1.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mlp"])
+def test_an_offloaded_model_gives_the_same_numbers(mixer):
+    """Weights wait elsewhere and come for each use, as device_map="auto" has it where a card is small."""
+    model, offloaded = (tiny_model(torch.float32, ttt_mixer=mixer) for _ in range(2))
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+    frames = with_labels(random_frames(model.config, rows=2, frames=11))
+    with torch.no_grad():
+        expected, found = model(**frames), offloaded(**frames)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    user = frames["user_audio_codes"]
+    streams = [each.new_stream(2, do_sample=False) for each in (model, offloaded)]
+    for t in range(user.shape[-1]):
+        if t == 5:
+            for stream in streams:
+                stream.reset([1])
+        ours, theirs = (stream.step(user[..., t]) for stream in streams)
+        assert torch.equal(ours.audio_codes, theirs.audio_codes)

@@ -276,9 +276,9 @@ def test_reset_starts_one_row_anew_and_leaves_the_others():
     stream.reset()
     assert torch.equal(stream.encode_frames(first), codes)
     stream.reset(torch.tensor([True, False, False]))
-    with pytest.raises(ValueError, match="rows is"):
+    with pytest.raises(ValueError, match="rows .* out of range"):
         stream.reset([3])
-    with pytest.raises(ValueError, match="mask over the streams"):
+    with pytest.raises(ValueError, match="rows is a mask of shape"):
         stream.reset(torch.tensor([True]))
 
 
