@@ -348,7 +348,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
 
     def new_cache(self, batch_size: int = 1) -> MoshiTTTCache:
         """An empty memory for `batch_size` streams, on the device that embeds their tokens."""
-        table = self.get_input_embeddings()
+        table = self.decoder.model.embed_tokens
         hook = getattr(table, "_hf_hook", None)  # of accelerate, where weights wait elsewhere until they are used
         device = getattr(hook, "execution_device", None)
         return MoshiTTTCache(self.config, batch_size, device=table.weight.device if device is None else device)
