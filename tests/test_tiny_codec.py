@@ -14,7 +14,7 @@ from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configuration" / "model" / "tiny"
-STOI_FLOOR = 0.68
+STOI_FLOOR = 0.75
 
 
 @pytest.fixture(scope="module")
