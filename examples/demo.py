@@ -1,15 +1,18 @@
 """The main job from end to end, as `make demo` runs it: train the tiny model on the sample dialogues, reload it elsewhere, talk to it.
 
-python examples/demo.py [key=value …] passes settings on to the recipe, as in seed=1.
+python examples/demo.py [key=value …] passes settings on to the recipe, as in seed=1. What an earlier run left in run_dir is removed first.
 """
 
+import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from modeling_moshi_ttt.common.files import clear_folder
+from modeling_moshi_ttt.training.run_config import load_run_config
 
 RECIPE = "configuration/train/demo.yaml"
 ACCELERATE = "configuration/accelerate/cpu.yaml"
@@ -34,10 +37,15 @@ def show(run_dir: Path) -> None:
 
 def main() -> int:
     begin = time.perf_counter()
-    overrides = sys.argv[1:]
-    given = dict(item.split("=", 1) for item in overrides)
-    run_dir = Path(given.get("run_dir", "runs/demo"))
-    shutil.rmtree(run_dir, ignore_errors=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings in place of those of {RECIPE}")
+    overrides = parser.parse_args().overrides
+    try:
+        run_dir = Path(load_run_config(RECIPE, overrides).run_dir)
+        clear_folder(run_dir, "run_config.json")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         run("-m", "accelerate.commands.launch", "--config_file", ACCELERATE, "examples/finetune.py", RECIPE, *overrides)
         show(run_dir)

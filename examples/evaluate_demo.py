@@ -8,10 +8,10 @@ right ending of a dialogue against another's, one voice against a change of voic
     python examples/evaluate_demo.py [key=value ...]    # settings for `moshi-ttt evaluate`, as in recall.steps=100 or output=FOLDER
 """
 
+import argparse
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,11 +23,13 @@ import yaml
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
 from modeling_moshi_ttt.common.audio import read_audio, write_audio
+from modeling_moshi_ttt.common.files import clear_folder
 from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 DIALOGUES = ROOT / "examples" / "data" / "dialogues"
 RATE = 24000
+MARK = ".evaluate-demo"  # stands in a folder that this script may remove
 
 
 def untrained(place: Path) -> Path:
@@ -157,9 +159,18 @@ def settings(place: Path, model: str, before: str | None) -> dict:
 
 
 def main() -> int:
-    begin, given = time.perf_counter(), dict(item.split("=", 1) for item in sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of those written here, as output=FOLDER")
+    overrides = parser.parse_args().overrides
+    begin, given = time.perf_counter(), dict(item.split("=", 1) for item in overrides if "=" in item)
     place = Path(given.get("output", os.path.relpath(ROOT / "runs" / "evaluate-demo")))
-    shutil.rmtree(place, ignore_errors=True)
+    try:
+        clear_folder(place, MARK)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    place.mkdir(parents=True)
+    (place / MARK).touch()
     fresh, demo = str(untrained(place)), trained()
     model = given.get("model", demo)
     print(f"model: {model}" if model else "model: untrained (make demo trains one, or give model=FOLDER); expect chance", flush=True)
@@ -171,7 +182,7 @@ def main() -> int:
     join_dialogues(place / "data" / "long", recordings)
     file = place / "settings.yaml"
     file.write_text(yaml.safe_dump(settings(place, model or fresh, fresh if model and model == demo else None), sort_keys=False))
-    command = [sys.executable, "-m", "modeling_moshi_ttt.tools.cli", "evaluate", str(file), *sys.argv[1:]]
+    command = [sys.executable, "-m", "modeling_moshi_ttt.tools.cli", "evaluate", str(file), *overrides]
     # the model's products are small: threads would wait for one another longer than they compute
     code = subprocess.run(command, check=False, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     if code == 0:

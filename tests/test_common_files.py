@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from modeling_moshi_ttt.common.files import atomic_folder, atomic_write, check_manifest, inside, sha256, write_manifest
+from modeling_moshi_ttt.common.files import atomic_folder, atomic_write, check_manifest, clear_folder, inside, sha256, write_manifest
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
@@ -77,3 +77,17 @@ def test_inside_refuses_links_out_of_the_folder(tmp_path):
     with pytest.raises(ValueError, match="through a link"):
         inside(tmp_path / "root", "link/x")
     assert inside(tmp_path / "root", "a/b.wav") == tmp_path / "root" / "a" / "b.wav"
+
+
+def test_only_folders_of_an_earlier_run_are_cleared(tmp_path):
+    ours, theirs = tmp_path / "run", tmp_path / "precious"
+    for folder, name in ((ours, "run_config.json"), (theirs, "thesis.txt")):
+        folder.mkdir()
+        (folder / name).touch()
+    clear_folder(ours, "run_config.json")
+    assert not ours.exists()
+    clear_folder(ours, "run_config.json")
+    for given in (theirs, theirs / "thesis.txt"):
+        with pytest.raises(ValueError, match="no earlier run made it"):
+            clear_folder(given, "run_config.json")
+    assert (theirs / "thesis.txt").exists()

@@ -43,6 +43,20 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     _sync(path.parent)
 
 
+def clear_folder(path: str | os.PathLike[str], mark: str) -> None:
+    """Remove what an earlier run left in `path`, which it marked with a file of this name; other people's folders are refused.
+
+    Raises:
+        ValueError: a file, or a folder that holds something but no such mark.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file()):
+        raise ValueError(f"{path} is there and holds no {mark}, so no earlier run made it; name another folder, or remove it yourself.")
+    shutil.rmtree(path)
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling folder to fill; on success it becomes `path` (an older one is replaced), on an error it vanishes."""

@@ -64,6 +64,17 @@ def _run(module_name: str, name: str, arguments: Sequence[str]) -> int:
         raise ValueError(_missing_package(error)) from error
 
 
+def _is_users_mistake(error: Exception) -> bool:
+    return isinstance(error, (ValueError, OSError)) or _is_field_error(error)
+
+
+def _is_field_error(error: Exception) -> bool:
+    """Of a configuration's field that has the wrong type, as transformers raises it."""
+    from huggingface_hub.errors import StrictDataclassError  # here, for the overview of commands needs no library
+
+    return isinstance(error, StrictDataclassError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -74,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     module_name, _ = COMMANDS[name]
     try:
         return _run(module_name, name, argv[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get(DEBUG):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(DEBUG) or not _is_users_mistake(error):
+            raise
+        print(f"error: {' '.join(str(error).split()) if _is_field_error(error) else error}", file=sys.stderr)
+        return FAILED
 
 
 if __name__ == "__main__":

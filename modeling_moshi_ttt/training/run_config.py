@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from ..common.settings import load_settings, to_dict
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
+SMALLEST = 1e-30  # stands for "more than 0" in the table of limits
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -173,7 +175,9 @@ def _check(run: RunConfig) -> None:
         ("data.text_weight", run.data.text_weight, 0, float("inf")),
         ("data.workers", run.data.workers, 0, float("inf")),
         ("optim.steps", run.optim.steps, 1, float("inf")),
-        ("optim.lr", run.optim.lr, 0, float("inf")),
+        ("optim.lr", run.optim.lr, SMALLEST, float("inf")),
+        ("optim.ttt_lr", run.optim.ttt_lr or 0, 0, float("inf")),
+        ("optim.gate_lr", run.optim.gate_lr or 0, 0, float("inf")),
         ("optim.weight_decay", run.optim.weight_decay, 0, float("inf")),
         ("optim.clip", run.optim.clip, 1e-12, float("inf")),
         ("optim.warmup", run.optim.warmup, 0, 1),
@@ -181,15 +185,18 @@ def _check(run: RunConfig) -> None:
         ("checkpoint.every", run.checkpoint.every, 0, float("inf")),
         ("checkpoint.keep", run.checkpoint.keep, 1, float("inf")),
         ("evaluate_every", run.evaluate_every, 0, float("inf")),
+        ("seed", run.seed, 0, 2**32 - 1),
     ]
     if run.lora is not None:
         limits += [
             ("lora.rank", run.lora.rank, 1, float("inf")),
-            ("lora.dropout", run.lora.dropout, 0, 1),
+            ("lora.dropout", run.lora.dropout, 0, 1 - 1e-9),
+            ("lora.scaling", run.lora.scaling, SMALLEST, float("inf")),
         ]
     for name, value, low, high in limits:
-        if not low <= value <= high:
-            bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        if not (math.isfinite(value) and low <= value <= high):
+            least = "more than 0" if low == SMALLEST else f"at least {low:g}"
+            bound = f"between {low:g} and {high:g}" if math.isfinite(high) else least if math.isfinite(value) else f"{least} and finite"
             raise ValueError(f"{name} is {value!r}, it must be {bound}.")
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
         raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")

@@ -93,6 +93,16 @@ def _is_finished(run_dir: Path, steps: int) -> bool:
         return False
 
 
+def _check_finite(state: dict[str, Any], run_dir: Path) -> None:
+    """ValueError where the training diverged: such a model is no result."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} holds values that are not finite, so {run_dir / 'final'} was not written: the training diverged; "
+                "start anew with lower rates (optim.lr, optim.ttt_lr), or use an earlier checkpoint of this run."
+            )
+
+
 def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     """Write the final model or adapter, the processor and the loss curve; every rank must call it."""
     from .report import plot_curve
@@ -101,6 +111,7 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     accelerator = trainer.accelerator
     state = full_state(trainer.model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
+        _check_finite(state, run_dir)
         model = accelerator.unwrap_model(trainer.model)
         with tensors_written(run_dir / "final"), atomic_folder(run_dir / "final") as folder:
             model.save_pretrained(folder, state_dict=state)
