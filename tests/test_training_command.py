@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from hub_checkpoints import small_model, small_processor
 from peft import PeftModel
