@@ -7,6 +7,7 @@ import re
 import pytest
 
 from modeling_moshi_ttt.evaluation import plot, plots, report
+from modeling_moshi_ttt.tools.cli import main
 
 CURVE = {"position": [16.0, 64.0, 256.0], "loss": [5.0, 4.0, 3.5], "low": [4.8, 3.9, 3.4], "high": [5.2, 4.1, 3.6], "frames": [16, 64, 256]}
 TASK = {"accuracy": 0.6, "interval": [0.5, 0.7], "items": 5, "pairs": 10, "chance": 0.5}
@@ -110,3 +111,13 @@ def test_the_report_stands_alone_and_escapes_names(tmp_path, monkeypatch):
     assert "73.5" in text
     assert "60.0" in text
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir())[0] == "books.png"
+
+
+def test_two_logs_of_one_name_are_not_drawn_over_each_other(tmp_path):
+    logs = [tmp_path / name / "metrics.jsonl" for name in "ab"]
+    for log in logs:
+        log.parent.mkdir()
+        log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert main(["plot", str(logs[0]), str(logs[1]), "--output", str(tmp_path / "out")]) == 2
+    assert main(["plot", str(logs[0]), str(logs[1])]) == 0
+    assert all((log.parent / "metrics.png").is_file() for log in logs)

@@ -11,6 +11,7 @@ from hub_checkpoints import save_adapter, save_checkpoint, small_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
+from modeling_moshi_ttt.tools.card import check_facts, summarise
 from modeling_moshi_ttt.tools.stage import stage
 
 RUN = {
@@ -154,3 +155,17 @@ def test_the_cards_code_runs_as_it_stands(cards, tmp_path, kind):
     if kind == "adapter":
         data = ModelCard(text).data
         assert (data.base_model, data.base_model_relation, data.library_name) == ("user/whole", "adapter", "peft")
+
+
+@pytest.mark.parametrize("facts", [{"license": 3}, {"languages": "en"}, {"datasets": [1]}])
+def test_a_card_json_of_other_types_is_refused(tmp_path, facts):
+    with pytest.raises(ValueError, match=f"card.json: {next(iter(facts))} is .*it must be"):
+        check_facts(facts)
+
+
+def test_a_log_that_a_kill_has_torn_is_still_a_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "text_loss": 2.0}\n{"step": 2, "text_l')
+    assert summarise(tmp_path / "metrics.jsonl") == {"last_text_loss": 2.0}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, record 2: not JSON"):
+        summarise(tmp_path / "metrics.jsonl")

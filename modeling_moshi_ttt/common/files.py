@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -41,6 +42,30 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a log of one JSON object a line; a last line that a kill has torn is passed over.
+
+    Raises:
+        ValueError: another line is no JSON object, or the file is no text; the message names it.
+    """
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, record {number}: not JSON ({error.msg}).") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, record {number}: holds a {type(record).__name__}; a log has one JSON object a line.")
+        records.append(record)
+    return records
 
 
 def clear_folder(path: str | os.PathLike[str], mark: str) -> None:

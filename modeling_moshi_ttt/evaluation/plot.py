@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..common.files import read_log
 from .plots import FIGURES, draw, drawable, save
 
 
@@ -15,12 +16,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
     source = Path(path)
     if not source.is_file():
         raise ValueError(f"{source}: no such file")
-    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".jsonl":
+        return training_result(read_log(source))
     try:
-        if source.suffix == ".jsonl":
-            return training_result([json.loads(line) for line in text.splitlines() if line.strip()])
-        results = json.loads(text)
-    except json.JSONDecodeError as error:
+        results = json.loads(source.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
     if not isinstance(results, dict):
         raise ValueError(f"{source}: must hold one JSON object, it holds a {type(results).__name__}")
@@ -48,12 +48,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    places: dict[Path, Path] = {}
     for name in args.results:
         path = Path(name)
         parts = list(drawable(read_results(path), path.stem))
         if not parts:
             raise ValueError(f"{path}: holds nothing that can be drawn (kinds: {', '.join(FIGURES)})")
         for part, data in parts:
+            before = places.setdefault((args.output or path.parent) / part, path)
+            if before != path:
+                raise ValueError(f"{before} and {path} would both be drawn to {part} in {args.output}; give each an --output of its own")
             for written in save(draw(data), (args.output or path.parent) / part):
                 print(written)
     return 0

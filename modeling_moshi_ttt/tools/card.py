@@ -1,6 +1,5 @@
 """The model card: what a run and its checkpoint say of themselves, set into the template."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..common.adapters import BASE_CONFIG
-from ..common.files import atomic_write
+from ..common.files import atomic_write, read_log
 from .verify import Facts, human_size, read_json
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -16,6 +15,7 @@ CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.js
 # What only the people behind a model know: a JSON file in the run folder.
 CARD_FACTS = "card.json"
 FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license")
+FACT_LISTS = ("datasets", "languages")
 FRAME_RATE = 12.5
 CHANCE = 50.0
 # Kyutai's weights and everything that derives from them.
@@ -131,7 +131,7 @@ def training_rows(run: dict[str, Any], summary: dict[str, Any], details: dict[st
 
 def summarise(metrics: Path) -> dict[str, Any]:
     """The last losses, the best held-out loss, the median throughput and the peak memory of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    lines = read_log(metrics)
     found: dict[str, Any] = {}
     for key in ("text_loss", "audio_loss", "eval_text_loss", "eval_audio_loss", "eval_text_accuracy"):
         values = [line[key] for line in lines if line.get(key) is not None]
@@ -151,6 +151,11 @@ def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(facts) - set(FACT_KEYS))
     if unknown:
         raise ValueError(f"{CARD_FACTS} holds {unknown[0]!r}; the card has places for {', '.join(FACT_KEYS)}")
+    for key, value in facts.items():
+        words = value if key in FACT_LISTS and isinstance(value, list) else [value]
+        if not all(isinstance(word, str) for word in words) or (key in FACT_LISTS and words is not value):
+            wanted = "a list of texts, as in [\"en\"]" if key in FACT_LISTS else "a text"
+            raise ValueError(f"{CARD_FACTS}: {key} is {value!r}; it must be {wanted}")
     return facts
 
 

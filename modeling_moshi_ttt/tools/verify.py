@@ -112,7 +112,10 @@ def expected_shapes(config: MoshiTTTConfig) -> dict[str, tuple[int, ...]]:
 def weight_problems(files: TensorFiles, config: MoshiTTTConfig) -> list[str]:
     """Missing, unknown, misshapen and non-finite weights, as sentences; every TTT weight that the configuration calls for is looked for."""
     wanted, found = expected_shapes(config), files.shapes()
-    problems = [f"{name} is missing: the configuration calls for it" for name in wanted.keys() - found.keys()]
+    missing = wanted.keys() - found.keys()
+    fresh = bool(missing) and all(".ttt" in name for name in missing)
+    cure = "; fresh TTT layers (`convert --ttt`) have no weights until they are trained" if fresh else ""
+    problems = [f"{name} is missing: the configuration calls for it{cure}" for name in missing]
     problems += [
         f"{name} is unknown to this configuration" for name in found.keys() - wanted.keys() if not name.startswith("audio_encoder.")
     ]
