@@ -15,8 +15,8 @@ from safetensors.numpy import save
 
 from ..common.audio import read_audio
 from ..common.files import atomic_write, sha256
-from ..common.recordings import Recording
-from ..processing_moshi_ttt import ABSENT, MAIN_SPEAKER, parse_word, text_stream
+from ..common.recordings import USER_SPEAKER, Recording
+from ..processing_moshi_ttt import ABSENT, END_OF_PADDING, MAIN_SPEAKER, TEXT_PADDING, parse_word, text_stream
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"
@@ -102,16 +102,42 @@ def recording_text(processor: Any, recording: Recording, frames: int) -> np.ndar
     """The text stream [T] int32 of a whole recording, by moshi-finetune's rules; all -1 where nothing was aligned.
 
     Raises:
-        ValueError: a word ends before it starts, or the tokenizer cannot encode it.
+        ValueError: a word ends before it starts, begins outside the recording, or cannot be encoded; or no label of a speaker is known.
     """
     if recording.words is None:
         return np.full(frames, ABSENT, dtype=np.int32)
-    spoken = []
+    spoken, speakers = [], set()
     for index, word in enumerate(recording.words):
         text, start, end, speaker = parse_word(index, word)
+        _check_start(index, text, start, end, frames / processor.frame_rate)
+        speakers.add(speaker)
         if speaker == MAIN_SPEAKER and start < end:
             spoken.append((processor.encode_word(text), start))
+    _check_speakers(speakers)
     return np.array(text_stream([word for word in spoken if word[0]], frames, processor.frame_rate), dtype=np.int32)
+
+
+def says_words(text: np.ndarray) -> bool:
+    """Whether anything but padding stands in a text stream [T]; a recording in which only the user speaks holds padding alone."""
+    return bool((~np.isin(text, (ABSENT, TEXT_PADDING, END_OF_PADDING))).any())
+
+
+def _check_start(index: int, text: str, start: float, end: float, length: float) -> None:
+    # nothing would remain of such a word, and with times in milliseconds the whole text would be padding
+    if start < end and not 0 <= start < length:
+        raise ValueError(
+            f"words[{index}] {text!r} stands at [{start:g}, {end:g}] s, outside the recording of {length:.2f} s; are the times in seconds?"
+        )
+
+
+def _check_speakers(speakers: set[str]) -> None:
+    """Labels beside Moshi's may be any, as for moshi-finetune; but without Moshi's, an unknown one may well be Moshi under another name."""
+    unknown = sorted(speakers - {MAIN_SPEAKER, USER_SPEAKER})
+    if unknown and MAIN_SPEAKER not in speakers:
+        raise ValueError(
+            f"the words' speakers are {', '.join(map(repr, unknown))} and none is {MAIN_SPEAKER!r}, so no text would be learned; "
+            f"name Moshi {MAIN_SPEAKER!r} and the user {USER_SPEAKER!r} in the words."
+        )
 
 
 def code_frames(path: Path) -> int:
