@@ -20,6 +20,8 @@ from ..processing_moshi_ttt import ABSENT, END_OF_PADDING, MAIN_SPEAKER, TEXT_PA
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"
+# A manifest may round its durations, and decoders trim; a sound that is shorter than stated by more seconds than this was cut off.
+CUT_TOLERANCE = 0.2
 
 
 def codec_fingerprint(processor: Any) -> str:
@@ -66,15 +68,21 @@ class CodesCache:
         return self.folder / f"{known[2]}.safetensors"
 
     def has(self, recording: Recording) -> bool:
-        """Whether whole codes of this recording are there; a damaged file counts as missing."""
+        """Whether whole codes of this recording are there; a damaged file counts as missing, and so does one of a sound that was cut off."""
         try:
-            return code_frames(self.path(recording)) > 0
+            frames = code_frames(self.path(recording))
+            return frames > 0 and not _breaks_off(recording, frames / self.processor.frame_rate)
         except (OSError, SafetensorError, KeyError):
             return False
 
     def encode(self, recording: Recording) -> Path:
-        """Encode one recording and write its codes; ValueError names a file that cannot be read."""
+        """Encode one recording and write its codes; ValueError names a file that cannot be read, or that ends before its time."""
         samples = read_audio(recording.path, self.processor.sampling_rate)
+        seconds = samples.shape[-1] / self.processor.sampling_rate
+        if _breaks_off(recording, seconds):
+            raise ValueError(
+                f"{recording.path}: the sound breaks off at {seconds:.2f} s of {recording.duration:.2f} s; copy the file again."
+            )
         codes = encode_stereo(self.processor, samples, recording.path)
         atomic_write(self.path(recording), save({"codes": codes}))
         return self.path(recording)
@@ -88,6 +96,18 @@ class CodesCache:
                 problems.append(str(error))
                 yield None
         atomic_write(self._hashes_path, json.dumps(self._hashes))
+
+
+def _breaks_off(recording: Recording, seconds: float) -> bool:
+    """Whether less sound is there than the header, which is all that a duration was compared with, promised."""
+    return seconds < recording.duration - CUT_TOLERANCE and _states_length(recording.path)
+
+
+def _states_length(path: Path) -> bool:
+    """False for a WAV written into a pipe: its header, made before the end was known, holds the greatest number instead of a length."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return not (start[:4] == b"RIFF" and start[4:] == b"\xff" * 4)
 
 
 def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
