@@ -4,11 +4,14 @@ import json
 import random
 import resource
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from training_runs import make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.common.files import write_manifest
 from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
 
 
@@ -108,3 +111,36 @@ def test_random_state_round_trip():
     expected = draw()
     set_random_state(tensors, json.loads(json.dumps(state)))
     assert draw() == expected
+
+
+# ---- the recordings that a checkpoint was trained on
+
+
+def trained_on(tmp_path, recordings, carry):
+    """A run of two steps on these recordings."""
+    run = make_run(tmp_path / "run", data={"carry": carry}, optim={"steps": 2})
+    make_trainer(run, recordings, make_model()).fit()
+
+
+@pytest.mark.parametrize("carry", ["none", "state"])
+def test_other_recordings_are_refused_by_name(tmp_path, carry):
+    config = make_model().config
+    recordings = make_recordings(tmp_path / "codes", [24, 17, 24, 20], config)
+    trained_on(tmp_path, recordings, carry)
+    trained_on(tmp_path, recordings, carry)  # the same ones go on
+    longer = [*recordings[:3], replace(recordings[3], frames=19)]
+    for other in (recordings[:3], recordings[::-1], longer):
+        message = rf"checkpoint-00000002 was .*data\.train=unused gave 4 recordings .* now gives {len(other)} recordings .*new run_dir"
+        with pytest.raises(ValueError, match=message):
+            trained_on(tmp_path, other, carry)
+
+
+def test_a_checkpoint_that_does_not_say_its_recordings_goes_on(tmp_path):
+    recordings = make_recordings(tmp_path / "codes", [24, 17, 24, 20], make_model().config)
+    trained_on(tmp_path, recordings, "state")
+    path = tmp_path / "run" / "checkpoints" / "checkpoint-00000002"
+    state = json.loads((path / "state.json").read_text())
+    del state["data"]
+    (path / "state.json").write_text(json.dumps(state))
+    write_manifest(path)
+    trained_on(tmp_path, recordings, "state")

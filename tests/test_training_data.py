@@ -12,7 +12,7 @@ from training_runs import make_recordings
 
 from modeling_moshi_ttt.common.audio import read_audio, write_audio
 from modeling_moshi_ttt.training import annotate, prepare
-from modeling_moshi_ttt.training.codes import CodesCache, codec_fingerprint, read_codes, recording_text
+from modeling_moshi_ttt.training.codes import CodesCache, codec_fingerprint, read_codes, recording_text, says_words
 from modeling_moshi_ttt.training.data import Loader, WindowReader, make_plan, prepare_set
 from modeling_moshi_ttt.training.lanes import EMPTY, Window
 from modeling_moshi_ttt.training.noise import add_noise
@@ -155,6 +155,42 @@ def test_text_is_the_processors(tmp_path, processor):
     assert recording_text(processor, recording, len(expected)).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    ("spoken", "message"),
+    [
+        ([["he", [100, 400], "SPEAKER_MAIN"]], r"words\[0\] 'he' stands at \[100, 400\] s, outside .*1\.04 s; are the times in seconds"),
+        ([["he", [0.1, 0.4], "SPEAKER_MAIN"], ["you", [1.04, 1.2], "SPEAKER_USER"]], r"words\[1\] 'you' stands at \[1\.04, 1\.2\]"),
+        ([["he", [-0.1, 0.4], "SPEAKER_MAIN"]], r"words\[0\] 'he' stands at \[-0\.1, 0\.4\]"),
+        (
+            [["he", [0.1, 0.4], "SPEAKER_00"], ["you", [0.5, 0.7], "moshi"]],
+            r"speakers are 'SPEAKER_00', 'moshi' and none is 'SPEAKER_MAIN'",
+        ),
+        ([["he", [0.1, 0.4], "SPEAKER_USER"], ["you", [0.5, 0.7], "Moshi"]], r"speakers are 'Moshi' and none is"),
+    ],
+)
+def test_words_of_which_nothing_would_remain_are_refused(tmp_path, processor, spoken, message):
+    manifest = make_source(tmp_path, ["a"])
+    (tmp_path / "a.json").write_text(json.dumps(spoken))
+    with pytest.raises(ValueError, match=rf"a\.wav: .*{message}"):
+        prepare_set(str(manifest), DataSettings(train=str(manifest)), CodesCache(tmp_path / "cache", processor))
+
+
+@pytest.mark.parametrize(
+    ("spoken", "says"),
+    [
+        ([["he", [0.1, 0.4], "SPEAKER_MAIN"], ["you", [0.5, 0.7], "SPEAKER_01"]], True),  # moshi-finetune takes any label beside Moshi's
+        ([["he", [0.1, 0.4], "SPEAKER_USER"]], False),  # Moshi only listens
+        ([["he", [0.1, 0.4], "SPEAKER_MAIN"], ["you", [1.04, 1.04], "SPEAKER_MAIN"]], True),  # a word without duration is left out
+        ([], False),
+    ],
+)
+def test_words_that_are_legal(tmp_path, processor, spoken, says):
+    manifest = make_source(tmp_path, ["a"])
+    (tmp_path / "a.json").write_text(json.dumps(spoken))
+    (one,) = prepare_set(str(manifest), DataSettings(train=str(manifest)), CodesCache(tmp_path / "cache", processor)).recordings
+    assert says_words(one.text) == says
+
+
 # ---- batches
 
 
@@ -230,6 +266,9 @@ def test_prepare_says_what_there_is(tmp_path, processor, capsys):
     arguments = (str(manifest), "--processor", str(tmp_path / "processor"), "--cache", str(tmp_path / "cache"))
     assert prepare.run(options(prepare, *arguments)) == 0
     assert "2 recordings, 0.00 hours, 2 of them with words" in capsys.readouterr().out
+    (tmp_path / "one" / "b.json").write_text(json.dumps(words(("he", 0.1), speaker="SPEAKER_USER")))
+    assert prepare.run(options(prepare, *arguments)) == 0
+    assert "2 recordings, 0.00 hours, 1 of them with words" in capsys.readouterr().out  # padding is no word
     (tmp_path / "one" / "a.wav").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 bad files(.|\n)*a\.wav"):
         prepare.run(options(prepare, *arguments))

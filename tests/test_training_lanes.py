@@ -88,3 +88,11 @@ def test_wrong_settings_and_states_are_refused():
     state = plan.state_dict()
     with pytest.raises(ValueError, match="2 rows, 1 sources.*1 rows"):
         Lanes([5, 5, 5], WeightedOrder([3], [1.0], 0), 1, 4).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("lengths", "place"), [([9, 9], "frame 4 of recording 2"), ([9, 4, 9], "frame 4 of recording 1")])
+def test_a_place_that_the_data_no_longer_have_is_refused(lengths, place):
+    plan = Lanes([9, 9, 9], WeightedOrder([3], [1.0], None), 2, 4)
+    state = plan.state_dict() | {"current": [1, 2], "start": [4, 4]}
+    with pytest.raises(ValueError, match=rf"{place}, which these {len(lengths)} recordings .*data\.train .*new run_dir"):
+        Lanes(lengths, WeightedOrder([len(lengths)], [1.0], None), 2, 4).load_state_dict(state)

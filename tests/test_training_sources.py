@@ -20,6 +20,7 @@ from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, constants
 
 from modeling_moshi_ttt.common.audio import read_audio
+from modeling_moshi_ttt.common.recordings import Recording
 from modeling_moshi_ttt.training import sources
 from modeling_moshi_ttt.training.codes import CodesCache
 from modeling_moshi_ttt.training.data import prepare_set
@@ -268,6 +269,42 @@ def test_a_parquet_of_sounds(tmp_path):
     problems = []
     assert read(tmp_path / "torn.parquet", tmp_path / "store", problems) == []
     assert "torn.parquet: the parquet file cannot be read" in problems[0]
+
+
+# ---- sounds that break off
+
+
+@pytest.mark.parametrize(("form", "rate"), [("WAV", 24000), ("FLAC", 22050), ("MP3", 44100)])
+def test_a_sound_that_breaks_off_is_refused(tmp_path, form, rate):
+    whole = sound(seconds=4.0, rate=rate, form=form)
+    path = tmp_path / "set" / f"a.{form.lower()}"
+    path.parent.mkdir()
+    path.write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "set" / "data.jsonl").write_text(json.dumps({"path": path.name, "duration": 4.0}))
+    cache = CodesCache(tmp_path / "cache", small_processor())
+    source = str(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"a\.\w+: the sound breaks off at [12]\.\d+ s of 4\.00 s; copy the file again"):
+        prepare_set(source, DataSettings(source), cache)
+    path.write_bytes(whole)
+    assert prepare_set(source, DataSettings(source), cache).lengths[0] in (50, 51)  # MP3 adds a moment of its own
+
+
+def test_codes_of_a_sound_that_broke_off_count_as_missing(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(sound(seconds=4.0, rate=24000, form="WAV")[:200_000])
+    cache = CodesCache(tmp_path / "cache", small_processor())
+    cut, half = Recording(path, 4.0), Recording(path, 2.08)
+    cache.encode(half)
+    assert cache.has(half)
+    assert not cache.has(cut)  # as codes made before sounds were compared with their headers
+
+
+def test_a_wav_from_a_pipe_states_no_length(tmp_path):
+    whole = sound(seconds=1.0, rate=24000, form="WAV")
+    length = whole.index(b"data") + 4
+    (tmp_path / "a.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:length] + b"\xff" * 4 + whole[length + 4 :])
+    found = prepare_set(str(tmp_path), DataSettings(str(tmp_path)), CodesCache(tmp_path / "cache", small_processor()))
+    assert found.lengths == [13]
 
 
 # ---- the Hub

@@ -15,11 +15,13 @@ from safetensors.numpy import save
 
 from ..common.audio import read_audio
 from ..common.files import atomic_write, sha256
-from ..common.recordings import Recording
-from ..processing_moshi_ttt import ABSENT, MAIN_SPEAKER, parse_word, text_stream
+from ..common.recordings import USER_SPEAKER, Recording
+from ..processing_moshi_ttt import ABSENT, END_OF_PADDING, MAIN_SPEAKER, TEXT_PADDING, parse_word, text_stream
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"
+# A manifest may round its durations, and decoders trim; a sound that is shorter than stated by more seconds than this was cut off.
+CUT_TOLERANCE = 0.2
 
 
 def codec_fingerprint(processor: Any) -> str:
@@ -66,15 +68,21 @@ class CodesCache:
         return self.folder / f"{known[2]}.safetensors"
 
     def has(self, recording: Recording) -> bool:
-        """Whether whole codes of this recording are there; a damaged file counts as missing."""
+        """Whether whole codes of this recording are there; a damaged file counts as missing, and so does one of a sound that was cut off."""
         try:
-            return code_frames(self.path(recording)) > 0
+            frames = code_frames(self.path(recording))
+            return frames > 0 and not _breaks_off(recording, frames / self.processor.frame_rate)
         except (OSError, SafetensorError, KeyError):
             return False
 
     def encode(self, recording: Recording) -> Path:
-        """Encode one recording and write its codes; ValueError names a file that cannot be read."""
+        """Encode one recording and write its codes; ValueError names a file that cannot be read, or that ends before its time."""
         samples = read_audio(recording.path, self.processor.sampling_rate)
+        seconds = samples.shape[-1] / self.processor.sampling_rate
+        if _breaks_off(recording, seconds):
+            raise ValueError(
+                f"{recording.path}: the sound breaks off at {seconds:.2f} s of {recording.duration:.2f} s; copy the file again."
+            )
         codes = encode_stereo(self.processor, samples, recording.path)
         atomic_write(self.path(recording), save({"codes": codes}))
         return self.path(recording)
@@ -90,6 +98,18 @@ class CodesCache:
         atomic_write(self._hashes_path, json.dumps(self._hashes))
 
 
+def _breaks_off(recording: Recording, seconds: float) -> bool:
+    """Whether less sound is there than the header, which is all that a duration was compared with, promised."""
+    return seconds < recording.duration - CUT_TOLERANCE and _states_length(recording.path)
+
+
+def _states_length(path: Path) -> bool:
+    """False for a WAV written into a pipe: its header, made before the end was known, holds the greatest number instead of a length."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return not (start[:4] == b"RIFF" and start[4:] == b"\xff" * 4)
+
+
 def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
     """Codes [2, K, T] int16 of stereo samples [2, n]; ValueError for another number of channels."""
     if samples.shape[0] != 2:
@@ -102,16 +122,42 @@ def recording_text(processor: Any, recording: Recording, frames: int) -> np.ndar
     """The text stream [T] int32 of a whole recording, by moshi-finetune's rules; all -1 where nothing was aligned.
 
     Raises:
-        ValueError: a word ends before it starts, or the tokenizer cannot encode it.
+        ValueError: a word ends before it starts, begins outside the recording, or cannot be encoded; or no label of a speaker is known.
     """
     if recording.words is None:
         return np.full(frames, ABSENT, dtype=np.int32)
-    spoken = []
+    spoken, speakers = [], set()
     for index, word in enumerate(recording.words):
         text, start, end, speaker = parse_word(index, word)
+        _check_start(index, text, start, end, frames / processor.frame_rate)
+        speakers.add(speaker)
         if speaker == MAIN_SPEAKER and start < end:
             spoken.append((processor.encode_word(text), start))
+    _check_speakers(speakers)
     return np.array(text_stream([word for word in spoken if word[0]], frames, processor.frame_rate), dtype=np.int32)
+
+
+def says_words(text: np.ndarray) -> bool:
+    """Whether anything but padding stands in a text stream [T]; a recording in which only the user speaks holds padding alone."""
+    return bool((~np.isin(text, (ABSENT, TEXT_PADDING, END_OF_PADDING))).any())
+
+
+def _check_start(index: int, text: str, start: float, end: float, length: float) -> None:
+    # nothing would remain of such a word, and with times in milliseconds the whole text would be padding
+    if start < end and not 0 <= start < length:
+        raise ValueError(
+            f"words[{index}] {text!r} stands at [{start:g}, {end:g}] s, outside the recording of {length:.2f} s; are the times in seconds?"
+        )
+
+
+def _check_speakers(speakers: set[str]) -> None:
+    """Labels beside Moshi's may be any, as for moshi-finetune; but without Moshi's, an unknown one may well be Moshi under another name."""
+    unknown = sorted(speakers - {MAIN_SPEAKER, USER_SPEAKER})
+    if unknown and MAIN_SPEAKER not in speakers:
+        raise ValueError(
+            f"the words' speakers are {', '.join(map(repr, unknown))} and none is {MAIN_SPEAKER!r}, so no text would be learned; "
+            f"name Moshi {MAIN_SPEAKER!r} and the user {USER_SPEAKER!r} in the words."
+        )
 
 
 def code_frames(path: Path) -> int:

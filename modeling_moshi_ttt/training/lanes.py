@@ -133,6 +133,13 @@ class Lanes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; ValueError when it belongs to other data or another number of rows."""
         _check_state(self, state, len(self.current), len(self.order.drawn))
+        for recording, start in zip(state["current"], state["start"]):
+            # -1 is a row that takes its next recording; what a row stands in must still be there, and as long
+            if recording >= len(self.lengths) or (recording >= 0 and start >= self.lengths[recording]):
+                raise ValueError(
+                    f"The saved place in the data is frame {start} of recording {recording}, which these {len(self.lengths)} recordings do "
+                    "not have: data.train gives others than before. Give the same recordings, or start with a new run_dir."
+                )
         self.order.drawn = list(state["drawn"])
         self.current, self.start = list(state["current"]), list(state["start"])
 

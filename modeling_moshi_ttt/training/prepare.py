@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..processing_moshi_ttt import MoshiTTTProcessor
-    from .codes import CodesCache
+    from .codes import CodesCache, says_words
     from .data import FRAME_RATE, prepare_set
     from .run_config import DataSettings, check_columns
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     check_columns(settings.columns)
     cache = CodesCache(args.cache, MoshiTTTProcessor.from_pretrained(args.processor))
     found = prepare_set(args.sources, settings, cache, lambda items: tqdm(items, desc="encoding"))
-    spoken = sum(bool((recording.text >= 0).any()) for recording in found.recordings)
+    spoken = sum(says_words(recording.text) for recording in found.recordings)
     hours = sum(found.lengths) / FRAME_RATE / 3600
     print(f"{len(found.recordings)} recordings, {hours:.2f} hours, {spoken} of them with words; codes in {cache.folder}")
     return 0

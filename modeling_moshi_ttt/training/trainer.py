@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -71,6 +72,7 @@ class Trainer:
         self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size)
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
         self.reader = WindowReader(train.recordings, self.config.audio_delays, self.config.num_codebooks)
+        self.data_mark = data_mark(train)
         self.plan = make_plan(train, run.data, self.rows, self.window, run.seed)
         self.folder = CheckpointFolder(
             self.run_dir / "checkpoints", run.checkpoint.keep, accelerator.process_index, accelerator.wait_for_everyone
@@ -276,6 +278,7 @@ class Trainer:
             own |= {f"model.{name}": tensor for name, tensor in weights.items()} | {f"optimizer.{name}": t for name, t in moments.items()}
             shared = {}
         state = {"progress": vars(self.progress), "random": plain, "world": self.accelerator.num_processes, "run": self.run.to_dict()}
+        state["data"] = self.data_mark
         return self.folder.save(self.progress.step, Snapshot(state, shared, own), self.progress.best_step)
 
     def _resume(self) -> bool:
@@ -286,6 +289,7 @@ class Trainer:
             return False
         snapshot = self.folder.load(path, ("model", "optimizer"))
         self._check_world(snapshot.state)
+        self._check_data(path, snapshot.state)
         sharded, own = self.run.checkpoint.sharded, snapshot.own
         shared = snapshot.shared
         if sharded:
@@ -312,6 +316,15 @@ class Trainer:
             if holds:
                 raise ValueError(f"The checkpoint was written by {saved} processes and there are {now}: {reason}. Resume with {saved}.")
 
+    def _check_data(self, path: Path, state: dict[str, Any]) -> None:
+        """A place in the data is a few numbers of recordings, which mean others once one was added, removed or exchanged."""
+        before = state.get("data", self.data_mark)  # older checkpoints do not say
+        if before != self.data_mark:
+            raise ValueError(
+                f"{path} was trained on other recordings: data.train={self.run.data.train} gave {before} and now gives {self.data_mark}. "
+                "Give the same recordings in the same order, or start with a new run_dir."
+            )
+
     def _check_folder(self) -> None:
         """The folder's run_config.json must say what this run says, but for what touches no number."""
         path = self.run_dir / "run_config.json"
@@ -329,6 +342,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))
         self.accelerator.wait_for_everyone()
+
+
+def data_mark(data: PreparedSet) -> str:
+    """What tells one set of recordings from another: how many there are, and a hash of their sounds' hashes and frames, in order."""
+    told = json.dumps([data.sizes, [[recording.codes.name, recording.frames] for recording in data.recordings]])
+    return f"{len(data.recordings)} recordings ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
 
 
 def word_hits(logits: torch.Tensor, labels: torch.Tensor, padding_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
