@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import hub_checkpoints
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ import zero_shot_folders as folders
 from tiny import random_frames
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
+from modeling_moshi_ttt.common.audio import write_audio
 from modeling_moshi_ttt.evaluation import runner, scoring, zero_shot
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.tools import cli
@@ -151,6 +153,91 @@ def test_scores_of_other_streams_are_not_mixed_in(place, tmp_path, capsys):
     assert cli.main(["evaluate", path]) == 0
     assert cli.main(["evaluate", path, "zero_shot.user=silence"]) == 2
     assert "of other streams" in capsys.readouterr().err
+
+
+def section_of(output, name):
+    return json.loads((output / "results.json").read_text())["tasks"][name]
+
+
+def test_other_sounds_under_the_same_names_are_scored_anew(place, tmp_path, monkeypatch):
+    """Swapping the sides of both stories turns the accuracy round; a new folder of the same content changes nothing."""
+    story = shutil.copytree(place / "sSC", tmp_path / "story")
+    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(story)}]}}
+    path, output = write(tmp_path / "zero.yaml", settings(place, tmp_path / "out", **task)), tmp_path / "out"
+    assert cli.main(["evaluate", path]) == 0
+    first = section_of(output, "zero_shot")
+    scored, real = [], scoring.SpeechScorer.score_waves
+    monkeypatch.setattr(scoring.SpeechScorer, "score_waves", lambda self, waves: scored.extend(waves) or real(self, waves))
+    for sound in sorted(story.iterdir()):
+        sound.touch()
+    assert cli.main(["evaluate", path]) == 0
+    assert (scored, section_of(output, "zero_shot")) == ([], first)
+    for good, bad in (("10_aa-1_correct", "3_aa-1_incorrect"), ("2_bb-2_correct", "11_bb-2_incorrect")):
+        kept = (story / f"{good}.wav").read_bytes()
+        (story / f"{good}.wav").write_bytes((story / f"{bad}.wav").read_bytes())
+        (story / f"{bad}.wav").write_bytes(kept)
+    assert cli.main(["evaluate", path]) == 0
+    assert len(scored) == 4
+    accuracies = [part["tasks"]["sstorycloze"]["accuracy"] for part in (first, section_of(output, "zero_shot"))]
+    assert sum(accuracies) == 1.0
+
+
+def test_kept_scores_that_name_no_content_are_scored_anew(place, tmp_path, monkeypatch):
+    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(place / "sSC")}]}}
+    path, cache = write(tmp_path / "zero.yaml", settings(place, tmp_path / "out", **task)), tmp_path / "out/scores/sstorycloze-dev.json"
+    assert cli.main(["evaluate", path]) == 0
+    whole = json.loads(cache.read_text())
+    old = {name: [[0.0] * len(sums), tokens] for name, (sums, tokens, _) in whole["scores"].items()}
+    cache.write_text(json.dumps(whole | {"scores": old}))
+    (tmp_path / "out" / "results.json").unlink()
+    assert cli.main(["evaluate", path]) == 0
+    assert json.loads(cache.read_text()) == whole
+
+
+def manifest_of(folder, sound):
+    """A manifest of one recording, talk.wav, 12 s of `sound` Hz."""
+    folder.mkdir(exist_ok=True)
+    wave = 0.3 * np.sin(2 * np.pi * sound * np.arange(24000 * 12) / 24000)
+    write_audio(folder / "talk.wav", np.stack([wave, wave]).astype(np.float32), 24000)
+    (folder / "data.jsonl").write_text('{"path": "talk.wav", "duration": 12.0}\n')
+    return str(folder / "data.jsonl")
+
+
+def test_another_manifest_of_the_same_names_and_lengths_is_measured_itself(place, tmp_path):
+    found = {}
+    for name, sound, output in (("low", 110, "shared"), ("high", 1500, "shared"), ("high", 1500, "fresh")):
+        part = {"long_context": {"manifest": manifest_of(tmp_path / name, sound), "max_frames": 150, "conditions": ["TTT", "gate 0"]}}
+        assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / output, **part))]) == 0
+        found[name, output] = section_of(tmp_path / output, "long_context")["conditions"]
+    assert found["high", "shared"] == found["high", "fresh"]
+    assert found["high", "shared"] != found["low", "shared"]
+
+
+@pytest.mark.parametrize("name", ["long_context", "inner_loss", "dialogue"])
+def test_a_section_runs_anew_when_its_sounds_or_words_changed(place, tmp_path, monkeypatch, name):
+    ran = []
+    monkeypatch.setattr(runner, "RUNNERS", {name: lambda *_: ran.append(name) or {"kind": "none"}})
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
+    folder = tmp_path / "data"
+    path = write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **{name: {"manifest": manifest_of(folder, 110)}}))
+    for change, runs in (
+        (lambda: None, 1),
+        (lambda: None, 1),
+        (lambda: manifest_of(folder, 220), 2),
+        (lambda: (folder / "talk.json").write_text('{"alignments": [["hello", [0.5, 1.0], "SPEAKER_MAIN"]]}'), 3),
+    ):
+        change()
+        assert cli.main(["evaluate", path]) == 0
+        assert len(ran) == runs
+
+
+def test_recall_runs_anew_with_another_seed(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(runner, "RUNNERS", {"recall": lambda *_: ran.append("recall") or {"kind": "none"}})
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
+    for seed in (0, 0, 1):
+        assert cli.main(["evaluate", f"output={tmp_path / 'out'}", f"recall.seed={seed}"]) == 0
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize(

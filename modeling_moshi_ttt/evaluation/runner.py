@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from ..common.files import atomic_write, sha256
-from ..common.recordings import read_manifest
+from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
-from . import books, conversations, inner_loss, long_context, recall, zero_shot
+from . import books, conversations, inner_loss, inputs, long_context, recall, zero_shot
+from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
 from .report import read_json, write_report
 from .scoring import CodeSequence, ScoreWeights, SpeechScorer
@@ -89,18 +90,11 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
     subject = Subject(settings)
     results = _open_results(settings.output, subject)
     torch.manual_seed(settings.seed)
-    pending = {}
-    for name in SECTIONS:
-        section = getattr(settings, name)
-        if section is None:
-            continue
-        key = json.loads(json.dumps(asdict(section) | {"seed": settings.seed}, default=str))
-        if getattr(section, "before", None):  # a folder of the same name may hold other weights by now
-            key["before_fingerprint"] = _before(settings, section).fingerprint
-        if results["tasks"].get(name, {}).get("settings") != key:
-            pending[name] = section, key
-    for name, (section, _) in pending.items():
+    sections = {name: section for name in SECTIONS if (section := getattr(settings, name)) is not None}
+    for name, section in sections.items():
         _check_inputs(name, section)
+    keys = {name: _key(name, section, settings) for name, section in sections.items()}
+    pending = {name: (sections[name], key) for name, key in keys.items() if results["tasks"].get(name, {}).get("settings") != key}
     for name, (section, key) in pending.items():
         begin = time.perf_counter()
         part = RUNNERS[name](subject, section, settings, show_progress)
@@ -110,15 +104,26 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
     return write_report(results, settings.output)
 
 
+def _key(name: str, section: Any, settings: EvaluateSettings) -> dict[str, Any]:
+    """What a section's numbers depend on: its settings, and the data and weights that lie under the names in them by now."""
+    # recall has a seed of its own, which counts
+    key: dict[str, Any] = json.loads(json.dumps({"seed": settings.seed} | asdict(section), default=str))
+    if getattr(section, "before", None):
+        key["before_fingerprint"] = _before(settings, section).fingerprint
+    if data := inputs.fingerprint(name, section):
+        key["inputs"] = data
+    return key
+
+
 def _check_inputs(name: str, section: Any) -> None:
     """Read a section's folders and manifests once before anything runs: a mistake in the last must not come out after hours."""
     if name == "zero_shot":
         for task in section.tasks:
             zero_shot.read_task(task.task, task.folder, task.split, task.parts)
     elif name == "dialogue":
-        read_manifest(section.manifest, allow_outside=True)
+        inputs.dialogues(section)
     elif name in ("long_context", "inner_loss"):
-        _sources(section)
+        inputs.long_recordings(section)
     if name == "long_context":
         long_context.check_conditions(section.conditions)
 
@@ -167,23 +172,15 @@ def encode_waves(processor: Any, waves: list[np.ndarray]) -> list[torch.Tensor]:
     return [row[:, : -(-len(wave) // processor.frame_size)] for row, wave in zip(codes, waves)]
 
 
-def _sources(section: RecordingsSettings) -> dict[str, Callable[[Any], CodeSequence]]:
-    """The name of each recording, and what reads and encodes it with a processor."""
-    sources: dict[str, Callable[[Any], CodeSequence]] = {}
-    if section.folder is not None:
-        for name, paths in books.find_books(section.folder).items():
-            sources[name] = lambda processor, paths=paths: books.encode_book(processor, paths, section.max_frames)  # type: ignore[misc]
-    else:
-        for recording in read_manifest(section.manifest, allow_outside=True):  # type: ignore[arg-type]
-            name = recording.path.name
-            if name in sources:
-                raise ValueError(f"{section.manifest}: two recordings are named {name}; give each its own name")
-            sources[name] = lambda processor, one=recording: books.encode_recording(processor, one, section.max_frames)  # type: ignore[misc]
-    return dict(list(sources.items())[: section.max_recordings])
-
-
 def _recordings(processor: Any, section: RecordingsSettings, show_progress: bool) -> dict[str, CodeSequence]:
-    return {name: read(processor) for name, read in tqdm(_sources(section).items(), desc="encoding", disable=not show_progress)}
+    sources = tqdm(inputs.long_recordings(section).items(), desc="encoding", disable=not show_progress)
+    return {name: _encode(processor, source, section.max_frames) for name, source in sources}
+
+
+def _encode(processor: Any, source: list[Path] | Recording, max_frames: int | None) -> CodeSequence:
+    if isinstance(source, Recording):
+        return books.encode_recording(processor, source, max_frames)
+    return books.encode_book(processor, source, max_frames)
 
 
 def _long_context(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
@@ -192,10 +189,12 @@ def _long_context(subject: Subject, section: Any, settings: EvaluateSettings, sh
     window = model.config.sliding_window
     long_context.check_books(found, window, section.conditions)
     total = sum(book.moshi.shape[-1] for book in found.values()) * len(section.conditions)
+    contents = {name: codes_fingerprint(book) for name, book in found.items()}
     with tqdm(total=total, desc="long context", unit="frames", disable=not show_progress) as bar:
 
         def losses(name: str, book: CodeSequence, condition: str) -> np.ndarray:
-            key = f"{subject.fingerprint} {name} {book.moshi.shape[-1]} {condition} {settings.seed}"
+            # of the codes, not of the name: another set of data may use the same names
+            key = f"{subject.fingerprint} {contents[name]} {condition} {settings.seed}"
             path = settings.output / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
             if path.is_file():
                 bar.update(book.moshi.shape[-1])
@@ -216,7 +215,7 @@ def _inner_loss(subject: Subject, section: Any, settings: EvaluateSettings, show
 
 def _dialogue(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
     model, processor = subject.load()
-    recordings = read_manifest(section.manifest, allow_outside=True)[: section.max_recordings]
+    recordings = inputs.dialogues(section)
     sampling = {"temperature": section.temperature, "text_temperature": section.text_temperature}
     progress = _bar("dialogue", show_progress)
     before = _before(settings, section).load()[0] if section.before else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.audio import read_audio
 from ..common.files import atomic_write
+from .contents import content
 from .report import read_json
 from .scoring import UNWEIGHTED, ScoreWeights, SpeechScorer, StreamSums
 from .zero_resource import (
@@ -53,14 +54,15 @@ def score_files(
 ) -> dict[Path, StreamSums]:
     """Per-stream sums of every file of the pairs; `cache` keeps them between runs with the same `header` (model, streams)."""
     files = pair_files(pairs)
-    found = _read_cache(cache, header, files)
+    contents = {path: content(path) for path in files}
+    found = _read_cache(cache, header, contents)
     # files of like size together, so that little is padded
     left = sorted((path for path in files if path not in found), key=lambda path: path.stat().st_size)
     batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
     for number, batch in enumerate(progress(batches), start=1):
         found |= dict(zip(batch, scorer.score_waves([read_mono(path) for path in batch]), strict=True))
         if number % SAVE_EVERY == 0 or number == len(batches):
-            _write_cache(cache, header, found)
+            _write_cache(cache, header, found, contents)
     return found
 
 
@@ -69,18 +71,23 @@ def read_mono(path: Path) -> np.ndarray:
     return read_audio(path, 24000).mean(0)
 
 
-def _read_cache(cache: Path, header: dict[str, Any], files: Sequence[Path]) -> dict[Path, StreamSums]:
+def _read_cache(cache: Path, header: dict[str, Any], contents: Mapping[Path, str]) -> dict[Path, StreamSums]:
+    """The kept scores of the files whose content is still the one that was scored; an entry that names none is of no use."""
     if not cache.is_file():
         return {}
     data = read_json(cache)
     if data["header"] != header:
         raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
-    known = {Path(name): StreamSums(tuple(sums), tuple(tokens)) for name, (sums, tokens) in data["scores"].items()}
-    return {path: known[path] for path in files if path in known}
+    found = {}
+    for path, wanted in contents.items():
+        sums, tokens, *scored = data["scores"].get(str(path), ((), ()))
+        if scored == [wanted]:
+            found[path] = StreamSums(tuple(sums), tuple(tokens))
+    return found
 
 
-def _write_cache(cache: Path, header: dict[str, Any], found: dict[Path, StreamSums]) -> None:
-    scores = {str(path): [sums.sums, sums.tokens] for path, sums in found.items()}
+def _write_cache(cache: Path, header: dict[str, Any], found: dict[Path, StreamSums], contents: Mapping[Path, str]) -> None:
+    scores = {str(path): [sums.sums, sums.tokens, contents[path]] for path, sums in found.items()}
     atomic_write(cache, json.dumps({"header": header, "scores": scores}, allow_nan=False))
 
 
