@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..common.adapters import BASE_CONFIG
+from ..common.adapters import BASE_CONFIG, read_json
 from ..common.files import atomic_write
-from .verify import Facts, human_size, read_json
+from .verify import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.json", "training_summary.json"
