@@ -13,6 +13,7 @@ import zero_shot_folders as folders
 from tiny import random_frames
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
+from modeling_moshi_ttt.common.adapters import write_base_config
 from modeling_moshi_ttt.common.audio import write_audio
 from modeling_moshi_ttt.evaluation import runner, scoring, zero_shot
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
@@ -267,7 +268,10 @@ def test_a_mistake_in_the_last_part_comes_out_before_the_first_runs(place, tmp_p
     tasks = [{"task": "sstorycloze", "folder": str(place / "sSC")}, {"task": "swuggy", "folder": str(tmp_path)}]
     for change, message in (
         ({"zero_shot": {"tasks": tasks}}, "found no gold.csv"),
-        ({"zero_shot": {"tasks": tasks[:1]}, "long_context": {"folder": str(place / "books"), "conditions": ["TTT", "gate"]}}, "holds 'gate'"),
+        (
+            {"zero_shot": {"tasks": tasks[:1]}, "long_context": {"folder": str(place / "books"), "conditions": ["TTT", "gate"]}},
+            "holds 'gate'",
+        ),
         ({"zero_shot": {"tasks": tasks[:1]}, "inner_loss": {"folder": str(tmp_path / "none")}}, "no such folder"),
         ({"zero_shot": {"tasks": tasks[:1]}, "dialogue": {"manifest": str(tmp_path / "none.jsonl")}}, "none.jsonl"),
     ):
@@ -283,7 +287,7 @@ def test_a_damaged_file_of_an_earlier_run_is_named(place, tmp_path, capsys, file
     for content in ('{"model', "[]"):
         path.write_text(content)
         assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **task))]) == 2
-        assert f"{path}: " in (error := capsys.readouterr().err)
+        assert f"{path} " in (error := capsys.readouterr().err)
         assert "remove it" in error
 
 
@@ -323,6 +327,75 @@ def test_an_adapter_is_merged_into_the_model(tmp_path):
     assert (base - expected).abs().max() > 1e-2
     assert subject.fingerprint != plain.fingerprint
     assert "adapter" in subject.about()["name"]
+
+
+def plain_base_and_adapter(folder, **ttt):
+    """A base without TTT layers unless `ttt` gives some, and an adapter that a run with model.ttt made for it; returns the PEFT model."""
+    chosen = {"ttt_layers": [1], "ttt_mixer": "linear", "ttt_mini_batch_size": 4}
+    hub_checkpoints.small_model(**(ttt or {"ttt_layers": []})).save_pretrained(folder / "base")
+    hub_checkpoints.small_processor().save_pretrained(folder / "base")
+    base = MoshiTTTForConditionalGeneration.from_pretrained(folder / "base", **(chosen if not ttt else {}))
+    base.save_pretrained(folder / "wide")
+    adapted = hub_checkpoints.save_adapter(folder / "adapter", str(folder / "wide"))
+    write_base_config(folder / "adapter", base.config)
+    return adapted
+
+
+def subject_of(folder, base="base"):
+    return runner.Subject(EvaluateSettings(model=str(folder / base), adapter=str(folder / "adapter"), device="cpu"))
+
+
+def test_an_adapter_brings_the_ttt_layers_that_its_base_lacks(tmp_path):
+    adapted = plain_base_and_adapter(tmp_path)
+    subject = subject_of(tmp_path)
+    ttt = subject.about()["ttt"]
+    assert (ttt["ttt_layers"], ttt["ttt_mixer"], ttt["ttt_mini_batch_size"]) == ([1], "linear", 4)
+    model, _ = subject.load()
+    assert model.config.ttt_layers == [1]
+    frames = random_frames(model.config, 2, 12)
+    with torch.no_grad():
+        assert (model(**frames).logits - adapted(**frames).logits).abs().max() < 1e-4
+
+
+def test_an_adapter_of_transformers_moshi_whose_processor_lies_beside_it(tmp_path):
+    """The base as it is on the Hub: another model type, no processor of ours."""
+    plain_base_and_adapter(tmp_path)
+    path = tmp_path / "base" / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("ttt_")}
+    path.write_text(json.dumps(config | {"model_type": "moshi"}))
+    (tmp_path / "base" / "processor_config.json").unlink()
+    hub_checkpoints.small_processor().save_pretrained(tmp_path / "adapter")
+    model, processor = subject_of(tmp_path).load()
+    assert model.config.ttt_layers == [1]
+    assert processor.num_codebooks == 3
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"ttt_layers": [0]}, r"the adapter is for TTT layers \[1\], its base .*other has \[0\]"),
+        ({"ttt_layers": [0, 1]}, r"the adapter is for TTT layers \[1\], its base .*other has \[0, 1\]"),
+        ({"ttt_mixer": "mlp"}, "the adapter is for TTT mixer linear, its base .*other has mlp"),
+        ({"ttt_mini_batch_size": 8}, "the adapter is for TTT mini-batch size 4, its base .*other has 8"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_before_weights_are_read(tmp_path, other, message, told):
+    """Also without base_config.json beside it, by the adapter's own weights."""
+    ttt = {"ttt_layers": [1], "ttt_mixer": "linear", "ttt_mini_batch_size": 4}
+    plain_base_and_adapter(tmp_path, **ttt)
+    hub_checkpoints.small_model(**{**ttt, **other}).config.save_pretrained(tmp_path / "other")
+    if not told:
+        (tmp_path / "adapter" / "base_config.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        subject_of(tmp_path, "other").about()
+
+
+def test_an_adapter_of_a_base_of_another_depth_is_refused(tmp_path):
+    plain_base_and_adapter(tmp_path)
+    hub_checkpoints.small_model(ttt_layers=[], num_hidden_layers=3).config.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="the adapter is for num_hidden_layers 2, its base .*other has 3"):
+        subject_of(tmp_path, "other").about()
 
 
 def hub_base(folder):

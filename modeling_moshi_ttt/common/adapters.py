@@ -1,12 +1,37 @@
-"""What lies beside an adapter's weights: the configuration of the base that it was made for, so that nobody has to guess it."""
+"""Adapters and their bases: the configuration that a base must have, and the base loaded with it, so that nobody has to guess either."""
 
 import json
+import os
+import re
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from .files import atomic_write
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .files import atomic_write, read_json
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_CONFIG = "base_config.json"
+TTT_LAYER = re.compile(r"decoder\.model\.layers\.(\d+)\.(ttt|ttt_gate|ttt_layernorm)\.")
+# What an adapter and its base must agree on, and how a message calls it. Of another size, a base would lose or gain layers unnoticed.
+_SIZES = ("hidden_size", "num_hidden_layers", "ffn_dim", "num_codebooks", "vocab_size", "audio_vocab_size")
+_TTT = {"ttt_layers": "TTT layers", "ttt_mixer": "TTT mixer", "ttt_mini_batch_size": "TTT mini-batch size"}
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def check_model_type(config: dict[str, Any], where: str) -> None:
+    """Refuse another kind of model, with a way on for those that can be converted."""
+    model_type = config.get("model_type")
+    if model_type == "moshi_ttt":
+        return
+    hint = "; turn it into one with: moshi-ttt convert SRC DST" if model_type in ("moshi", "hibiki") or "dep_q" in config else ""
+    raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
 
 
 def write_base_config(folder: Path, config: MoshiTTTConfig) -> None:
@@ -14,3 +39,110 @@ def write_base_config(folder: Path, config: MoshiTTTConfig) -> None:
     fields = json.loads(config.to_json_string(use_diff=False))
     fields.pop("_name_or_path", None)  # a folder of the machine it was loaded on
     atomic_write(folder / BASE_CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def named_base(folder: Path) -> tuple[str, str | None]:
+    """(folder or Hub name, revision) of the base that an adapter names; "" where it names none."""
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    return str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
+
+
+def adapter_layers(folder: Path) -> list[int]:
+    """The TTT layers whose weights an adapter holds, from its file's header."""
+    return _held_ttt(folder).get("ttt_layers", [])
+
+
+def _held_ttt(folder: Path) -> dict[str, Any]:
+    """The TTT settings that follow from the weights of an adapter; {} where it holds no TTT weights."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if TTT_LAYER.search(name)]  # noqa: SIM118
+            sizes = [file.get_slice(name).get_shape()[0] for name in names if name.endswith("ttt.learnable_token_weight")]
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    held: dict[str, Any] = {}
+    if names:
+        held["ttt_layers"] = sorted({int(TTT_LAYER.search(name)[1]) for name in names})
+    if any(name.endswith("ttt.W1") for name in names):
+        held["ttt_mixer"] = "mlp" if any(name.endswith("ttt.W2") for name in names) else "linear"
+    if sizes:
+        held["ttt_mini_batch_size"] = sizes[0]
+    return held
+
+
+def adapter_run(folder: Path) -> dict[str, Any]:
+    """The settings of the run that made the adapter, as far as they lie beside it."""
+    return read_json(folder / "run.json").get("run", {}) if (folder / "run.json").is_file() else {}
+
+
+def _run_ttt(folder: Path) -> dict[str, Any]:
+    """Fields that the run put on top of its base's configuration."""
+    return dict(adapter_run(folder).get("model", {}).get("ttt") or {})
+
+
+def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTTTConfig:
+    """The configuration an adapter's base must have: from beside it, or from the base itself with the TTT settings of the adapter's run.
+
+    Raises ValueError for a base that is missing, of another type, or with other TTT layers than the adapter's weights.
+    """
+    if (folder / BASE_CONFIG).is_file():
+        config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
+    else:
+        config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
+    check_weights(folder, config, base)
+    return config
+
+
+def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
+    try:
+        raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
+    if not (raw.get("model_type") == "moshi" and "hidden_size" in raw):  # transformers' Moshi, which loads as it is
+        check_model_type(raw, base)
+    return raw
+
+
+def check_weights(folder: Path, config: MoshiTTTConfig, base: str) -> None:
+    """Refuse a configuration that the adapter's TTT weights do not fit."""
+    for name, held in _held_ttt(folder).items():
+        _check_same(_TTT[name], held, getattr(config, name), base)
+
+
+def check_layers(adapter_layers: list[int], base_layers: Any, base: str) -> None:
+    if adapter_layers:
+        _check_same(_TTT["ttt_layers"], adapter_layers, list(base_layers), base)
+
+
+def _check_same(what: str, wanted: Any, found: Any, base: str) -> None:
+    if wanted != found:
+        raise ValueError(f"the adapter is for {what} {wanted}, its base {base} has {found}: they do not belong together")
+
+
+def checked_config(folder: Path, base: str, revision: str | None = None) -> MoshiTTTConfig:
+    """As `base_config`, compared with the base's own configuration too; no weights of the base are read.
+
+    Fields that the adapter's run set itself may differ, and a base without TTT layers gets fresh ones, which the adapter then fills.
+    """
+    config, raw = base_config(folder, base, revision), _raw_config(base, revision)
+    own, chosen = MoshiTTTConfig.from_dict(raw), set(_run_ttt(folder))
+    has_ttt = own.ttt_layers and raw.get("model_type") == "moshi_ttt"  # a configuration without the field stands for its default
+    named = {name: name for name in _SIZES} | (_TTT if has_ttt else {})
+    if base == named_base(folder)[0]:
+        named.pop("ttt_mini_batch_size", None)  # base_config.json knows what the run chose for its own base, also without run.json
+    for name in [name for name in named if name not in chosen]:
+        _check_same(named[name], getattr(config, name), getattr(own, name), base)
+    return config
+
+
+def load_base(folder: Path, base: str, revision: str | None = None, dtype: Any = "auto") -> MoshiTTTForConditionalGeneration:
+    """A base with the configuration that an adapter needs, which is compared before any weights are read; ValueError where they differ."""
+    config = checked_config(folder, base, revision)
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # fresh TTT layers are the same each time
+        return MoshiTTTForConditionalGeneration.from_pretrained(base, config=config, dtype=dtype, **options)

@@ -44,6 +44,20 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     _sync(path.parent)
 
 
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file; ValueError or FileNotFoundError names it."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a log of one JSON object a line; a last line that a kill has torn is passed over.
 
@@ -58,10 +72,10 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, record {number}: not JSON ({error.msg}).") from None
+            raise ValueError(f"{path}, record {number}: not JSON ({error}).") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, record {number}: holds a {type(record).__name__}; a log has one JSON object a line.")
         records.append(record)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from ..common.files import atomic_write
+from ..common.files import atomic_write, read_json
 from .plots import DPI, draw, drawable, save
 from .zero_resource import FREQUENCY_BANDS, comparison_table
 
@@ -26,15 +25,12 @@ HEADINGS = {
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What an earlier run left. Raises ValueError naming the file where it is no JSON object."""
+def read_kept(path: Path) -> dict[str, Any]:
+    """What an earlier run left. Raises ValueError naming the file where it is damaged, and what helps."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path}: is damaged ({error}); remove it, and what it held is measured again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds no results; remove it, and what it should hold is measured again")
-    return data
+        raise ValueError(f"{error}; remove it, and what it held is measured again") from None
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:

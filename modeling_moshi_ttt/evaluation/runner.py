@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..common.adapters import checked_config, load_base
 from ..common.files import atomic_write, sha256
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -24,7 +25,7 @@ from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
 from . import books, conversations, inner_loss, inputs, long_context, recall, zero_shot
 from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
-from .report import read_json, write_report
+from .report import read_kept, write_report
 from .scoring import CodeSequence, ScoreWeights, SpeechScorer
 
 SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
@@ -41,8 +42,10 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of the weights and configurations of model and adapter."""
+        """SHA-256 over the names and contents of the weights and configurations of model and adapter, and the TTT settings in effect."""
         digest = hashlib.sha256(self.settings.dtype.encode())
+        if self.adapter is not None:
+            digest.update(json.dumps(self._ttt, sort_keys=True).encode())
         for folder in (self.folder, self.adapter):
             files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
             for path in files:
@@ -56,21 +59,40 @@ class Subject:
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = getattr(torch, self.settings.dtype)
-            model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
-            if self.adapter is not None:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
-            self._loaded = model.to(device).eval(), MoshiTTTProcessor.from_pretrained(str(self.folder))
+            if self.adapter is None:
+                model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
+            else:
+                model = _merged(self.adapter, str(self.folder), dtype)
+            self._loaded = model.to(device).eval(), MoshiTTTProcessor.from_pretrained(str(self._processor))
         return self._loaded
+
+    @property
+    def _processor(self) -> Path | None:
+        """The model's folder, or the adapter's where only that has a processor, as on a plain base."""
+        both = [folder for folder in (self.folder, self.adapter) if folder is not None and (folder / "processor_config.json").is_file()]
+        return both[0] if both else self.folder
+
+    @cached_property
+    def _ttt(self) -> dict[str, Any]:
+        """The TTT settings in effect: an adapter may bring TTT layers that its base lacks. ValueError where the two do not fit."""
+        if self.adapter is not None:
+            config = json.loads(checked_config(self.adapter, str(self.folder)).to_json_string(use_diff=False))
+        else:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[operator]
+        return {key: value for key, value in config.items() if key.startswith("ttt_")}
 
     def about(self) -> dict[str, Any]:
         if self.folder is None:
             return {"name": "no model", "fingerprint": "", "ttt": {}}
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        ttt = {key: value for key, value in config.items() if key.startswith("ttt_")}
         name = f"{self.settings.model}" + (f" with {self.settings.adapter}" if self.settings.adapter else "")
-        return {"name": name, "fingerprint": self.fingerprint, "ttt": ttt}
+        return {"name": name, "fingerprint": self.fingerprint, "ttt": self._ttt}
+
+
+def _merged(adapter: Path, base: str, dtype: torch.dtype) -> Any:
+    """The base, with the TTT layers that the adapter needs, and the adapter's weights put into it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(adapter, base, dtype=dtype), adapter).merge_and_unload()
 
 
 def _local(name: str) -> Path:
@@ -133,7 +155,7 @@ def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
     about = subject.about()
     if not path.is_file():
         return {"model": about, "written": "", "tasks": {}}
-    results = read_json(path)
+    results = read_kept(path)
     if not results["model"]["fingerprint"]:
         results["model"] = about  # so far the folder holds what needs no model
     elif about["fingerprint"] and results["model"]["fingerprint"] != about["fingerprint"]:

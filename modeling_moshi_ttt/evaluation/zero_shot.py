@@ -12,7 +12,7 @@ import numpy as np
 from ..common.audio import read_audio
 from ..common.files import atomic_write
 from .contents import content
-from .report import read_json
+from .report import read_kept
 from .scoring import UNWEIGHTED, ScoreWeights, SpeechScorer, StreamSums
 from .zero_resource import (
     PUBLISHED,
@@ -75,7 +75,7 @@ def _read_cache(cache: Path, header: dict[str, Any], contents: Mapping[Path, str
     """The kept scores of the files whose content is still the one that was scored; an entry that names none is of no use."""
     if not cache.is_file():
         return {}
-    data = read_json(cache)
+    data = read_kept(cache)
     if data["header"] != header:
         raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     found = {}

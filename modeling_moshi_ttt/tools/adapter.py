@@ -1,43 +1,24 @@
 """Adapters: a PEFT folder with LoRA and TTT weights, its base, and the two as one."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
-from ..common.adapters import BASE_CONFIG, write_base_config
-from ..common.files import atomic_write
+from ..common import adapters
+from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TTT_LAYER, write_base_config
+from ..common.files import atomic_write, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .probe import compare, probe_loss, read_probe, stage_probe
-from .remote import check_layers
 from .shards import ShardWriter, TensorFiles
-from .verify import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Facts,
-    check_model_type,
-    count,
-    expected_shapes,
-    finite_problems,
-    read_json,
-    refuse,
-)
+from .verify import Facts, count, expected_shapes, finite_problems, refuse
 
 PREFIX = "base_model.model."
-TTT_LAYER = re.compile(r"decoder\.model\.layers\.(\d+)\.(ttt|ttt_gate|ttt_layernorm)\.")
 # PEFT loads a base through a class of one of the libraries that it trusts; transformers then finds the repository's own.
 AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
-
-
-def adapter_layers(folder: Path) -> list[int]:
-    """The TTT layers whose weights an adapter holds, from its file's header."""
-    found = (TTT_LAYER.search(name) for name in TensorFiles(folder / ADAPTER_WEIGHTS).names)
-    return sorted({int(match[1]) for match in found if match})
 
 
 def _is_local(name: str) -> bool:
@@ -60,40 +41,16 @@ def hub_base(adapter_config: dict[str, Any], base: str | None) -> tuple[str, str
 
 
 def base_config(folder: Path) -> MoshiTTTConfig:
-    """The configuration an adapter's base must have: from beside it, or from the base itself with the TTT settings of the adapter's run.
+    """The configuration that the base an adapter names must have, or that of the fresh weights its run started from.
 
     Raises ValueError for a base that is missing, of another type, or with other TTT layers than the adapter.
     """
-    adapter_config = read_json(folder / ADAPTER_CONFIG)
-    base, revision = str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
-    if (folder / BASE_CONFIG).is_file():
-        config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
-    elif not base:
-        config = _fresh_base(folder).config
-    else:
-        config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
-    check_layers(adapter_layers(folder), config.ttt_layers, base)
+    base, revision = adapters.named_base(folder)
+    if base or (folder / adapters.BASE_CONFIG).is_file():
+        return adapters.base_config(folder, base, revision)
+    config = _fresh_base(folder).config
+    adapters.check_weights(folder, config, base)
     return config
-
-
-def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
-    try:
-        raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
-    check_model_type(raw, base)
-    return raw
-
-
-def _run(folder: Path) -> dict[str, Any]:
-    """The settings of the run that made the adapter, as far as they lie beside it."""
-    return read_json(folder / "run.json").get("run", {}) if (folder / "run.json").is_file() else {}
-
-
-def _run_ttt(folder: Path) -> dict[str, Any]:
-    """TTT settings that the run put on top of its base."""
-    return dict(_run(folder).get("model", {}).get("ttt") or {})
 
 
 def _fresh_base(folder: Path) -> MoshiTTTForConditionalGeneration:
@@ -101,7 +58,7 @@ def _fresh_base(folder: Path) -> MoshiTTTForConditionalGeneration:
     from ..training.run_config import ModelSettings
     from ..training.setup import build_model
 
-    run = _run(folder)
+    run = adapters.adapter_run(folder)
     if not str(run.get("model", {}).get("path", "")).endswith(".json"):
         raise ValueError(f"the adapter names no base model: name it in {folder / ADAPTER_CONFIG}, as base_model_name_or_path")
     return build_model(ModelSettings(**run["model"]), int(run["seed"]))
@@ -109,16 +66,11 @@ def _fresh_base(folder: Path) -> MoshiTTTForConditionalGeneration:
 
 def load_base(folder: Path) -> MoshiTTTForConditionalGeneration:
     """The base of an adapter in its own dtype. Its configuration is compared before any weights are read."""
-    adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
-    base, revision = str(adapter_config.get("base_model_name_or_path") or ""), adapter_config.get("revision")
-    if not base:
-        return _fresh_base(folder)
-    raw = _raw_config(base, revision)
-    if raw.get("ttt_layers"):  # a base without TTT layers gets fresh ones, which the adapter then fills
-        check_layers([int(layer) for layer in config.ttt_layers], MoshiTTTConfig.from_dict(raw).ttt_layers, base)
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    return MoshiTTTForConditionalGeneration.from_pretrained(base, config=config, dtype="auto", **options)
+    base, revision = adapters.named_base(folder)
+    if base:
+        return adapters.load_base(folder, base, revision)
+    base_config(folder)
+    return _fresh_base(folder)
 
 
 def load_adapter(folder: Path) -> PeftModel:

@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..common.adapters import BASE_CONFIG
-from ..common.files import atomic_write, read_log
-from .verify import Facts, human_size, read_json
+from ..common.files import atomic_write, read_json, read_log
+from .verify import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.json", "training_summary.json"

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
-from ..common.adapters import write_base_config
-from ..common.files import atomic_folder, atomic_write
+from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
+from ..common.files import atomic_folder, atomic_write, read_json
 from ..common.hub import hub_errors
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from . import convert_old_ttt as old_ttt
@@ -31,7 +31,6 @@ from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_
 from .kyutai_config import MOSHI_7B, REPOSITORY_KEYS, kyutai_from_config
 from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles
 from .stage import copy_others
-from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
 KYUTAI_MIMI_CONFIG = "mimi_config.json"

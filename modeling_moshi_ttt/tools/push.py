@@ -15,11 +15,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from ..common.adapters import ADAPTER_CONFIG, adapter_layers, is_adapter
+from ..common.files import read_json
 from ..common.hub import hub_errors
 from .remote import Remote, check_base, look_for_push
 from .shards import DEFAULT_SHARD_SIZE
 from .stage import choose_kind, locate, stage
-from .verify import ADAPTER_CONFIG, Facts, is_adapter, read_json
+from .verify import Facts
 
 
 @dataclass
@@ -88,7 +90,7 @@ def _check_tag(api: HfApi, repo_id: str, tag: str | None, remote: Remote | None)
 
 
 def _check_adapter(api: HfApi, folder: Path, base: str | None) -> None:
-    from .adapter import adapter_layers, hub_base
+    from .adapter import hub_base
 
     name, revision = hub_base(read_json(folder / ADAPTER_CONFIG), base)
     check_base(api, name, revision, adapter_layers(folder))

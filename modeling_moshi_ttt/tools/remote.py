@@ -8,10 +8,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from ..common.adapters import BASE_CONFIG
-from ..common.files import MANIFEST, inside
+from ..common.adapters import ADAPTER_CONFIG, BASE_CONFIG, check_layers, check_model_type
+from ..common.files import MANIFEST, inside, read_json
 from .shards import PICKLES
-from .verify import ADAPTER_CONFIG, check_model_type, read_json
 
 
 @dataclass
@@ -97,13 +96,6 @@ def check_base(api: HfApi, base: str, revision: str | None, ttt_layers: list[int
         raise ValueError(f"the adapter's base: {error}; push the converted base and name it with --base") from None
     check_layers(ttt_layers, remote.ttt_layers, base)
     return remote
-
-
-def check_layers(adapter_layers: list[int], base_layers: Any, base: str) -> None:
-    if adapter_layers and list(base_layers) != adapter_layers:
-        raise ValueError(
-            f"the adapter is for TTT layers {adapter_layers}, its base {base} has {list(base_layers)}: they do not belong together"
-        )
 
 
 def unwanted(names: list[str]) -> list[str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ..common.files import MANIFEST, atomic_write, write_manifest
+from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, is_adapter
+from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD, CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
 from .probe import PROBE, compare, stage_probe
 from .shards import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
-from .verify import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Facts, check_model_type, is_adapter, read_json, verify
+from .verify import Facts, verify
 
 PACKAGE = Path(__file__).parent.parent
 HOME_ONLY = ("__init__.py", "version.py")

@@ -1,22 +1,20 @@
 """Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, and the loss on its probe."""
 
 import argparse
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..common.files import MANIFEST, check_manifest
+from ..common.adapters import check_model_type, is_adapter
+from ..common.files import MANIFEST, check_manifest, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .probe import compare, probe_loss, read_probe
 from .shards import PICKLES, TensorFiles
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
 MAX_PROBLEMS = 20
 
@@ -74,32 +72,6 @@ def kind_of(name: str) -> str:
     if "lm_head" in name:
         return "heads"
     return "embeddings" if "embed_tokens" in name else "temporal"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError or FileNotFoundError names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
-
-
-def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
-
-
-def check_model_type(config: dict[str, Any], where: str) -> None:
-    """Refuse another kind of model, with a way on for those that can be converted."""
-    model_type = config.get("model_type")
-    if model_type == "moshi_ttt":
-        return
-    hint = "; turn it into one with: moshi-ttt convert SRC DST" if model_type in ("moshi", "hibiki") or "dep_q" in config else ""
-    raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
 
 
 def expected_shapes(config: MoshiTTTConfig) -> dict[str, tuple[int, ...]]:
