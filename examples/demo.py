@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from modeling_moshi_ttt.common.files import clear_folder
+from modeling_moshi_ttt.tools.cli import without_trace
 from modeling_moshi_ttt.training.run_config import load_run_config
 
 RECIPE = "configuration/train/demo.yaml"
@@ -40,12 +41,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings in place of those of {RECIPE}")
     overrides = parser.parse_args().overrides
-    try:
-        run_dir = Path(load_run_config(RECIPE, overrides).run_dir)
-        clear_folder(run_dir, "run_config.json")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run_dir = Path(load_run_config(RECIPE, overrides).run_dir)
+    clear_folder(run_dir, "run_config.json")
     try:
         run("-m", "accelerate.commands.launch", "--config_file", ACCELERATE, "examples/finetune.py", RECIPE, *overrides)
         show(run_dir)
@@ -58,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(without_trace(main))

@@ -25,6 +25,7 @@ from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration,
 from modeling_moshi_ttt.common.audio import read_audio, write_audio
 from modeling_moshi_ttt.common.files import clear_folder
 from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
+from modeling_moshi_ttt.tools.cli import without_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 DIALOGUES = ROOT / "examples" / "data" / "dialogues"
@@ -164,11 +165,7 @@ def main() -> int:
     overrides = parser.parse_args().overrides
     begin, given = time.perf_counter(), dict(item.split("=", 1) for item in overrides if "=" in item)
     place = Path(given.get("output", os.path.relpath(ROOT / "runs" / "evaluate-demo")))
-    try:
-        clear_folder(place, MARK)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    clear_folder(place, MARK)
     place.mkdir(parents=True)
     (place / MARK).touch()
     fresh, demo = str(untrained(place)), trained()
@@ -195,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(without_trace(main))

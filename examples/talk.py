@@ -15,7 +15,9 @@ from transformers import AutoModel, AutoProcessor
 
 import modeling_moshi_ttt  # noqa: F401 - tells the Auto classes of the model
 from modeling_moshi_ttt.common.audio import read_audio, write_audio
+from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
+from modeling_moshi_ttt.tools.cli import without_trace
 
 
 def frames_of(processor, recording: Recording):
@@ -102,9 +104,12 @@ def main() -> int:
     parser.add_argument("--free", type=float, default=0.0, help="least share of the reply's words that must come out freely, in order")
     arguments = parser.parse_args()
 
+    recordings = read_manifest(arguments.manifest)
+    if not 0 <= arguments.dialogue < len(recordings):
+        raise ValueError(f"--dialogue is {arguments.dialogue}; {arguments.manifest} holds 0 to {len(recordings) - 1}")
+    check_place(arguments.model, "the model")
     model = AutoModel.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
-    recordings = read_manifest(arguments.manifest)
     inputs = [frames_of(processor, recording) for recording in recordings]
     led = led_accuracy(model, inputs)
     print(f"led by the true past, {led:.1%} of the words' tokens come first")
@@ -128,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(without_trace(main))

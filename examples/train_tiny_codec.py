@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import random
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -25,8 +26,9 @@ from tiny_tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
-from modeling_moshi_ttt.common.files import atomic_write
+from modeling_moshi_ttt.common.files import atomic_write, make_folder
 from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor
+from modeling_moshi_ttt.tools.cli import without_trace
 
 RUN_FILE = "run.safetensors"
 DIALOGUES = Path(__file__).parent / "data" / "dialogues"
@@ -296,7 +298,7 @@ def finish(run: Run, corpus: Corpus, out: Path) -> None:
     print(json.dumps({name: quality[name] for name in ("held_out_voices", "held_out_dialogues")}, indent=2))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny_codec/processor"), help="folder for the processor")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_codec"), help="folder for what a restart needs")
@@ -304,13 +306,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Plan.steps, help="the schedule's length in steps, if that is shorter")
     parser.add_argument("--speech-seconds", type=float, default=Plan.speech_seconds, help="how much speech to synthesise")
     args = parser.parse_args()
+    if min(args.minutes, args.steps) <= 0:
+        raise ValueError(f"--minutes is {args.minutes:g} and --steps {args.steps}; both must be above 0")
+    make_folder(args.work, "--work")
     torch.set_num_threads(1)
     plan = Plan(minutes=args.minutes, steps=args.steps, speech_seconds=args.speech_seconds)
     run, corpus = Run(plan, args.work), Corpus(plan)
     train(run, corpus)
     run.save()
     finish(run, corpus, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(without_trace(main))

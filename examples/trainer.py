@@ -5,6 +5,7 @@ divided over unequal ranks, and exact resume with lanes are what `moshi-ttt trai
 """
 
 import argparse
+import sys
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -12,7 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
 from modeling_moshi_ttt.common.audio import read_audio
+from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.common.recordings import read_manifest
+from modeling_moshi_ttt.tools.cli import without_trace
 
 PADDING = {"input_ids": -1, "moshi_audio_codes": -1, "user_audio_codes": -1, "text_labels": -100, "audio_labels": -100}
 
@@ -39,7 +42,7 @@ def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configuration/model/tiny.json")
     parser.add_argument("--processor", default="configuration/model/tiny")
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     options = parser.parse_args()
 
+    check_place(options.processor, "--processor")
     torch.manual_seed(0)
     processor = MoshiTTTProcessor.from_pretrained(options.processor)
     model = MoshiTTTForConditionalGeneration(MoshiTTTConfig.from_json_file(options.config))
@@ -70,7 +74,8 @@ def main() -> None:
     processor.save_pretrained(options.output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the model is in {options.output}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(without_trace(main))

@@ -1,13 +1,18 @@
 """The console script: lazy commands, one line for a mistake, the whole trace on request."""
 
+import dataclasses
 import subprocess
 import sys
+import typing
 from importlib import import_module
 from types import ModuleType
 
 import pytest
 
+from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
+from modeling_moshi_ttt.evaluation.recall import RecallSettings
 from modeling_moshi_ttt.tools import cli
+from modeling_moshi_ttt.training.run_config import RunConfig
 
 MODULE = "moshi_ttt_test_command"
 
@@ -86,6 +91,24 @@ def test_every_command_exists_and_explains_itself(name, capsys):
         cli.main([name, "--help"])
     assert stopped.value.code == 0
     assert f"usage: moshi-ttt {name}" in capsys.readouterr().out
+
+
+def keys(settings):
+    """The dotted key of every field below a dataclass."""
+    for field, hint in typing.get_type_hints(settings).items():
+        yield field
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from (f"{field}{'[]' if typing.get_origin(hint) is list else ''}.{key}" for key in keys(part))
+
+
+@pytest.mark.parametrize(("name", "settings", "some"), [("train", RunConfig, 50), ("evaluate", EvaluateSettings, 50), ("recall", RecallSettings, 12)])
+def test_help_names_every_setting(name, settings, some, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    said = capsys.readouterr().out
+    assert [key for key in keys(settings) if f"\n  {key}: " not in said] == []
+    assert len(list(keys(settings))) >= some
 
 
 def test_help_imports_no_package_of_the_extras():

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from modeling_moshi_ttt.common.audio import read_audio, write_audio
-from modeling_moshi_ttt.common.recordings import read_manifest, read_words
+from modeling_moshi_ttt.common.recordings import parse_words, read_manifest, read_words
 
 
 def tone(seconds=1.0, rate=24000, channels=2):
@@ -72,7 +72,9 @@ def test_manifest_with_words(tmp_path):
 def test_other_word_layout(tmp_path):
     (tmp_path / "w.json").write_text(json.dumps([{"speaker": "A", "word": "hai", "start": 1, "end": 2}]))
     assert read_words(tmp_path / "w.json") == (("hai", (1.0, 2.0), "SPEAKER_MAIN"),)
-    for bad in ("{}", "[[1]]", '[["a", [1], "x"]]', '[["a", [1, NaN], "x"]]', "{"):
+    many = "[" * 100_000
+    huge = f'[["a", [1{"0" * 400}, 2], "x"]]'
+    for bad in ("{}", "[[1]]", '[["a", [1], "x"]]', '[["a", [1, NaN], "x"]]', "{", '[["\\ud83d", [1, 2], "x"]]', many, huge):
         (tmp_path / "w.json").write_text(bad)
         with pytest.raises(ValueError, match=r"w\.json"):
             read_words(tmp_path / "w.json")
@@ -89,6 +91,22 @@ def test_bad_manifest_lines_are_reported_together(tmp_path):
     assert len(read_manifest(path, problems=problems)) == 1
     assert len(problems) == 5
     assert len(read_manifest(path, allow_outside=True, problems=[])) == 2
+
+
+@pytest.mark.parametrize("index", [-1, 2, 1e999, "x", None])
+def test_an_utterance_of_no_channel_is_refused(tmp_path, index):
+    utterance = {"speaker_idx": index, "tts_text": "a b", "start_time": 0, "end_time": 1}
+    with pytest.raises(ValueError, match=r"w.json: utterance 0 .* it must hold speaker_idx \(0 or 1\)"):
+        parse_words(tmp_path / "w.json", {"utterances": [utterance]})
+
+
+def test_unreadable_lines_are_reported_with_the_others(tmp_path):
+    path = manifest(tmp_path, '{"path": "\\ud83d.wav", "duration": 1}', "[" * 100_000)
+    with pytest.raises(ValueError, match="line 1: not JSON .*half a character(.|\n)*line 2: not JSON .*nested too deep"):
+        read_manifest(path)
+    path.write_bytes(b'{"path": "\xe9.wav"}')
+    with pytest.raises(ValueError, match=r"jsonl is not a text file in UTF-8"):
+        read_manifest(path)
 
 
 def test_missing_and_empty_manifests(tmp_path):

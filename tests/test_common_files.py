@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from modeling_moshi_ttt.common.files import atomic_folder, atomic_write, check_manifest, clear_folder, inside, sha256, write_manifest
+from modeling_moshi_ttt.common.files import (
+    atomic_folder,
+    atomic_write,
+    check_manifest,
+    clear_folder,
+    inside,
+    make_folder,
+    read_json,
+    sha256,
+    write_manifest,
+)
 
 
 def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
@@ -91,3 +101,37 @@ def test_only_folders_of_an_earlier_run_are_cleared(tmp_path):
         with pytest.raises(ValueError, match="no earlier run made it"):
             clear_folder(given, "run_config.json")
     assert (theirs / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": "\\ud83d"}', "x.json is no JSON .*half a character"),
+        (b"[" * 100_000, "x.json is no JSON .*nested too deep"),
+        (b'{"a": ' * 100_000, "x.json is no JSON .*nested too deep"),
+        (b'{"a": "\xe9"}', "x.json is no JSON"),
+        (b'{"a": 1,\n"b', "x.json is no JSON .*line 2"),
+        (b"[]", "x.json holds no JSON object"),
+    ],
+)
+def test_what_no_parser_can_read_is_refused_by_its_name(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert "manifest.json cannot be read" in check_manifest(tmp_path)[0]
+
+
+def test_whole_characters_pass(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": "\\ud83d\\ude00 \u00e9"}', encoding="utf-8")
+    assert read_json(tmp_path / "x.json") == {"a": "\U0001f600 \u00e9"}
+
+
+def test_a_file_in_the_way_of_a_folder_is_named_with_its_setting(tmp_path):
+    assert make_folder(tmp_path / "a" / "b", "run_dir").is_dir()
+    with pytest.raises(ValueError, match="run_dir is empty"):
+        make_folder("", "run_dir")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"run_dir is {path}, where no folder can be made"):
+            make_folder(path, "run_dir")

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from modeling_moshi_ttt.common.settings import load_settings, to_dict
+from modeling_moshi_ttt.common.settings import describe, load_settings, to_dict
 
 
 @dataclass
@@ -56,6 +56,7 @@ def test_file_and_overrides(tmp_path):
         ("seed: 1", "missing 'name'"),
         ("- a", "must hold `key: value` lines"),
         ("a: [", "not valid YAML"),
+        ("[" * 5000, "not valid YAML: it is nested too deep"),
     ],
 )
 def test_wrong_files_are_refused_by_name(tmp_path, text, message):
@@ -75,3 +76,31 @@ def test_a_missing_file_is_named_with_those_that_are_there(tmp_path):
         load_settings(Run, tmp_path / "nope.yaml")
     with pytest.raises(ValueError, match="is a folder"):
         load_settings(Run, tmp_path)
+
+
+def test_help_says_key_type_and_default_of_every_setting():
+    @dataclass
+    class Part:
+        """One of several."""
+
+        size: int
+        kind: Literal["a", "b"] | None = None
+
+    @dataclass
+    class Whole:
+        """All of it."""
+
+        name: str
+        lr: float | None = None
+        sources: list[str] = field(default_factory=list)
+        part: Part = field(default_factory=lambda: Part(1))
+        parts: list[Part] = field(default_factory=lambda: [Part(3)])
+        other: Part | None = None
+
+    assert describe(Whole) == (
+        "settings: All of it.\n  name: str, needed\n  lr: float | null = null\n  sources: list of str = []\n  part: group\n"
+        '  parts: list of group = [{"size": 3, "kind": null}]\n  other: group | null = null\n\n'
+        "part: One of several.\n  part.size: int, needed\n  part.kind: a | b | null = null\n\n"
+        "parts[]: One of several.\n  parts[].size: int, needed\n  parts[].kind: a | b | null = null\n\n"
+        "other: One of several.\n  other.size: int, needed\n  other.kind: a | b | null = null"
+    )

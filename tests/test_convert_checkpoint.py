@@ -347,12 +347,35 @@ def test_bad_requests(kyutai, tmp_path):
         convert(tmp_path / "nothing", tmp_path / "here")
     with pytest.raises(ValueError, match="--ttt 'speed=3' is not understood; write name=value with one of layers, mixer"):
         parse_ttt(["speed=3"])
+    with pytest.raises(ValueError, match="--ttt 'hidden_size=3' is not understood"):
+        parse_ttt(["hidden_size=3"])
+    with pytest.raises(ValueError, match="--ttt sets mixer twice, the second time by 'ttt_mixer=mlp'"):
+        parse_ttt(["mixer=linear", "ttt_mixer=mlp"])
     assert parse_ttt(["layers=5", "base_lr=0.5", "ttt_mixer=linear", "head_dim=null"]) == {
         "ttt_layers": "5",
         "ttt_base_lr": 0.5,
         "ttt_mixer": "linear",
         "ttt_head_dim": None,
     }
+
+
+def test_options_that_mean_nothing_for_a_source_are_refused(kyutai, tmp_path, capsys):
+    """Both are named: the option, and what the source is and takes."""
+    save_checkpoint(tmp_path / "ours")
+    save_adapter(tmp_path / "adapter", str(tmp_path / "ours"), "lora")
+    for source, what, options in (
+        (kyutai, "a model in Kyutai's layout and takes --ttt, --dtype, --max-shard-size", ("--keep-ttt", "--fused", "--base=user/base")),
+        (tmp_path / "ours", "a model in this package's layout", ("--base=user/base", "--ttt=layers=1", "--max-shard-size=1MB")),
+        (tmp_path / "adapter", "a PEFT adapter and takes --dtype, --keep-ttt", ("--fused", "--ttt=layers=1", "--base=user/base")),
+    ):
+        for option in options:
+            assert cli.main(["convert", str(source), str(tmp_path / "out"), option]) == cli.FAILED
+            assert f"{option.split('=')[0]} means nothing for {source}, which is {what}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    arguments = ["--ttt", "layers=1", "--ttt", "mini_batch_size=4", "--max-shard-size", "5GB"]
+    assert cli.main(["convert", str(kyutai), str(tmp_path / "out"), *arguments]) == 0
+    config = MoshiTTTConfig.from_pretrained(tmp_path / "out")
+    assert (config.ttt_layers, config.ttt_mini_batch_size) == ([1], 4)
 
 
 def test_converting_takes_little_memory(golden, tmp_path):

@@ -191,6 +191,11 @@ def test_what_does_not_belong_here_is_refused_before_any_weights(hub, api, tmp_p
 def test_names_and_places_that_are_taken(hub, api, pushed, checkpoints, tmp_path):
     hub.add("user/llama", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
     before = len(hub.objects)
+    for name in ("nobody", f"{api.endpoint}/user/name"):
+        with pytest.raises(ValueError, match="is no repository's name; write USER/NAME"):
+            push(checkpoints / "new", name, api=api)
+    with pytest.raises(ValueError, match="--base is the base that a pushed adapter names; .* goes up as --full"):
+        push(checkpoints / "new", REPO, base="user/base", api=api)
     with pytest.raises(ValueError, match="the name user/llama is taken: .*'llama'.*; choose another name"):
         push(checkpoints / "new", "user/llama", api=api)
     assert len(hub.objects) == before

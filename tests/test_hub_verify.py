@@ -96,6 +96,9 @@ def test_other_folders_are_refused(tmp_path):
         verify(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         verify(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no config.json that says its model_type"):
+        verify(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "moshi"}))
     with pytest.raises(ValueError, match="holds a model of type 'moshi', not 'moshi_ttt'; turn it into one with: moshi-ttt convert"):
         verify(tmp_path)
@@ -110,13 +113,24 @@ def test_adapters_are_checked_with_their_base(checkpoint, tmp_path):
     assert set(facts.parameters) == {"ttt", "gates", "lora"}
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(weights)
-    save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("ttt.wq.bias")}, weights)
-    with pytest.raises(ValueError, match="decoder.model.layers.1.ttt.wq.bias is missing"):
-        verify(tmp_path / "adapter")
+    for lost in ("decoder.model.layers.1.ttt.wq.bias", "decoder.model.layers.0.mlp.fc1.lora_B.weight"):
+        save_file({name: tensor for name, tensor in tensors.items() if not name.endswith(lost)}, weights)
+        with pytest.raises(ValueError, match=f"{lost} is missing"):
+            verify(tmp_path / "adapter")
     save_file({name.replace("layers.1.ttt", "layers.0.ttt"): tensor for name, tensor in tensors.items()}, weights)
     with pytest.raises(ValueError, match=r"the adapter is for TTT layers \[0\], its base .* has \[1\]"):
         verify(tmp_path / "adapter")
+    save_file(tensors, weights)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for wrong, message in (
+        ({}, "adapter_config.json lacks peft_type, r, lora_alpha, target_modules"),
+        ({**settings, "lora_alpha": None}, "adapter_config.json lacks lora_alpha"),
+        ({**settings, "r": 5}, r"fc1.lora_A.weight has shape \[4, 32\]; the configuration asks for \[5, 32\]"),
+        ({**settings, "peft_type": "CHARM"}, "adapter_config.json gives no adapter for its base: 'CHARM'"),
+    ):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            verify(tmp_path / "adapter", run_probe=False)
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(ValueError, match="the adapter's base .*gone.* is missing"):
         verify(tmp_path / "adapter")

@@ -1,6 +1,8 @@
 """`moshi-ttt train` from sound files to a folder that loads elsewhere, a second time, and after wrong requests."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from training_runs import make_model
 from transformers import AutoModel
 
 from modeling_moshi_ttt import MoshiTTTConfig
-from modeling_moshi_ttt.common.files import check_manifest
+from modeling_moshi_ttt.common.files import atomic_write, check_manifest
 from modeling_moshi_ttt.tools import adapter
 from modeling_moshi_ttt.tools.cli import main
 from modeling_moshi_ttt.tools.verify import expected_shapes, verify
@@ -63,12 +65,15 @@ def test_from_sound_to_an_adapter_and_again(tmp_path, recipe, capsys):
     assert ((run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")) == before
 
 
-@pytest.mark.parametrize("start", ["fresh", "plain", "base"])
+@pytest.mark.parametrize("start", ["fresh", "plain", "transformers", "base"])
 def test_an_adapter_says_what_base_it_needs(tmp_path, recipe, start):
     """With base_config.json in `final` the run's settings are not needed to verify and load it, but for the fresh weights themselves."""
     settings = {"ttt_layers": [1], "ttt_mixer": "linear"}
     base = small_model(**settings if start == "base" else {"ttt_layers": []})
     base.save_pretrained(tmp_path / "start")
+    if start == "transformers":  # their own Moshi, which says nothing of TTT
+        fields = json.loads((tmp_path / "start" / "config.json").read_text()) | {"model_type": "moshi"}
+        (tmp_path / "start" / "config.json").write_text(json.dumps({key: fields[key] for key in fields if not key.startswith("ttt_")}))
     path = tmp_path / "start" / "config.json" if start == "fresh" else tmp_path / "start"
     overrides = [f"model={json.dumps({'path': str(path), 'processor': str(tmp_path / 'base'), 'ttt': {} if start == 'base' else settings})}"]
     assert main(["train", str(recipe), *overrides, "mode=ttt", "lora=null", "trackers=[]", "optim.steps=1", "evaluate_every=0"]) == 0
@@ -104,10 +109,39 @@ def test_full_mode_gives_a_model_for_automodel(tmp_path, recipe):
         (["data.carry=state", "data.batch_size=4"], "3 recordings for 4 lanes"),
         (["trackers=[tensorbord]"], "trackers holds 'tensorbord'"),
         (["optim.lr=1e30", "optim.max_bad_steps=1", "optim.steps=9"], "not finite"),
+        (["model.ttt={hidden_size: 8}"], "model.ttt holds 'hidden_size', which is no TTT setting"),
+        (["run_dir=recipe.yaml"], "run_dir is recipe.yaml, where no folder can be made (File exists)"),
+        (["data.cache=recipe.yaml/x"], "data.cache is recipe.yaml/x, where no folder can be made (Not a directory)"),
+        (["model.path=adapter"], "model.path is adapter, an adapter: start from its base (base), or make the two one model with `moshi-ttt push"),
+        (["model.path=old"], "model.path: old is a run folder; did you mean old/final?"),
+        (["model.path=kyutai"], "kyutai holds a model of type 'moshi', not 'moshi_ttt'; turn it into one with: moshi-ttt convert"),
+        (["model.path=kyutai/config.json"], "kyutai/config.json holds a model of type 'moshi', not 'moshi_ttt'"),
+        (["model.path=sound"], "sound holds no config.json that says its model_type"),
+        (["model.path=gone"], "model.path is gone: there is no such folder, and it is no Hub name"),
+        (["model.path=gone.json"], "model.path: there is no file gone.json"),
+        (["model.path=base/config.json", "model.processor=null"], "model.processor is missing: with a config.json as model.path"),
+        (["model.path=torn"], "model.path is torn, whose weights cannot be loaded"),
+        (["model.processor=sound"], "model.processor is sound, where no processor can be loaded (it holds no processor_config.json)"),
+        (["model.processor=gone"], "model.processor is gone: there is no such folder, and it is no Hub name"),
+        (["model.processor=unspoken"], "model.processor is unspoken, where no processor can be loaded (KeyError"),
+        (["run_dir=pulled"], "pulled/run_config.json was not written by a training run here; use another run_dir"),
     ],
 )
-def test_wrong_requests_end_in_one_line(recipe, overrides, message, capsys):
-    assert main(["train", str(recipe), "trackers=[]", *overrides]) == 2
+def test_wrong_requests_end_in_one_line(recipe, overrides, message, capsys, monkeypatch):
+    monkeypatch.chdir(recipe.parent)
+    for name, content in (
+        ("adapter/adapter_config.json", '{"base_model_name_or_path": "base"}'),
+        ("old/final/config.json", "{}"),
+        ("kyutai/config.json", '{"model_type": "moshi", "dim": 32, "dep_q": 3, "delays": [0]}'),
+        ("torn/config.json", Path("base/config.json").read_text()),
+        ("torn/model.safetensors", "torn"),
+        ("unspoken/tokenizer.json", "{}"),
+        ("pulled/run_config.json", '{"run_dir": "elsewhere"}'),
+    ):
+        if name.split("/")[0] == "unspoken":
+            shutil.copytree("base", "unspoken")
+        atomic_write(name, content)
+    assert main(["train", str(recipe), "trackers=[]", "model.processor=base", *overrides]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

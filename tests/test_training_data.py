@@ -273,6 +273,11 @@ def test_prepare_says_what_there_is(tmp_path, processor, capsys):
     with pytest.raises(ValueError, match=r"1 bad files(.|\n)*a\.wav"):
         prepare.run(options(prepare, *arguments))
     assert prepare.run(options(prepare, *arguments, "--skip-bad")) == 0
+    for other, message in (("nothere", "there is no such folder"), (str(tmp_path / "one"), "holds no processor_config.json")):
+        with pytest.raises(ValueError, match=f"--processor is {other}.*{message}"):
+            prepare.run(options(prepare, str(manifest), "--processor", other, "--cache", str(tmp_path / "cache")))
+    with pytest.raises(OSError, match="--cache is .*jsonl, where no folder can be made"):
+        prepare.run(options(prepare, *arguments[:-1], str(manifest)))
 
 
 def test_annotate_hears_each_channel_by_itself(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The example scripts run as they stand."""
 
+import runpy
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -69,6 +70,36 @@ def test_live_and_batched_answers_are_the_same(folder):
     batched = talk.answer_freely(model, [talk.frames_of(processor, recording)])[0]
     assert torch.equal(text, batched[: len(text)])
     assert len(sound) == len(text) * processor.frame_size
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trainer.py --processor base --config base/config.json --manifest gone.jsonl", "gone.jsonl: there is no such manifest"),
+        ("trainer.py --processor gone", "--processor is gone: there is no such folder"),
+        ("trainer.py --processor base --config gone.json", "gone.json"),
+        ("talk.py base gone.jsonl", "gone.jsonl: there is no such manifest"),
+        ("talk.py gone sound/data.jsonl", "the model is gone: there is no such folder"),
+        ("talk.py base sound/data.jsonl --dialogue 2", "--dialogue is 2; sound/data.jsonl holds 0 to 1"),
+        ("finetune.py gone.yaml", "gone.yaml: there is no such settings file"),
+        ("demo.py seed=1", "configuration/train/demo.yaml: there is no such settings file"),
+        ("evaluate_demo.py output=base", "base is there and holds no .evaluate-demo"),
+        ("train_tiny_codec.py --work base/config.json", "--work is base/config.json, where no folder can be made"),
+        ("train_tiny_codec.py --steps 0", "--steps 0; both must be above 0"),
+    ],
+)
+def test_a_users_mistake_is_one_line(folder, monkeypatch, capsys, command, message):
+    script, *arguments = command.split()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MOSHI_TTT_DEBUG", raising=False)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
 
 
 def test_share_in_order():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import MoshiConfig
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -30,8 +31,16 @@ def check_model_type(config: dict[str, Any], where: str) -> None:
     model_type = config.get("model_type")
     if model_type == "moshi_ttt":
         return
+    if model_type is None and "dep_q" not in config:
+        raise ValueError(f"{where} holds no config.json that says its model_type, as `save_pretrained` writes one")
     hint = "; turn it into one with: moshi-ttt convert SRC DST" if model_type in ("moshi", "hibiki") or "dep_q" in config else ""
     raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
+
+
+def check_loadable(config: dict[str, Any], where: str) -> None:
+    """As `check_model_type`, but transformers' own Moshi passes too, which loads as it is."""
+    if not (config.get("model_type") == "moshi" and "hidden_size" in config):
+        check_model_type(config, where)
 
 
 def write_base_config(folder: Path, config: MoshiTTTConfig) -> None:
@@ -91,20 +100,24 @@ def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTT
     if (folder / BASE_CONFIG).is_file():
         config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
     else:
-        config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
+        config = _ours(raw_config(base, "the adapter's base", revision), **_run_ttt(folder))
     check_weights(folder, config, base)
     return config
 
 
-def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
+def raw_config(name: str, what: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a model that can be loaded here, as it is written; ValueError, which calls it `what`, where there is none."""
     try:
-        raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
+        raw, _ = MoshiConfig.get_config_dict(name, revision=revision)  # MoshiTTTConfig's would call a plain Moshi one of its own
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
-    if not (raw.get("model_type") == "moshi" and "hidden_size" in raw):  # transformers' Moshi, which loads as it is
-        check_model_type(raw, base)
+        raise ValueError(f"{what} {name!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
+    check_loadable(raw, name)
     return raw
+
+
+def _ours(raw: dict[str, Any], **changes: Any) -> MoshiTTTConfig:
+    return MoshiTTTConfig.from_dict({**raw, "model_type": MoshiTTTConfig.model_type}, **changes)
 
 
 def check_weights(folder: Path, config: MoshiTTTConfig, base: str) -> None:
@@ -128,8 +141,8 @@ def checked_config(folder: Path, base: str, revision: str | None = None) -> Mosh
 
     Fields that the adapter's run set itself may differ, and a base without TTT layers gets fresh ones, which the adapter then fills.
     """
-    config, raw = base_config(folder, base, revision), _raw_config(base, revision)
-    own, chosen = MoshiTTTConfig.from_dict(raw), set(_run_ttt(folder))
+    config, raw = base_config(folder, base, revision), raw_config(base, "the adapter's base", revision)
+    own, chosen = _ours(raw), set(_run_ttt(folder))
     has_ttt = own.ttt_layers and raw.get("model_type") == "moshi_ttt"  # a configuration without the field stands for its default
     named = {name: name for name in _SIZES} | (_TTT if has_ttt else {})
     if base == named_base(folder)[0]:

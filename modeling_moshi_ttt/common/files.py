@@ -44,14 +44,45 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     _sync(path.parent)
 
 
+def make_folder(path: str | os.PathLike[str], setting: str) -> Path:
+    """The folder that a setting names, made where it is not there; OSError or ValueError names the setting where that cannot be."""
+    if not str(path).strip():
+        raise ValueError(f"{setting} is empty; name a folder.")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{setting} is {path}, where no folder can be made ({error.strerror}); name another one.") from None
+    return Path(path)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """What a text file holds; ValueError names it where it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON from outside says; ValueError also for what Python's parser lets through or dies of: half characters, endless nesting."""
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half a character, {error.object[error.start : error.end]!r}") from None
+    return content
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object from a file; ValueError or FileNotFoundError names it."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -64,15 +95,12 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is no JSON object, or the file is no text; the message names it.
     """
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, record {number}: not JSON ({error}).") from None
@@ -154,11 +182,11 @@ def check_manifest(folder: str | os.PathLike[str]) -> list[str]:
     """Compare a folder with its manifest; returns problems as sentences, an empty list when all is well."""
     folder = Path(folder)
     try:
-        table = json.loads((folder / MANIFEST).read_text())["files"]
+        table = parse_json((folder / MANIFEST).read_bytes())["files"]
         wanted = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in table.items()}
     except FileNotFoundError:
         return [f"{folder} has no {MANIFEST}."]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [f"{folder / MANIFEST} cannot be read ({error})."]
     problems = []
     for name, (size, digest) in wanted.items():

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -15,6 +16,17 @@ from huggingface_hub.errors import (
 )
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no path of this machine may be one of the Hub: owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def check_place(name: str, what: str) -> None:
+    """ValueError, saying what it was to be, for a name that is no folder and cannot be one of the Hub."""
+    if not Path(name).is_dir() and not is_hub_name(name):
+        raise ValueError(f"{what} is {name}: there is no such folder, and it is no Hub name (owner/name).")
 
 
 def redact(text: str) -> str:

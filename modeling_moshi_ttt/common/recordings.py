@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import inside
+from .files import inside, parse_json, read_text
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 USER_SPEAKER = "SPEAKER_USER"
@@ -39,8 +38,7 @@ def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, pro
         raise FileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     found: list[str] = []
     recordings: list[Recording] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
                 recordings.append(_read_line(path, line, allow_outside))
@@ -57,8 +55,8 @@ def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, pro
 
 def _read_line(manifest: Path, line: str, allow_outside: bool) -> Recording:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        entry = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"not JSON ({error}).") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise ValueError('a line must be {"path": "a.wav", "duration": seconds}.')
@@ -77,8 +75,8 @@ def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: the words are not JSON ({error}).") from None
     return parse_words(path, data)
 
@@ -108,12 +106,12 @@ def _utterance_words(path: Path, utterances: list[Any]) -> list[Any]:
     items: list[Any] = []
     for index, utterance in enumerate(utterances):
         try:
-            speaker = int(utterance["speaker_idx"])
+            speaker = (0, 1).index(int(utterance["speaker_idx"]))
             spoken = [(utterance, speaker)] + [(said, 1 - speaker) for said in utterance.get("backchannels") or []]
             for said, channel in spoken:
                 label = (MAIN_SPEAKER, USER_SPEAKER)[channel]
                 items += _share_time(str(said["tts_text"] or ""), float(said["start_time"]), float(said["end_time"]), label)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
             raise ValueError(
                 f"{path}: utterance {index} is {utterance!r}; it must hold speaker_idx (0 or 1), tts_text, start_time and end_time."
             ) from None
@@ -135,7 +133,7 @@ def _word(path: Path, index: int, item: Any) -> Word:
             speaker = {"A": MAIN_SPEAKER, "B": USER_SPEAKER}.get(item["speaker"], item["speaker"])
         else:
             text, (start, end), speaker = item[0], map(float, item[1]), item[2]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise ValueError(f'{path}: word {index} is {item!r}, it must be ["word", [start, end], "speaker"].') from None
     if not (isinstance(text, str) and isinstance(speaker, str) and math.isfinite(start) and math.isfinite(end)):
         raise ValueError(f"{path}: word {index} is {item!r}: text and speaker must be strings, times finite.")

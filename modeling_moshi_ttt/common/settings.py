@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import json
 import os
 import re
 import types
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
+
+from .files import read_text
 
 T = TypeVar("T")
 
@@ -38,6 +42,44 @@ def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: 
     return _fill(cls, data, where, "")
 
 
+def describe(cls: type[Any], group: str = "") -> str:
+    """Every setting of a dataclass and of the groups in it, for a command's help: what a group says of itself, then key, type and default."""
+    hints, said = typing.get_type_hints(cls), inspect.cleandoc(cls.__doc__ or "")
+    lines = [f"{group.rstrip('.') or 'settings'}: {said}"]
+    groups = []
+    for field in dataclasses.fields(cls):
+        hint, key = hints[field.name], group + field.name
+        lines.append(f"  {key}: {_type_name(hint)}{_default(field)}")
+        for part in (hint, *get_args(hint)):
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                groups.append(describe(part, f"{key}[]." if get_origin(hint) is list else f"{key}."))
+    return "\n\n".join(["\n".join(lines), *groups])
+
+
+def _type_name(hint: Any) -> str:
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, args))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(map(_type_name, args))
+    if get_origin(hint) is list:
+        return f"list of {_type_name(args[0])}"
+    if dataclasses.is_dataclass(hint):
+        return "group"
+    return "null" if hint is type(None) else hint.__name__.lower()
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        value = field.default
+    if dataclasses.is_dataclass(value):
+        return ""  # its own lines say it
+    plain = json.dumps(value, default=lambda part: to_dict(part) if dataclasses.is_dataclass(part) else str(part))
+    return ", needed" if value is dataclasses.MISSING else f" = {plain}"
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """The settings as plain dicts and lists, ready for YAML or JSON."""
     return dataclasses.asdict(settings)
@@ -45,7 +87,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = _parse(read_text(path))
     except FileNotFoundError:
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}.") from None
@@ -53,13 +95,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a folder; name the settings file in it.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8.") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold `key: value` lines, it holds a {type(data).__name__}.")
     return data
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -68,7 +115,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not sign or not all(parts):
         raise ValueError(f"The override {override!r} must have the form key=value, as in optim.lr=1e-4.")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = _parse(text)
     except yaml.YAMLError:
         value = text
     for part in parts[:-1]:

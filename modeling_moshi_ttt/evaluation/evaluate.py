@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..common.settings import load_settings
+from ..common.settings import describe, load_settings
 from .recall import RecallSettings
 
 
@@ -103,6 +103,7 @@ class EvaluateSettings:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", nargs="+", help="YAML files, and key=value pairs that apply to each of them")
+    parser.epilog = describe(EvaluateSettings)
 
 
 def run(args: argparse.Namespace) -> int:

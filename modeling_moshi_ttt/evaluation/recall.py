@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.files import atomic_write
-from ..common.settings import load_settings
+from ..common.settings import describe, load_settings
 
 
 @dataclass
@@ -65,6 +65,7 @@ class RecallSettings:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="key=value pairs, such as steps=500 or output=runs/mine")
+    parser.epilog = describe(RecallSettings)
 
 
 def run(args: argparse.Namespace) -> int:

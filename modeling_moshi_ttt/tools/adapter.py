@@ -5,18 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from ..common import adapters
-from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TTT_LAYER, write_base_config
+from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
 from ..common.files import atomic_write, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .probe import compare, probe_loss, read_probe, stage_probe
 from .shards import ShardWriter, TensorFiles
-from .verify import Facts, count, expected_shapes, finite_problems, refuse
+from .verify import Facts, Shapes, count, finite_problems, refuse, shape_problems
 
-PREFIX = "base_model.model."
+NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
 # PEFT loads a base through a class of one of the libraries that it trusts; transformers then finds the repository's own.
 AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
 
@@ -78,23 +79,36 @@ def load_adapter(folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(load_base(folder), folder)
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json; ValueError where it lacks what PEFT would fill in by a guess."""
+    content = read_json(folder / ADAPTER_CONFIG)
+    missing = [key for key in NEEDED if content.get(key) is None]
+    if missing:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} lacks {', '.join(missing)}: PEFT could only guess what the adapter's weights are")
+    return content
+
+
+def expected_weights(folder: Path, config: MoshiTTTConfig) -> Shapes:
+    """Name -> shape of every weight that an adapter of these settings has, without making any."""
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.init_lora_weights = False  # some ways to begin need a base with weights
+        with torch.device("meta"):
+            adapted = PeftModel(MoshiTTTForConditionalGeneration(config), settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} gives no adapter for its base: {error}") from None
+    return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+
+
 def weight_problems(folder: Path, config: MoshiTTTConfig) -> list[str]:
-    """Non-finite weights, and TTT weights that are missing, unknown or misshapen when the adapter holds any."""
+    """Weights that are missing, unknown, misshapen or not finite."""
     files = TensorFiles(folder / ADAPTER_WEIGHTS)
-    found = {name.removeprefix(PREFIX): shape for name, shape in files.shapes().items() if "lora_" not in name}
-    held = {name: shape for name, shape in found.items() if TTT_LAYER.search(name)}
-    wanted = {name: shape for name, shape in expected_shapes(config).items() if TTT_LAYER.search(name)} if held else {}
-    problems = [f"{name} is missing: the configuration calls for it" for name in wanted.keys() - held.keys()]
-    problems += [f"{name} is unknown to this configuration" for name in held.keys() - wanted.keys()]
-    for name in wanted.keys() & held.keys():
-        if wanted[name] != held[name]:
-            problems.append(f"{name} has shape {list(held[name])}; the configuration asks for {list(wanted[name])}")
-    return sorted(problems) + finite_problems(files)
+    return shape_problems(files.shapes(), expected_weights(folder, config)) + finite_problems(files)
 
 
 def verify_adapter(folder: Path, run_probe: bool) -> Facts:
     """As `verify`, for an adapter: its own weights, its base's configuration, and the two together on the probe."""
-    adapter_config, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
+    adapter_config, config = read_adapter_config(folder), base_config(folder)
     refuse(weight_problems(folder, config), folder)
     layers = [int(layer) for layer in config.ttt_layers]
     base = str(adapter_config.get("base_model_name_or_path") or "")

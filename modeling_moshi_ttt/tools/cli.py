@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -76,15 +76,20 @@ def _is_field_error(error: Exception) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    A mistake in what the user gave (ValueError, OSError) is one line on stderr and exit code 2; MOSHI_TTT_DEBUG=1 shows the whole trace.
-    """
+    """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = _overview().parse_args(argv[:1]).command
     module_name, _ = COMMANDS[name]
+    return without_trace(lambda: _run(module_name, name, argv[1:]))
+
+
+def without_trace(action: Callable[[], int]) -> int:
+    """The exit code of a command or a script.
+
+    A mistake in what the user gave (ValueError, OSError) is one line on stderr and exit code 2; MOSHI_TTT_DEBUG=1 shows the whole trace.
+    """
     try:
-        return _run(module_name, name, argv[1:])
+        return action()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
 from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
-from ..common.files import atomic_folder, atomic_write, read_json
-from ..common.hub import hub_errors
+from ..common.files import atomic_folder, atomic_write, parse_json, read_json
+from ..common.hub import hub_errors, is_hub_name
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from . import convert_old_ttt as old_ttt
 from .convert import check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
 from .convert_lora import lora_to_peft, peft_config, peft_to_lora
 from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
-from .kyutai_config import MOSHI_7B, REPOSITORY_KEYS, kyutai_from_config
+from .kyutai_config import MOSHI_7B, kyutai_from_config
 from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles
 from .stage import copy_others
 
@@ -98,9 +98,17 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], options: O
         raise FileExistsError(f"{dst} exists already; choose a new folder")
     source = _local(str(src), api or HfApi())
     folder, weights = (source.parent, source) if source.is_file() else (source, None)
-    kind = find_kind(folder, weights)
+    converter, what, used = CONVERTERS[find_kind(folder, weights)]
+    for option in fields(Options):
+        if option.name not in used and getattr(options, option.name) != getattr(Options(), option.name):
+            named = ", ".join(_flag(name) for name in used)
+            raise ValueError(f"{_flag(option.name)} means nothing for {src}, which is {what} and takes {named}: leave it out")
     with atomic_folder(dst) as out:
-        return f"{dst}: {CONVERTERS[kind](folder, weights, out, options)}"
+        return f"{dst}: {converter(folder, weights, out, options)}"
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _local(src: str, api: HfApi) -> Path:
@@ -108,7 +116,7 @@ def _local(src: str, api: HfApi) -> Path:
     path = Path(src)
     if path.exists():
         return path
-    if src.count("/") != 1 or src.startswith((".", "/", "~")):
+    if not is_hub_name(src):
         raise FileNotFoundError(f"{src}: there is no such file or folder")
     with hub_errors(f"fetching {src}", then="run the same command again to go on"):
         return Path(api.snapshot_download(src, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
@@ -276,9 +284,9 @@ def from_kyutai_lora(folder: Path, weights: Path | None, out: Path, options: Opt
 
 def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
     """A PEFT adapter as moshi-finetune's LoRA file."""
-    from .adapter import base_config
+    from .adapter import base_config, read_adapter_config
 
-    settings, config = read_json(folder / ADAPTER_CONFIG), base_config(folder)
+    settings, config = read_adapter_config(folder), base_config(folder)
     if settings.get("use_rslora") or settings.get("use_dora") or settings.get("rank_pattern") or settings.get("alpha_pattern"):
         raise ValueError(f"{folder / ADAPTER_CONFIG}: rsLoRA, DoRA and ranks that differ by layer have no counterpart in moshi-finetune")
     files, rank = TensorFiles(folder / ADAPTER_WEIGHTS), int(settings["r"])
@@ -292,42 +300,45 @@ def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -
     return f"a LoRA file of rank {new_rank} for moshi-finetune"
 
 
+# What a source is: (its converter, its name in messages, the options that mean something for it)
 CONVERTERS = {
-    "kyutai": from_kyutai,
-    "old-ttt": from_old_ttt,
-    "moshi": from_moshi,
-    "here": to_kyutai,
-    "kyutai-lora": from_kyutai_lora,
-    "peft": from_peft,
+    "kyutai": (from_kyutai, "a model in Kyutai's layout", ("ttt", "dtype", "max_shard_size")),
+    "old-ttt": (from_old_ttt, "a model of earlier TTT experiments", ("ttt", "dtype", "max_shard_size")),
+    "moshi": (from_moshi, "transformers' Moshi", ("ttt", "dtype", "max_shard_size")),
+    "here": (to_kyutai, "a model in this package's layout", ("dtype", "keep_ttt", "fused")),
+    "kyutai-lora": (from_kyutai_lora, "a LoRA file of moshi-finetune", ("ttt", "dtype", "base")),
+    "peft": (from_peft, "a PEFT adapter", ("dtype", "keep_ttt")),
 }
 
 
-def parse_ttt(settings: Iterable[str]) -> dict[str, Any]:
-    """["layers=23-31", "mini_batch_size=8"] -> {"ttt_layers": "23-31", "ttt_mini_batch_size": 8}; an unknown field is refused."""
-    fields: dict[str, Any] = {}
-    for setting in settings:
+def parse_ttt(given: Iterable[str]) -> dict[str, Any]:
+    """["layers=23-31", "mini_batch_size=8"] -> {"ttt_layers": "23-31", "ttt_mini_batch_size": 8}; unknown and repeated fields are refused."""
+    settings: dict[str, Any] = {}
+    for setting in given:
         name, equals, value = setting.partition("=")
         name = f"ttt_{name}" if f"ttt_{name}" in MoshiTTTConfig.__dataclass_fields__ else name
-        if not equals or name not in MoshiTTTConfig.__dataclass_fields__ or name in REPOSITORY_KEYS:
+        if not equals or not name.startswith("ttt_") or name not in MoshiTTTConfig.__dataclass_fields__:
             known = ", ".join(key.removeprefix("ttt_") for key in MoshiTTTConfig.__dataclass_fields__ if key.startswith("ttt_"))
             raise ValueError(f"--ttt {setting!r} is not understood; write name=value with one of {known}")
+        if name in settings:
+            raise ValueError(f"--ttt sets {name.removeprefix('ttt_')} twice, the second time by {setting!r}: leave one of them out")
         try:
-            fields[name] = json.loads(value)
+            settings[name] = parse_json(value)
         except ValueError:
-            fields[name] = value
-        if name == "ttt_layers" and isinstance(fields[name], int):
-            fields[name] = value  # "5" is the range of one layer
-    return fields
+            settings[name] = value
+        if name == "ttt_layers" and isinstance(settings[name], int):
+            settings[name] = value  # "5" is the range of one layer
+    return settings
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a folder, a .safetensors file, or a Hub repository user/name")
     parser.add_argument("dst", metavar="DST", help="a new folder")
     parser.add_argument(
-        "--ttt", nargs="+", default=[], metavar="NAME=VALUE", help="TTT settings of the new model, such as layers=23-31 mixer=mlp"
+        "--ttt", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="TTT settings of the new model, as layers=23-31"
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the written weights (default: as they are)")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file (default: %(default)s)")
     parser.add_argument("--keep-ttt", action="store_true", help="into Kyutai's layout: keep TTT weights, under their own names")
     parser.add_argument("--fused", action="store_true", help="into Kyutai's layout: the older one, with joint projections")
     parser.add_argument("--base", help="the base model that a converted adapter names")

@@ -112,7 +112,10 @@ def _check(lm_kwargs: Mapping[str, Any]) -> None:
     missing = [key for key in NEEDED if key not in lm_kwargs]
     if missing:
         raise ValueError(f"Kyutai's configuration lacks {', '.join(missing)}")
-    if lm_kwargs.get("norm", "layer_norm") not in NORM_EPS:
+    for key in (*NEEDED, "hidden_scale", "max_period"):
+        if not isinstance(lm_kwargs.get(key, 0), list if key == "delays" else (int, float)):
+            raise ValueError(f"{key} = {lm_kwargs[key]!r} in Kyutai's configuration must be a {'list' if key == 'delays' else 'number'}")
+    if lm_kwargs.get("norm", "layer_norm") not in tuple(NORM_EPS):
         raise ValueError(f"norm = {lm_kwargs.get('norm', 'layer_norm')!r} has no counterpart here: use {' or '.join(NORM_EPS)}")
     if len(lm_kwargs["delays"]) != lm_kwargs["n_q"] + 1:
         raise ValueError(f"delays has {len(lm_kwargs['delays'])} entries; n_q = {lm_kwargs['n_q']} asks for {lm_kwargs['n_q'] + 1}")

@@ -58,6 +58,8 @@ def push(
     api = api or HfApi()
     folder, _ = locate(source)
     kind = choose_kind(folder, kind)
+    if base and kind != "adapter":
+        raise ValueError(f"--base is the base that a pushed adapter names; {folder} goes up as --{kind}, which has none: leave it out")
     with hub_errors(f"looking at {repo_id}"):
         remote = look_for_push(api, repo_id)
         _check_tag(api, repo_id, tag, remote)
@@ -124,7 +126,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tag", help="also name this commit, such as v1")
     parser.add_argument("--base", help="the adapter's base on the Hub, when it was trained on a local copy")
     parser.add_argument("--results", metavar="FOLDER", help="an evaluation's output folder, to be shown in the card")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

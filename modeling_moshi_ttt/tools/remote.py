@@ -10,6 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from ..common.adapters import ADAPTER_CONFIG, BASE_CONFIG, check_layers, check_model_type
 from ..common.files import MANIFEST, inside, read_json
+from ..common.hub import is_hub_name
 from .shards import PICKLES
 
 
@@ -39,6 +40,8 @@ def look(api: HfApi, repo_id: str, revision: str | None = None) -> Remote:
 
     Raises RepositoryNotFoundError or RevisionNotFoundError where there is none, ValueError for a file name that leaves its folder.
     """
+    if not is_hub_name(repo_id):
+        raise ValueError(f"{repo_id!r} is no repository's name; write USER/NAME")
     info = api.model_info(repo_id, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or []]
     remote = Remote(repo_id, str(info.sha), names)

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.files import atomic_write, inside
+from ..common.files import atomic_write, inside, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DEFAULT_SHARD_SIZE = 5_000_000_000
+DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # The header of a shard is written last, into room kept for it: names, shapes and places of some 1,500 tensors.
 HEADER_ROOM = 1 << 18
@@ -40,7 +40,7 @@ def parse_size(text: str | int) -> int:
     number, unit = text[:-2].strip(), text[-2:].upper()
     try:
         size = int(float(number) * units[unit]) if unit in units else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise ValueError(f"the size {text!r} is not understood; write it as 5GB, 500MB or a number of bytes")
@@ -74,8 +74,8 @@ class TensorFiles:
 
     def _indexed(self, index: Path) -> dict[str, Path]:
         try:
-            table = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError) as error:
+            table = {str(name): str(file) for name, file in parse_json(index.read_bytes())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} cannot be read ({error})") from None
         files = {file: inside(self.source, file) for file in set(table.values())}
         for path in files.values():

@@ -17,6 +17,7 @@ from .shards import PICKLES, TensorFiles
 
 KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
 MAX_PROBLEMS = 20
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -74,7 +75,7 @@ def kind_of(name: str) -> str:
     return "embeddings" if "embed_tokens" in name else "temporal"
 
 
-def expected_shapes(config: MoshiTTTConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: MoshiTTTConfig) -> Shapes:
     """Name -> shape of every weight the configuration calls for, without making any."""
     with torch.device("meta"):
         model = MoshiTTTForConditionalGeneration(config)
@@ -83,18 +84,21 @@ def expected_shapes(config: MoshiTTTConfig) -> dict[str, tuple[int, ...]]:
 
 def weight_problems(files: TensorFiles, config: MoshiTTTConfig) -> list[str]:
     """Missing, unknown, misshapen and non-finite weights, as sentences; every TTT weight that the configuration calls for is looked for."""
-    wanted, found = expected_shapes(config), files.shapes()
+    found = {name: shape for name, shape in files.shapes().items() if not name.startswith("audio_encoder.")}
+    return shape_problems(found, expected_shapes(config)) + finite_problems(files)
+
+
+def shape_problems(found: Shapes, wanted: Shapes) -> list[str]:
+    """Weights that are missing, unknown or misshapen."""
     missing = wanted.keys() - found.keys()
     fresh = bool(missing) and all(".ttt" in name for name in missing)
     cure = "; fresh TTT layers (`convert --ttt`) have no weights until they are trained" if fresh else ""
     problems = [f"{name} is missing: the configuration calls for it{cure}" for name in missing]
-    problems += [
-        f"{name} is unknown to this configuration" for name in found.keys() - wanted.keys() if not name.startswith("audio_encoder.")
-    ]
+    problems += [f"{name} is unknown to this configuration" for name in found.keys() - wanted.keys()]
     for name in wanted.keys() & found.keys():
         if wanted[name] != found[name]:
             problems.append(f"{name} has shape {list(found[name])}; the configuration asks for {list(wanted[name])}")
-    return sorted(problems) + finite_problems(files)
+    return sorted(problems)
 
 
 def finite_problems(files: TensorFiles) -> list[str]:

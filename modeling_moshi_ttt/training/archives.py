@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..common.audio import audio_duration
-from ..common.files import atomic_write, inside
+from ..common.files import atomic_write, inside, parse_json
 from ..common.recordings import MAIN_SPEAKER, USER_SPEAKER, Recording, parse_words, read_manifest
 from .run_config import COLUMNS
 
@@ -138,7 +138,7 @@ def _tar_samples(archive: Path) -> Iterator[Sample]:
 
 def _json(data: bytes) -> tuple[Any, str]:
     try:
-        return json.loads(data), ""
+        return parse_json(data), ""
     except ValueError as error:
         return None, f"the words are not JSON ({error})."
 
@@ -204,7 +204,7 @@ def _parquet_samples(parquet: Path, columns: dict[str, str]) -> Iterator[Sample]
 
 def _row_words(row: dict[str, Any], alignments: str, speakers: str) -> Any:
     """The words of a row, a list or its JSON; labels of speakers that have a channel become Moshi's (channel 0) and the user's."""
-    items, channels = (json.loads(value) if isinstance(value, str) else value for value in (row.get(alignments), row.get(speakers)))
+    items, channels = (parse_json(value) if isinstance(value, str) else value for value in (row.get(alignments), row.get(speakers)))
     if not isinstance(items, list) or not isinstance(channels, dict):
         return items
 

@@ -25,10 +25,11 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the sources and say what there is; bad files are reported together at the end."""
     from tqdm import tqdm
 
-    from ..processing_moshi_ttt import MoshiTTTProcessor
+    from ..common.files import make_folder
     from .codes import CodesCache, says_words
     from .data import FRAME_RATE, prepare_set
     from .run_config import DataSettings, check_columns
+    from .setup import read_processor
 
     settings = dataclasses.replace(
         DataSettings(train=args.sources),
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         columns=dict(pair.partition("=")[::2] for pair in filter(None, args.columns.split(","))),
     )
     check_columns(settings.columns)
-    cache = CodesCache(args.cache, MoshiTTTProcessor.from_pretrained(args.processor))
+    processor = read_processor(args.processor, "--processor")
+    cache = CodesCache(make_folder(args.cache, "--cache"), processor)
     found = prepare_set(args.sources, settings, cache, lambda items: tqdm(items, desc="encoding"))
     spoken = sum(says_words(recording.text) for recording in found.recordings)
     hours = sum(found.lengths) / FRAME_RATE / 3600

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
+from ..common.adapters import check_loadable, is_adapter, named_base, raw_config
+from ..common.files import read_json
+from ..common.hub import check_place
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
@@ -16,33 +20,71 @@ from .report import check_trackers
 from .run_config import ModelSettings, RunConfig
 
 
-def load_processor(settings: ModelSettings) -> Any:
-    """The processor with its codec, from `settings.processor`, or from where the weights are."""
+def read_processor(source: str, setting: str) -> Any:
+    """The processor with its codec from a folder or the Hub; ValueError naming the setting where there is none."""
     from ..processing_moshi_ttt import MoshiTTTProcessor
 
-    return MoshiTTTProcessor.from_pretrained(settings.processor or settings.path)
+    check_place(source, setting)
+    try:
+        return MoshiTTTProcessor.from_pretrained(source)
+    except Exception as error:  # transformers and tokenizers have one of its own for every kind of damage
+        bare = Path(source).is_dir() and not (Path(source) / "processor_config.json").is_file()
+        reason = "it holds no processor_config.json" if bare else f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{setting} is {source}, where no processor can be loaded ({reason})") from error
+
+
+def load_processor(settings: ModelSettings) -> Any:
+    """The processor with its codec, from `settings.processor`, or from where the weights are."""
+    if settings.processor:
+        return read_processor(settings.processor, "model.processor")
+    if settings.path.endswith(".json"):
+        raise ValueError("model.processor is missing: with a config.json as model.path, name a folder or Hub name that holds a processor.")
+    return read_processor(settings.path, "model.processor is not given, model.path")
+
+
+def check_start(path: str) -> None:
+    """ValueError or FileNotFoundError for a model.path that is no model, with the way on; of adapters, transformers would load the base."""
+    place = Path(path)
+    if path.endswith(".json"):
+        if not place.is_file():
+            raise FileNotFoundError(f"model.path: there is no file {path}.")
+        check_loadable(read_json(place), f"model.path: {path}")
+        return
+    if is_adapter(place):
+        base = named_base(place)[0]
+        raise ValueError(
+            f"model.path is {path}, an adapter: start from its base{base and f' ({base})'}, or make the two one model with "
+            f"`moshi-ttt push {path} USER/NAME --merged` and start from that."
+        )
+    if (place / "final").is_dir() and not (place / "config.json").is_file():
+        raise ValueError(f"model.path: {path} is a run folder; did you mean {place / 'final'}?")
+    check_place(path, "model.path")
+    raw_config(path, "model.path")
 
 
 def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
     """The model with its weights, or with fresh ones (the same for the same seed) where the path is a config.json.
 
     Raises:
-        ValueError: an unknown field in model.ttt, or one that the configuration refuses.
+        ValueError, FileNotFoundError: an unknown field in model.ttt, or one that the configuration refuses; no whole model at model.path.
     """
-    unknown = [name for name in settings.ttt if name not in MoshiTTTConfig.__dataclass_fields__]
+    unknown = [name for name in settings.ttt if not str(name).startswith("ttt_") or name not in MoshiTTTConfig.__dataclass_fields__]
     if unknown:
-        raise ValueError(f"model.ttt holds {unknown[0]!r}, which is no field of MoshiTTTConfig; they begin with 'ttt_'.")
+        raise ValueError(f"model.ttt holds {unknown[0]!r}, which is no TTT setting of MoshiTTTConfig; they begin with 'ttt_'.")
+    check_start(settings.path)
     dtype = getattr(torch, settings.dtype)
     if settings.path.endswith(".json"):
-        if not Path(settings.path).is_file():
-            raise FileNotFoundError(f"model.path: there is no file {settings.path}.")
         set_seed(seed)
         config = MoshiTTTConfig.from_json_file(settings.path)
         if settings.ttt:
             config = MoshiTTTConfig.from_dict(config.to_dict(), **settings.ttt)
         model = MoshiTTTForConditionalGeneration(config).to(dtype)
     else:
-        model = MoshiTTTForConditionalGeneration.from_pretrained(settings.path, dtype=dtype, **settings.ttt)
+        try:
+            model = MoshiTTTForConditionalGeneration.from_pretrained(settings.path, dtype=dtype, **settings.ttt)
+        except (SafetensorError, RuntimeError) as error:
+            reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
+            raise ValueError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
     if settings.activation_checkpointing:
         # transformers 5.2x renames it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

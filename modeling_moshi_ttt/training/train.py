@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.adapters import write_base_config
-from ..common.files import atomic_folder, atomic_write, tensors_written, write_manifest
+from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
+from ..common.settings import describe
 from .run_config import RunConfig, load_run_config
 
 
@@ -17,6 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("recipe", help="a YAML file such as configuration/train/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
+    parser.epilog = describe(RunConfig)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +46,8 @@ def train(config: RunConfig) -> Path:
     if config.mode == "frozen":
         raise ValueError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    run_dir = Path(config.run_dir)
+    setup.check_start(config.model.path)  # before the data, whose preparation may take hours
+    run_dir = make_folder(config.run_dir, "run_dir")
     accelerator = setup.make_accelerator(config)
     try:
         train_set, held_out, processor = _load_data(config, accelerator)
@@ -74,7 +77,7 @@ def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
     from .data import prepare_set
 
     processor = setup.load_processor(config.model)
-    cache = CodesCache(config.data.cache or Path(config.run_dir) / "codes", processor)
+    cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / "codes", "data.cache"), processor)
 
     def progress(items: Any) -> Any:
         return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
@@ -88,8 +91,8 @@ def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
 def _is_finished(run_dir: Path, steps: int) -> bool:
     """Whether `final` is there and belongs to the last step."""
     try:
-        return int(json.loads((run_dir / "final" / "run.json").read_text())["step"]) == steps
-    except (FileNotFoundError, ValueError, KeyError):
+        return bool(read_json(run_dir / "final" / "run.json").get("step") == steps)
+    except (FileNotFoundError, ValueError):
         return False
 
 

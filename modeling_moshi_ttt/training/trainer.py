@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..common.files import atomic_write, tensors_written
+from ..common.files import atomic_write, read_json, tensors_written
 from . import modes
 from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
 from .data import FRAME_RATE, Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
@@ -333,7 +333,9 @@ class Trainer:
             # memories and dropout belong to micro-batches, so these cannot be exchanged for one another
             now |= {"data.batch_size": self.run.data.batch_size, "data.accumulation": self.run.data.accumulation}
         if path.exists():
-            before = json.loads(path.read_text())["fixed"]
+            before = read_json(path).get("fixed")
+            if not isinstance(before, dict):
+                raise ValueError(f"{path} was not written by a training run here; use another run_dir.")
             keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
             if keys:
                 changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
