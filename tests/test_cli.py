@@ -102,7 +102,9 @@ def keys(settings):
                 yield from (f"{field}{'[]' if typing.get_origin(hint) is list else ''}.{key}" for key in keys(part))
 
 
-@pytest.mark.parametrize(("name", "settings", "some"), [("train", RunConfig, 50), ("evaluate", EvaluateSettings, 50), ("recall", RecallSettings, 12)])
+@pytest.mark.parametrize(
+    ("name", "settings", "some"), [("train", RunConfig, 50), ("evaluate", EvaluateSettings, 50), ("recall", RecallSettings, 12)]
+)
 def test_help_names_every_setting(name, settings, some, capsys):
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])

@@ -112,7 +112,7 @@ def test_full_mode_gives_a_model_for_automodel(tmp_path, recipe):
         (["model.ttt={hidden_size: 8}"], "model.ttt holds 'hidden_size', which is no TTT setting"),
         (["run_dir=recipe.yaml"], "run_dir is recipe.yaml, where no folder can be made (File exists)"),
         (["data.cache=recipe.yaml/x"], "data.cache is recipe.yaml/x, where no folder can be made (Not a directory)"),
-        (["model.path=adapter"], "model.path is adapter, an adapter: start from its base (base), or make the two one model with `moshi-ttt push"),
+        (["model.path=adapter"], "model.path is adapter, an adapter: start from its base (base), or make the two one model with"),
         (["model.path=old"], "model.path: old is a run folder; did you mean old/final?"),
         (["model.path=kyutai"], "kyutai holds a model of type 'moshi', not 'moshi_ttt'; turn it into one with: moshi-ttt convert"),
         (["model.path=kyutai/config.json"], "kyutai/config.json holds a model of type 'moshi', not 'moshi_ttt'"),

@@ -43,7 +43,7 @@ def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: 
 
 
 def describe(cls: type[Any], group: str = "") -> str:
-    """Every setting of a dataclass and of the groups in it, for a command's help: what a group says of itself, then key, type and default."""
+    """Every setting of a dataclass and of the groups in it, for a command's help: what a group says of itself, key, type, default."""
     hints, said = typing.get_type_hints(cls), inspect.cleandoc(cls.__doc__ or "")
     lines = [f"{group.rstrip('.') or 'settings'}: {said}"]
     groups = []
@@ -66,7 +66,7 @@ def _type_name(hint: Any) -> str:
         return f"list of {_type_name(args[0])}"
     if dataclasses.is_dataclass(hint):
         return "group"
-    return "null" if hint is type(None) else hint.__name__.lower()
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint)).lower()  # Any has a name from Python 3.11 on
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -312,7 +312,7 @@ CONVERTERS = {
 
 
 def parse_ttt(given: Iterable[str]) -> dict[str, Any]:
-    """["layers=23-31", "mini_batch_size=8"] -> {"ttt_layers": "23-31", "ttt_mini_batch_size": 8}; unknown and repeated fields are refused."""
+    """["layers=23-31", "mini_batch_size=8"] -> {"ttt_layers": "23-31", "ttt_mini_batch_size": 8}; unknown or repeated fields are refused."""
     settings: dict[str, Any] = {}
     for setting in given:
         name, equals, value = setting.partition("=")
