@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import MoshiConfig
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -91,20 +92,29 @@ def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTT
     if (folder / BASE_CONFIG).is_file():
         config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
     else:
-        config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
+        config = _as_ours(_raw_config(base, revision), **_run_ttt(folder))
     check_weights(folder, config, base)
     return config
 
 
 def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
     try:
-        raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
+        raw, _ = MoshiConfig.get_config_dict(base, revision=revision)  # as it stands there, under its own model type
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
-    if not (raw.get("model_type") == "moshi" and "hidden_size" in raw):  # transformers' Moshi, which loads as it is
+    if not _is_plain(raw):
         check_model_type(raw, base)
     return raw
+
+
+def _is_plain(raw: dict[str, Any]) -> bool:
+    """Whether it is transformers' own Moshi, which loads as it is, with fresh TTT layers."""
+    return raw.get("model_type") == MoshiConfig.model_type and "hidden_size" in raw
+
+
+def _as_ours(raw: dict[str, Any], **fields: Any) -> MoshiTTTConfig:
+    return MoshiTTTConfig.from_dict(raw | {"model_type": MoshiTTTConfig.model_type}, **fields)
 
 
 def check_weights(folder: Path, config: MoshiTTTConfig, base: str) -> None:
@@ -129,8 +139,8 @@ def checked_config(folder: Path, base: str, revision: str | None = None) -> Mosh
     Fields that the adapter's run set itself may differ, and a base without TTT layers gets fresh ones, which the adapter then fills.
     """
     config, raw = base_config(folder, base, revision), _raw_config(base, revision)
-    own, chosen = MoshiTTTConfig.from_dict(raw), set(_run_ttt(folder))
-    has_ttt = own.ttt_layers and raw.get("model_type") == "moshi_ttt"  # a configuration without the field stands for its default
+    own, chosen = _as_ours(raw), set(_run_ttt(folder))
+    has_ttt = own.ttt_layers and not _is_plain(raw)  # a configuration of ours without the field stands for its default
     named = {name: name for name in _SIZES} | (_TTT if has_ttt else {})
     if base == named_base(folder)[0]:
         named.pop("ttt_mini_batch_size", None)  # base_config.json knows what the run chose for its own base, also without run.json
