@@ -116,25 +116,33 @@ def _run(
     _check_options(b, group_size, backend)
     _check_shapes(inputs, mask, b)
     _check_state(mixer, inputs.q, state, b)
-    even = None if mask is not None or state.even_frames is None else state.even_frames + inputs.q.shape[1]
+    if not torch.is_autocast_enabled(inputs.q.device.type):  # asked first: entering it is felt in a decoding step
+        return _compute(inputs, state, mask, b, group_size, backend, eps)
     with torch.autocast(inputs.q.device.type, enabled=False):
-        dtype = torch.float64 if torch.float64 in [x.dtype for x in (*inputs, state.W1)] else torch.float32
-        weights = tuple(w.to(dtype) for w in state.weights)
-        way = _choose_way(backend, inputs, state, weights, b)
-        if way in ("reference", "decode"):
-            exact = _Inputs(*(x.to(dtype) for x in inputs))
-            if way == "reference":
-                out, after = ttt_reference(*exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps)
-            else:
-                out, after = decode_step(*exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps)
-            return out.to(inputs.q.dtype), dataclasses.replace(after, even_frames=even)
-        aligned = _align(inputs, state, mask, b)
-        number = aligned.q.shape[1]
-        complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
-        shared = (inputs.token_weight, inputs.norm_weight, inputs.norm_bias)
-        body = scan_mini_batches if way == "scan" else _triton_body()
-        out, weights = body(aligned.q, aligned.k, aligned.v, aligned.lr, *shared, weights, complete, group_size=min(group_size, number), eps=eps)
-        return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), even_frames=even)
+        return _compute(inputs, state, mask, b, group_size, backend, eps)
+
+
+def _compute(
+    inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int, group_size: int, backend: str, eps: float
+) -> tuple[Tensor, TTTState]:
+    even = None if mask is not None or state.even_frames is None else state.even_frames + inputs.q.shape[1]
+    dtype = torch.float64 if torch.float64 in [x.dtype for x in (*inputs, state.W1)] else torch.float32
+    weights = tuple(w if w.dtype == dtype else w.to(dtype) for w in state.weights)
+    way = _choose_way(backend, inputs, state, weights, b)
+    if way in ("reference", "decode"):
+        exact = _Inputs(*(x if x.dtype == dtype else x.to(dtype) for x in inputs))
+        if way == "reference":
+            out, after = ttt_reference(*exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps)
+        else:
+            out, after = decode_step(*exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps)
+        return out.to(inputs.q.dtype), dataclasses.replace(after, even_frames=even)
+    aligned = _align(inputs, state, mask, b)
+    number = aligned.q.shape[1]
+    complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
+    shared = (inputs.token_weight, inputs.norm_weight, inputs.norm_bias)
+    body = scan_mini_batches if way == "scan" else _triton_body()
+    out, weights = body(aligned.q, aligned.k, aligned.v, aligned.lr, *shared, weights, complete, group_size=min(group_size, number), eps=eps)
+    return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), even_frames=even)
 
 
 def _align(inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int) -> _Aligned:

@@ -39,7 +39,7 @@ def check_model_type(config: dict[str, Any], where: str) -> None:
 
 def check_loadable(config: dict[str, Any], where: str) -> None:
     """As `check_model_type`, but transformers' own Moshi passes too, which loads as it is."""
-    if not (config.get("model_type") == "moshi" and "hidden_size" in config):
+    if not _is_plain(config):
         check_model_type(config, where)
 
 
@@ -100,7 +100,7 @@ def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTT
     if (folder / BASE_CONFIG).is_file():
         config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
     else:
-        config = _ours(raw_config(base, "the adapter's base", revision), **_run_ttt(folder))
+        config = _as_ours(raw_config(base, "the adapter's base", revision), **_run_ttt(folder))
     check_weights(folder, config, base)
     return config
 
@@ -108,7 +108,7 @@ def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTT
 def raw_config(name: str, what: str, revision: str | None = None) -> dict[str, Any]:
     """The configuration of a model that can be loaded here, as it is written; ValueError, which calls it `what`, where there is none."""
     try:
-        raw, _ = MoshiConfig.get_config_dict(name, revision=revision)  # MoshiTTTConfig's would call a plain Moshi one of its own
+        raw, _ = MoshiConfig.get_config_dict(name, revision=revision)  # as it stands there, under its own model type
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{what} {name!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
@@ -116,8 +116,13 @@ def raw_config(name: str, what: str, revision: str | None = None) -> dict[str, A
     return raw
 
 
-def _ours(raw: dict[str, Any], **changes: Any) -> MoshiTTTConfig:
-    return MoshiTTTConfig.from_dict({**raw, "model_type": MoshiTTTConfig.model_type}, **changes)
+def _is_plain(raw: dict[str, Any]) -> bool:
+    """Whether it is transformers' own Moshi, which loads as it is, with fresh TTT layers."""
+    return raw.get("model_type") == MoshiConfig.model_type and "hidden_size" in raw
+
+
+def _as_ours(raw: dict[str, Any], **fields: Any) -> MoshiTTTConfig:
+    return MoshiTTTConfig.from_dict(raw | {"model_type": MoshiTTTConfig.model_type}, **fields)
 
 
 def check_weights(folder: Path, config: MoshiTTTConfig, base: str) -> None:
@@ -142,8 +147,8 @@ def checked_config(folder: Path, base: str, revision: str | None = None) -> Mosh
     Fields that the adapter's run set itself may differ, and a base without TTT layers gets fresh ones, which the adapter then fills.
     """
     config, raw = base_config(folder, base, revision), raw_config(base, "the adapter's base", revision)
-    own, chosen = _ours(raw), set(_run_ttt(folder))
-    has_ttt = own.ttt_layers and raw.get("model_type") == "moshi_ttt"  # a configuration without the field stands for its default
+    own, chosen = _as_ours(raw), set(_run_ttt(folder))
+    has_ttt = own.ttt_layers and not _is_plain(raw)  # a configuration of ours without the field stands for its default
     named = {name: name for name in _SIZES} | (_TTT if has_ttt else {})
     if base == named_base(folder)[0]:
         named.pop("ttt_mini_batch_size", None)  # base_config.json knows what the run chose for its own base, also without run.json
