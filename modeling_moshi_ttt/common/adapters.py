@@ -34,6 +34,12 @@ def check_model_type(config: dict[str, Any], where: str) -> None:
     raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
 
 
+def check_loads(config: dict[str, Any], where: str) -> None:
+    """Refuse a configuration whose weights are not ours to load; transformers' Moshi loads as it is."""
+    if not (config.get("model_type") == "moshi" and "hidden_size" in config):
+        check_model_type(config, where)
+
+
 def write_base_config(folder: Path, config: MoshiTTTConfig) -> None:
     """Every field of the base's configuration, those at their defaults too, which a later version may change."""
     fields = json.loads(config.to_json_string(use_diff=False))
@@ -102,8 +108,7 @@ def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
-    if not (raw.get("model_type") == "moshi" and "hidden_size" in raw):  # transformers' Moshi, which loads as it is
-        check_model_type(raw, base)
+    check_loads(raw, base)
     return raw
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 T = TypeVar("T")
+ABOVE_ZERO = 1e-30  # as a lowest value: more than 0
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,6 +43,31 @@ def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: 
 def to_dict(settings: Any) -> dict[str, Any]:
     """The settings as plain dicts and lists, ready for YAML or JSON."""
     return dataclasses.asdict(settings)
+
+
+def check_numbers(settings: Any, group: str = "", **limits: float | tuple[float, float]) -> None:
+    """Raise a ValueError for a field, or an entry of its list, below its lowest value, above a highest one, or not finite; None may stand.
+
+    `group` goes before the names in the message, for a caller that checks a group of its settings.
+    """
+    for name, limit in limits.items():
+        value = getattr(settings, name)
+        low, high = limit if isinstance(limit, tuple) else (limit, math.inf)
+        entries = [(f"{name}[{i}]", entry) for i, entry in enumerate(value)] if isinstance(value, list) else [(name, value)]
+        for label, entry in entries:
+            if entry is not None and not (math.isfinite(entry) and low <= entry <= high):
+                least = "more than 0" if low == ABOVE_ZERO else f"at least {low:g}"
+                bound = f"between {low:g} and {high:g}" if math.isfinite(high) else least if math.isfinite(entry) else f"{least} and finite"
+                raise ValueError(f"{group}{label} is {entry!r}, it must be {bound}.")
+
+
+def check_entries(name: str, entries: Sequence[Any]) -> None:
+    """Raise a ValueError for a list that is empty or names something twice."""
+    if not entries:
+        raise ValueError(f"{name} is empty; name at least one.")
+    for number, entry in enumerate(entries):
+        if entry in entries[:number]:
+            raise ValueError(f"{name} holds {entry!r} twice; name it once.")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,7 +122,11 @@ def _fill(cls: type[T], data: dict[Any, Any], where: str, prefix: str) -> T:
     ]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}; add it to the file or give {missing[0]}=value.")
-    return cls(**{key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()})
+    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # of the class's own checks, which begin with a field's name
+        raise ValueError(f"{where}: {prefix}{error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
