@@ -57,7 +57,7 @@ def check_numbers(settings: Any, group: str = "", **limits: float | tuple[float,
         for label, entry in entries:
             if entry is not None and not (math.isfinite(entry) and low <= entry <= high):
                 least = "more than 0" if low == ABOVE_ZERO else f"at least {low:g}"
-                bound = f"between {low:g} and {high:g}" if math.isfinite(high) else least if math.isfinite(entry) else f"{least} and finite"
+                bound = f"between {low:g} and {high:.10g}" if math.isfinite(high) else least if math.isfinite(entry) else f"{least} and finite"
                 raise ValueError(f"{group}{label} is {entry!r}, it must be {bound}.")
 
 

@@ -76,14 +76,15 @@ def _read_cache(cache: Path, header: dict[str, Any], contents: Mapping[Path, str
     if not cache.is_file():
         return {}
     data = read_kept(cache)
-    if data.get("header") != header:
-        raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     found = {}
     with kept_shape(cache):
+        scored_with = data["header"]
         for path, wanted in contents.items():
             sums, tokens, *scored = data["scores"].get(str(path), ((), ()))
             if scored == [wanted]:
                 found[path] = StreamSums(tuple(sums), tuple(tokens))
+    if scored_with != header:
+        raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     return found
 
 
