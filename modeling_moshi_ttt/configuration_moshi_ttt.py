@@ -197,9 +197,12 @@ class MoshiTTTConfig(MoshiConfig):
         from transformers.activations import ACT2FN  # brings triton, which importing this file must not
 
         choices = {"ttt_mixer": MIXERS, "ttt_rope": ROPES, "ttt_implementation": IMPLEMENTATIONS, "hidden_act": tuple(ACT2FN)}
+        chosen = {field: getattr(self, field) for field in choices}
+        depth: Any = self.depth_decoder_config  # the parent has made it an object
+        choices["depth_decoder_config.hidden_act"], chosen["depth_decoder_config.hidden_act"] = tuple(ACT2FN), depth.hidden_act
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"`{field}={getattr(self, field)!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+            if chosen[field] not in allowed:
+                raise ValueError(f"`{field}={chosen[field]!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
     def _fill_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:

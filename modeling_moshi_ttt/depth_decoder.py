@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import MoshiDepthConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiRMSNorm
 
@@ -83,10 +84,11 @@ class DepthMLP(nn.Module):
         super().__init__()
         self.fc1 = DepthLinear(config.hidden_size, config.ffn_dim, config.num_codebooks)
         self.fc2 = DepthLinear(config.ffn_dim // 2, config.hidden_size, config.num_codebooks)
+        self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor, codebook: int | None = None) -> torch.Tensor:
         gate, value = self.fc1(x, codebook).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value, codebook)
+        return self.fc2(self.activation(gate) * value, codebook)
 
 
 class DepthDecoderLayer(GradientCheckpointingLayer):

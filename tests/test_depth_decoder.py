@@ -15,7 +15,11 @@ def config(**changes) -> MoshiDepthConfig:
 
 @pytest.fixture
 def decoder():
-    decoder = MoshiTTTDepthDecoder(config()).double()
+    return random_decoder(config())
+
+
+def random_decoder(config):
+    decoder = MoshiTTTDepthDecoder(config).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
@@ -26,8 +30,11 @@ def frames(count: int = 7):
     return torch.randn(count, 12).double(), torch.randint(0, 30, (count,)), torch.randint(0, 20, (count, 5))
 
 
-def test_it_is_transformers_depth_decoder(decoder):
-    peer = MoshiDepthDecoder._from_config(config(), attn_implementation="sdpa").double()
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_it_is_transformers_depth_decoder(activation):
+    chosen = config(hidden_act=activation)
+    decoder = random_decoder(chosen)
+    peer = MoshiDepthDecoder._from_config(chosen, attn_implementation="sdpa").double()
     peer.load_state_dict(decoder.state_dict())
     hidden, text, codes = frames()
     ours, theirs = decoder(hidden, text, codes), peer(

@@ -200,6 +200,7 @@ def test_a_damaged_file_of_an_earlier_run_is_named(tmp_path, capsys, damage):
     path = tmp_path / "out" / "recall.json"
     whole = json.loads(path.read_text())
     path.write_text({"text": "{", "list": "[]"}.get(damage) or json.dumps(whole | {"runs": None if damage == "runs" else [{}]}))
+    capsys.readouterr()
     assert cli.main(small(tmp_path)) == 2
     assert (error := capsys.readouterr().err).startswith(f"error: {path} ")
     assert error.endswith("remove it, and what it held is measured again\n")

@@ -99,6 +99,13 @@ def test_padding_and_batches_change_nothing(mixer):
             assert np.allclose(one.sums, other.sums, atol=1e-9)
 
 
+def test_a_checkpoint_that_asks_for_tuples_is_scored_alike():
+    model, sequences = make_model(), [make_sequence(9, 0)]
+    expected = score_sequences(model, sequences)[0]
+    model.config.return_dict = False
+    assert score_sequences(model, sequences)[0] == expected
+
+
 def test_batches_are_of_one_length_where_half_a_batch_is():
     lengths = [7] * 5 + [3] * 9 + [4] + [5] * 2 + [20]
     batches = batches_of_like_length(lengths, 4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import MoshiConfig
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -32,12 +33,6 @@ def check_model_type(config: dict[str, Any], where: str) -> None:
         return
     hint = "; turn it into one with: moshi-ttt convert SRC DST" if model_type in ("moshi", "hibiki") or "dep_q" in config else ""
     raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
-
-
-def check_loads(config: dict[str, Any], where: str) -> None:
-    """Refuse a configuration whose weights are not ours to load; transformers' Moshi loads as it is."""
-    if not (config.get("model_type") == "moshi" and "hidden_size" in config):
-        check_model_type(config, where)
 
 
 def write_base_config(folder: Path, config: MoshiTTTConfig) -> None:
@@ -97,19 +92,34 @@ def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTT
     if (folder / BASE_CONFIG).is_file():
         config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
     else:
-        config = MoshiTTTConfig.from_dict(_raw_config(base, revision), **_run_ttt(folder))
+        config = _as_ours(_raw_config(base, revision), **_run_ttt(folder))
     check_weights(folder, config, base)
     return config
 
 
 def _raw_config(base: str, revision: str | None) -> dict[str, Any]:
     try:
-        raw, _ = MoshiTTTConfig.get_config_dict(base, revision=revision)
+        raw, _ = MoshiConfig.get_config_dict(base, revision=revision)  # as it stands there, under its own model type
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the adapter's base {base!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
     check_loads(raw, base)
     return raw
+
+
+def check_loads(raw: dict[str, Any], where: str) -> None:
+    """Refuse a configuration whose weights are not ours to load: neither ours nor transformers' own Moshi."""
+    if not _is_plain(raw):
+        check_model_type(raw, where)
+
+
+def _is_plain(raw: dict[str, Any]) -> bool:
+    """Whether it is transformers' own Moshi, which loads as it is, with fresh TTT layers."""
+    return raw.get("model_type") == MoshiConfig.model_type and "hidden_size" in raw
+
+
+def _as_ours(raw: dict[str, Any], **fields: Any) -> MoshiTTTConfig:
+    return MoshiTTTConfig.from_dict(raw | {"model_type": MoshiTTTConfig.model_type}, **fields)
 
 
 def check_weights(folder: Path, config: MoshiTTTConfig, base: str) -> None:
@@ -134,8 +144,8 @@ def checked_config(folder: Path, base: str, revision: str | None = None) -> Mosh
     Fields that the adapter's run set itself may differ, and a base without TTT layers gets fresh ones, which the adapter then fills.
     """
     config, raw = base_config(folder, base, revision), _raw_config(base, revision)
-    own, chosen = MoshiTTTConfig.from_dict(raw), set(_run_ttt(folder))
-    has_ttt = own.ttt_layers and raw.get("model_type") == "moshi_ttt"  # a configuration without the field stands for its default
+    own, chosen = _as_ours(raw), set(_run_ttt(folder))
+    has_ttt = own.ttt_layers and not _is_plain(raw)  # a configuration of ours without the field stands for its default
     named = {name: name for name in _SIZES} | (_TTT if has_ttt else {})
     if base == named_base(folder)[0]:
         named.pop("ttt_mini_batch_size", None)  # base_config.json knows what the run chose for its own base, also without run.json

@@ -27,7 +27,7 @@ def inner_losses(model: Any, sequence: CodeSequence, chunk: int | None = None) -
     found: dict[int, dict[str, list[np.ndarray]]] = {layer: {} for layer in model.config.ttt_layers}
     for start in range(0, frames, step):
         piece = {name: tensor[..., start : start + step].to(model.device) for name, tensor in inputs.items()}
-        output = model(**piece, past_key_values=cache, output_inner_losses=True)
+        output = model(**piece, past_key_values=cache, output_inner_losses=True, return_dict=True)
         for layer, losses in output.inner_losses.items():
             found[layer].setdefault("position", []).append(losses.position.cpu().numpy())
             found[layer].setdefault("drift", []).append(losses.drift[0].double().cpu().numpy())

@@ -90,7 +90,7 @@ def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
     frames = int(lengths.max())
     if int(lengths.min()) < frames:
         inputs["attention_mask"] = (torch.arange(frames, device=model.device) < lengths[:, None]).long()
-    output = model(**inputs, use_cache=False)
+    output = model(**inputs, use_cache=False, return_dict=True)
     delays = [0, *model.config.audio_delays[: model.config.num_codebooks]]
     targets = torch.cat([inputs["input_ids"][:, None], inputs["moshi_audio_codes"]], dim=1)  # [B, 1 + K, T]
     delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ABSENT))

@@ -154,7 +154,7 @@ class Trainer:
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
             noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn))
-            output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole)
+            output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True)
             loss = data.text_weight * output.text_loss + output.audio_loss
             total = loss if total is None else total + loss
             parts += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
@@ -251,7 +251,7 @@ class Trainer:
             batch = step.micro_batches[0][0].to(device)
             weights = memory.loss_weights(0, [batch])[0]
             cache = memory.enter(0, batch.reset)
-            output = self.model(**batch.inputs(), past_key_values=cache, use_cache=cache is not None)
+            output = self.model(**batch.inputs(), past_key_values=cache, use_cache=cache is not None, return_dict=True)
             memory.leave(0)
             losses = torch.stack([output.text_loss, output.audio_loss])
             right, words = word_hits(output.logits, batch.text_labels, self.config.text_padding_ids)
