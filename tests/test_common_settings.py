@@ -86,6 +86,8 @@ class Whole:
         ("part: {share: .nan}", r"run\.yaml: part\.share is nan, it must be between 0 and 1\."),
         ("part: {sizes: [1, 0]}", r"run\.yaml: part\.sizes\[1\] is 0, it must be more than 0\."),
         ("part: {most: 0}", r"run\.yaml: part\.most is 0, it must be at least 1\."),
+        ("part: {most: .inf}", r"run\.yaml: part\.most is inf \(float\), it must be a whole number"),
+        (f"part: {{most: -{10**400}}}", r"run\.yaml: part\.most is -10+, it must be at least 1\."),
         ("part: {sizes: []}", r"run\.yaml: part\.sizes is empty; name at least one\."),
         ("part: {sizes: [3, 3]}", r"run\.yaml: part\.sizes holds 3 twice; name it once\."),
     ],

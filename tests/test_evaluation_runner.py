@@ -328,7 +328,7 @@ def test_broken_audio_stops_the_run_and_is_named(place, tmp_path, capsys, damage
 def test_two_files_of_one_section_need_outputs_of_their_own(place, tmp_path, capsys):
     paths = [write(tmp_path / f"{name}.yaml", settings(place, tmp_path / "out", recall={"seed": seed})) for seed, name in enumerate("ab")]
     assert cli.main(["evaluate", *paths]) == 2
-    assert "recall is given twice for the output" in capsys.readouterr().err
+    assert f"recall is given for the output {tmp_path / 'out'} by two files" in capsys.readouterr().err
 
 
 def test_a_mistake_in_the_last_file_comes_out_before_the_first_runs(place, tmp_path, capsys, monkeypatch):

@@ -60,7 +60,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextmanager
 def of_shape(what: str, then: str) -> Iterator[None]:
-    """Around reading what we once wrote, for what another shape of it makes the reader stumble over: one ValueError, its cause behind it."""
+    """Around reading what we once wrote: where it has another shape, one ValueError, with what the reader stumbled over behind it."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, EOFError) as error:

@@ -46,18 +46,19 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def check_numbers(settings: Any, group: str = "", **limits: float | tuple[float, float]) -> None:
-    """Raise a ValueError for a field, or an entry of its list, below its lowest value, above a highest one, or not finite; None may stand.
+    """Raise a ValueError for a field, or an entry of its list, that is below its lowest value, above a highest one or not finite.
 
-    `group` goes before the names in the message, for a caller that checks a group of its settings.
+    None may stand. `group` goes before the names in the message, for a caller that checks a group of its settings.
     """
     for name, limit in limits.items():
         value = getattr(settings, name)
         low, high = limit if isinstance(limit, tuple) else (limit, math.inf)
         entries = [(f"{name}[{i}]", entry) for i, entry in enumerate(value)] if isinstance(value, list) else [(name, value)]
-        for label, entry in entries:
-            if entry is not None and not (math.isfinite(entry) and low <= entry <= high):
-                least = "more than 0" if low == ABOVE_ZERO else f"at least {low:g}"
-                bound = f"between {low:g} and {high:.10g}" if math.isfinite(high) else least if math.isfinite(entry) else f"{least} and finite"
+        for label, entry in [(label, entry) for label, entry in entries if entry is not None]:
+            finite = abs(entry) < math.inf  # of whole numbers of any length, too
+            if not (finite and low <= entry <= high):
+                least = ("more than 0" if low == ABOVE_ZERO else f"at least {low:g}") + ("" if finite else " and finite")
+                bound = least if high == math.inf else f"between {low:g} and {high:.10g}"
                 raise ValueError(f"{group}{label} is {entry!r}, it must be {bound}.")
 
 

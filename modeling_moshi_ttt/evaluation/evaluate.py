@@ -127,7 +127,7 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         check_numbers(self, batch_size=1, seed=(0, 2**32 - 1))
         if not self.sections:
-            raise ValueError(f"no section is given, so nothing would run; give one or more of {', '.join(SECTIONS)} (recall={{}} needs no more).")
+            raise ValueError(f"no section is given, so nothing would run; give some of {', '.join(SECTIONS)} (recall={{}} needs no more).")
         if self.model is None and (self.adapter is not None or set(self.sections) != {"recall"}):
             raise ValueError("model is missing; give model=FOLDER (a checkpoint in our layout) or a Hub name")
 
@@ -146,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
     overrides = [word for word in args.settings if "=" in word]
     # all files are read before the first run: a typo in the last must not come out after hours
     runs = [load_settings(EvaluateSettings, path, overrides) for path in (files or [None])]
-    for number, settings in enumerate(runs):
-        for earlier in runs[:number]:
-            if (settings.output == earlier.output) and (both := set(settings.sections) & set(earlier.sections)):
-                raise ValueError(f"{sorted(both)[0]} is given twice for the output {settings.output}; give each an output folder of its own.")
+    places = [f"{name} is given for the output {settings.output}" for settings in runs for name in settings.sections]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ValueError(f"{place} by two files; give each an output folder of its own.")
     from .runner import check, run_evaluation
 
     for settings in runs[1:]:

@@ -92,8 +92,10 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str
     settings.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is found out before hours of training
     results = resume(settings)
     for variant in settings.variants:
-        if not any(done.get("variant") == asdict(variant) for done in results["runs"]):
-            results["runs"].append(_run_variant(variant, settings, show_progress))
+        earlier = [run for run in results["runs"] if run.get("variant") == asdict(variant)]
+        if not any(_stands(run, settings.seconds) for run in earlier):
+            new = _run_variant(variant, settings, show_progress)
+            results["runs"] = [run for run in results["runs"] if run not in earlier] + [new]
             results["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
             atomic_write(target, json.dumps(results, indent=1) + "\n")
     with kept_shape(target):
@@ -102,7 +104,7 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str
 
 
 def resume(settings: RecallSettings) -> dict[str, Any]:
-    """What is there of a run with these very settings, or an empty result; what ran out of time is left out if it now has more."""
+    """What is there of a run with these very settings, or an empty result."""
     from .kept import kept_shape, read_kept
 
     target = settings.output / "recall.json"
@@ -117,13 +119,17 @@ def resume(settings: RecallSettings) -> dict[str, Any]:
     if results.get("settings") != kept:
         raise ValueError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
     with kept_shape(target):
-        summary(results)
-        results["runs"] = [run for run in results["runs"] if not (_out_of_time(run) and run["training"]["seconds"] < settings.seconds)]
+        summary(results)  # reads most of it
     return results
 
 
 def _out_of_time(run: dict[str, Any]) -> bool:
     return bool(run["training"].get("out_of_time"))
+
+
+def _stands(run: dict[str, Any], seconds: float) -> bool:
+    """What ran out of time is trained again where it now has more."""
+    return not _out_of_time(run) or bool(run["training"]["seconds"] >= seconds)
 
 
 def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progress: bool) -> dict[str, Any]:

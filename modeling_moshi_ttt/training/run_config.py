@@ -166,7 +166,8 @@ def _check(run: RunConfig) -> None:
     check_numbers(run, evaluate_every=0, seed=(0, 2**32 - 1))
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
     check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
-    check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12, warmup=share, max_bad_steps=1)
+    check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
+    check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
     check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
     if run.lora is not None:
         check_numbers(run.lora, "lora.", rank=1, dropout=(0, 1 - 1e-9), scaling=ABOVE_ZERO)
