@@ -196,13 +196,19 @@ class MoshiTTTConfig(MoshiConfig):
     def _check_choices(self) -> None:
         from transformers.activations import ACT2FN  # brings triton, which importing this file must not
 
-        choices = {"ttt_mixer": MIXERS, "ttt_rope": ROPES, "ttt_implementation": IMPLEMENTATIONS, "hidden_act": tuple(ACT2FN)}
-        chosen = {field: getattr(self, field) for field in choices}
-        depth: Any = self.depth_decoder_config  # the parent has made it an object
-        choices["depth_decoder_config.hidden_act"], chosen["depth_decoder_config.hidden_act"] = tuple(ACT2FN), depth.hidden_act
-        for field, allowed in choices.items():
-            if chosen[field] not in allowed:
-                raise ValueError(f"`{field}={chosen[field]!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+        depth = self.depth_decoder_config
+        if not isinstance(depth, PreTrainedConfig):
+            raise ValueError(f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it.")
+        choices = (
+            ("ttt_mixer", self.ttt_mixer, MIXERS),
+            ("ttt_rope", self.ttt_rope, ROPES),
+            ("ttt_implementation", self.ttt_implementation, IMPLEMENTATIONS),
+            ("hidden_act", self.hidden_act, tuple(ACT2FN)),
+            ("depth_decoder_config.hidden_act", depth.hidden_act, tuple(ACT2FN)),
+        )
+        for field, chosen, allowed in choices:
+            if chosen not in allowed:
+                raise ValueError(f"`{field}={chosen!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
     def _fill_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -243,11 +249,8 @@ class MoshiTTTConfig(MoshiConfig):
             raise ValueError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
 
     def _check_depth(self) -> None:
-        depth = self.depth_decoder_config
-        if not isinstance(depth, PreTrainedConfig):
-            raise ValueError(f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it.")
         for name, field in _SHARED.items():
-            found, ours = getattr(depth, name), getattr(self, field)
+            found, ours = getattr(self.depth_decoder_config, name), getattr(self, field)
             if found != ours:
                 raise ValueError(
                     f"`depth_decoder_config.{name}={found}` differs from `{field}={ours}`; "
@@ -280,7 +283,7 @@ class MoshiTTTConfig(MoshiConfig):
         """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused alike."""
         # The parent knows more ways to write `dtype` than its field takes.
         given = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
-        for key in given.keys() & cls.sub_configs_defaults.keys():
+        for key in given.keys() & cls.sub_configs.keys():
             if isinstance(given[key], dict) and isinstance(config_dict.get(key), dict):
                 given[key] = {**config_dict[key], **given[key]}
         changed = [key for key in _FOLLOWS if key in given and given[key] != config_dict.get(key, cls.__dataclass_fields__[key].default)]

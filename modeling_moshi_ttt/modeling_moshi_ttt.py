@@ -8,11 +8,14 @@ Shapes: B rows, T frames, E width, S = 1 + K + K_user streams (text, Moshi's cod
 Leaf modules and parameter names are transformers' Moshi's (models/moshi), so its checkpoints load as they are.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -155,18 +158,18 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         config.check()  # fields can be set after the configuration was made
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
     ) -> None:
-        """As the parent's, which `gradient_checkpointing_enable` leads to as well.
+        """As the parent's, to which every way to switch recomputation on leads, and never reentrant.
 
         Raises:
             ValueError: `use_reentrant=True`, under which what a layer returns beside its output (keys, TTT states) loses its gradients.
         """
-        options = dict(activation_checkpointing_kwargs or {})
-        if options.get("use_reentrant"):
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("`use_reentrant=True` loses the gradients of TTT states; leave it out or say False.")
-        super().activation_checkpointing_enable({**options, "use_reentrant": False}, *args, **kwargs)
+        not_reentrant = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, not_reentrant, every_n_layers)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

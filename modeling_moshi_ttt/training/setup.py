@@ -46,7 +46,7 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     if settings.activation_checkpointing:
         # transformers 5.2x renames it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable()
     return model
 
 
