@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from modeling_moshi_ttt.common.settings import describe, load_settings, to_dict
+from modeling_moshi_ttt.common.settings import ABOVE_ZERO, check_entries, check_numbers, describe, load_settings, to_dict
 
 
 @dataclass
@@ -62,6 +62,40 @@ def test_file_and_overrides(tmp_path):
 def test_wrong_files_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         load_settings(Run, write(tmp_path, text))
+
+
+@dataclass
+class Part:
+    share: float = 0.5
+    sizes: list[int] = field(default_factory=lambda: [1])
+    most: int | None = None
+
+    def __post_init__(self):
+        check_numbers(self, share=(0, 1), sizes=ABOVE_ZERO, most=1)
+        check_entries("sizes", self.sizes)
+
+
+@dataclass
+class Whole:
+    part: Part = field(default_factory=Part)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("part: {share: 1.5}", r"run\.yaml: part\.share is 1\.5, it must be between 0 and 1\."),
+        ("part: {share: .nan}", r"run\.yaml: part\.share is nan, it must be between 0 and 1\."),
+        ("part: {sizes: [1, 0]}", r"run\.yaml: part\.sizes\[1\] is 0, it must be more than 0\."),
+        ("part: {most: 0}", r"run\.yaml: part\.most is 0, it must be at least 1\."),
+        ("part: {most: .inf}", r"run\.yaml: part\.most is inf \(float\), it must be a whole number"),
+        (f"part: {{most: -{10**400}}}", r"run\.yaml: part\.most is -10+, it must be at least 1\."),
+        ("part: {sizes: []}", r"run\.yaml: part\.sizes is empty; name at least one\."),
+        ("part: {sizes: [3, 3]}", r"run\.yaml: part\.sizes holds 3 twice; name it once\."),
+    ],
+)
+def test_a_group_s_own_checks_name_the_file_and_the_field(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_settings(Whole, write(tmp_path, text))
 
 
 @pytest.mark.parametrize("override", ["seed", "=1", "optim.=1", "name.x=1"])

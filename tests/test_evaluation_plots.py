@@ -65,10 +65,32 @@ def test_the_heat_map_holds_the_numbers():
 def test_what_cannot_be_drawn_is_named():
     with pytest.raises(ValueError, match=r"'recal' cannot be drawn; did you mean 'recall'"):
         plots.draw({"kind": "recal"})
-    with pytest.raises(ValueError, match="lacks 'runs'"):
-        plots.draw({"kind": "recall", "window": 16})
-    with pytest.raises(ValueError, match="no numbers with a step"):
-        plot.training_result([{"loss": 3.0}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", {"kind": "long_context"}, "a.json, a lacks 'streams'; it cannot be drawn"),
+        ("a.json", {"kind": "recall", "runs": []}, "a.json, a is not as it should be"),
+        ("a.json", {"kind": "inner_loss", "layers": {}}, "a.json, a is not as it should be"),
+        ("a.json", {"kind": "training", "panels": {"x": {"x": {"step": [1], "value": [None, "y"]}}}}, "a.json, a is not as it should be"),
+        ("a.json", PARTS["remembers"] | {"chance": "x"}, "a.json, a is not as it should be"),
+        ("a.json", {"tasks": {"first": PARTS["zero"] | {"published": []}}}, "a.json, first is not as it should be"),
+        ("a.json", {"tasks": []}, "a.json is not as it should be"),
+        ("a.json", {"kind": []}, "a.json is not as it should be"),
+        ("a.json", {"tasks": {"../x": PARTS["zero"]}}, "leaves its folder"),
+        ("a.json", [], "a.json holds no JSON object"),
+        ("a.json", {}, "a.json: holds nothing that can be drawn"),
+        ("a.jsonl", {"loss": 3.0}, "a.jsonl: the log holds no numbers with a step"),
+    ],
+)
+def test_a_file_of_another_shape_is_one_line_that_names_it(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_text(json.dumps(content))
+    assert main(["plot", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
@@ -85,13 +107,11 @@ def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
     written = capsys.readouterr().out.split()
     assert len(written) == 2 * 2 + 2  # dialogue has a table and no picture
     assert (tmp_path / "out" / "log.svg").is_file()
-    (tmp_path / "empty.json").write_text("{}")
-    with pytest.raises(ValueError, match="nothing that can be drawn"):
-        plot.run(parser.parse_args([str(tmp_path / "empty.json")]))
-    with pytest.raises(ValueError, match="no such file"):
-        plot.run(parser.parse_args([str(tmp_path / "gone.json")]))
+    for name, message in (("gone.json", "gone.json is missing"), (".", "is a folder")):
+        with pytest.raises((ValueError, OSError), match=message):
+            plot.run(parser.parse_args([str(tmp_path / name)]))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match=r"broken\.json is no JSON"):
         plot.run(parser.parse_args([str(tmp_path / "broken.json")]))
 
 

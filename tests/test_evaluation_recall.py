@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from modeling_moshi_ttt.common.settings import load_settings
 from modeling_moshi_ttt.evaluation import inner_loss, recall, recall_task
 from modeling_moshi_ttt.evaluation.recall_task import (
     FIRST_TEXT,
@@ -154,13 +155,61 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert trained == ["none", "linear", "linear"]
 
 
+def test_what_ran_out_of_time_is_trained_again_when_given_more(tmp_path, capsys):
+    short = small(tmp_path, variants="[{mixer: none}]", steps=110)
+    runs = []
+    for seconds in (1e-3, 1e-3, 600, 1e-3):
+        assert cli.main([*short, f"seconds={seconds}"]) == 0
+        runs.append(json.loads((tmp_path / "out" / "recall.json").read_text())["runs"])
+        assert ("ran out of time" in capsys.readouterr().out) == (len(runs) < 3)
+    assert [[run["training"]["steps"] for run in done] for done in runs] == [[101], [101], [110], [110]]
+    assert runs[0] == runs[1]
+    assert runs[2] == runs[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0, it must be at least 1"),
+        ({"pairs": "[2, 51]"}, r"pairs\[1\] is 51, it must be between 1 and 50"),
+        ({"pairs": "[]"}, "pairs is empty"),
+        ({"distances": "[-1]"}, r"distances\[0\] is -1"),
+        ({"train_distances": "[40, 24]"}, r"train_distances is \[40, 24\], it must be a lowest and a highest"),
+        ({"sequences": 0}, "sequences is 0"),
+        ({"learning_rate": ".nan"}, "learning_rate is nan, it must be more than 0 and finite"),
+        ({"seconds": ".inf"}, "seconds is inf"),
+        ({"threads": -1}, "threads is -1"),
+        ({"variants": "[{base_lr: 0}]"}, r"variants\[0\].base_lr is 0.0"),
+        ({"variants": "[{mixer: none}, {mixer: none, mini_batch_size: 4}]"}, "variants holds 'window attention alone' twice"),
+        ({"stepps": 3}, "did you mean 'steps'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_settings(recall.RecallSettings, None, small(tmp_path, **change)[1:])
+
+
+def test_variants_of_two_rates_have_two_names():
+    names = [recall.VariantSettings("linear", 16, rate).name for rate in (None, 4.0, 8.0)]
+    assert names == ["TTT-linear, b = 16", "TTT-linear, b = 16, lr 4", "TTT-linear, b = 16, lr 8"]
+
+
+@pytest.mark.parametrize("damage", ["text", "list", "runs", "run"])
+def test_a_damaged_file_of_an_earlier_run_is_named(tmp_path, capsys, damage):
+    assert cli.main(small(tmp_path, variants="[{mixer: none}]")) == 0
+    path = tmp_path / "out" / "recall.json"
+    whole = json.loads(path.read_text())
+    path.write_text({"text": "{", "list": "[]"}.get(damage) or json.dumps(whole | {"runs": None if damage == "runs" else [{}]}))
+    capsys.readouterr()
+    assert cli.main(small(tmp_path)) == 2
+    assert (error := capsys.readouterr().err).startswith(f"error: {path} ")
+    assert error.endswith("remove it, and what it held is measured again\n")
+
+
 def test_results_of_other_settings_are_not_mixed(tmp_path, capsys):
     assert cli.main(small(tmp_path, variants="[{mixer: none}]")) == 0
     assert cli.main(small(tmp_path, steps=3)) == 2
     assert "other settings" in capsys.readouterr().err
-    assert cli.main(small(tmp_path, pairs="[]")) == 2
-    assert cli.main(small(tmp_path, stepps=3)) == 2
-    assert "did you mean 'steps'" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_numbers():

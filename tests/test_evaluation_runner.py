@@ -17,10 +17,12 @@ from modeling_moshi_ttt.common.adapters import write_base_config
 from modeling_moshi_ttt.common.audio import write_audio
 from modeling_moshi_ttt.evaluation import runner, scoring, zero_shot
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
+from modeling_moshi_ttt.evaluation.recall import RecallSettings
 from modeling_moshi_ttt.tools import cli
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configuration" / "model"
+STORY = {"task": "sstorycloze", "folder": "sSC"}
 DIALOGUES = ROOT / "examples" / "data" / "dialogues"
 
 
@@ -41,6 +43,9 @@ def place(tmp_path_factory):
     folders.make_salmon(root / "salmon", ("gender_consistency",))
     book = root / "books" / "small" / "100" / "emma"
     book.mkdir(parents=True)
+    for name, file in (("adapter", "adapter_config.json"), ("foreign", "config.json")):
+        (root / name).mkdir()
+        (root / name / file).write_text('{"model_type": "llama"}')
     shutil.copy(DIALOGUES / "stereo" / "zoe.flac", book / "emma_10.flac")
     shutil.copy(DIALOGUES / "stereo" / "paul.flac", book / "emma_2.flac")
     return root
@@ -246,17 +251,36 @@ def test_recall_runs_anew_with_another_seed(tmp_path, monkeypatch):
     [
         ({"zero_shot": {"tasks": [{"task": "swugy", "folder": "x"}]}}, "must be one of 'swuggy'"),
         ({"zero_shots": {}}, "did you mean 'zero_shot'"),
-        ({"long_context": {"folder": "a", "manifest": "b"}}, "give one"),
+        ({}, "no section is given"),
+        ({"device": "foo", "recall": {}}, "device is 'foo', which cannot be used here"),
+        ({"long_context": {"folder": "a", "manifest": "b"}}, "long_context.folder is a and manifest b; recordings come from one"),
+        ({"long_context": {}}, "long_context.folder is None and manifest None"),
+        ({"long_context": {"folder": "a", "chunk": 0}}, "long_context.chunk is 0, it must be at least 1"),
+        ({"inner_loss": {"folder": "a", "max_frames": -1}}, "inner_loss.max_frames is -1"),
+        ({"inner_loss": {"folder": "a", "smooth": 0}}, "inner_loss.smooth is 0"),
+        ({"dialogue": {"manifest": "a", "max_seconds": float("inf")}}, "dialogue.max_seconds is inf, it must be more than 0 and finite"),
+        ({"dialogue": {"manifest": "a", "temperature": -1}}, "dialogue.temperature is -1.0"),
+        ({"dialogue": {"manifest": str(DIALOGUES / "eval.jsonl"), "before": "adapter"}}, "dialogue.before: adapter is an adapter"),
+        ({"recall": {}, "model": "adapter"}, "adapter is an adapter, no whole model; give model=BASE adapter=adapter"),
+        ({"recall": {}, "model": "foreign"}, "foreign holds a model of type 'llama'"),
+        ({"zero_shot": {"tasks": []}}, "zero_shot.tasks is empty"),
+        ({"zero_shot": {"tasks": [STORY, STORY]}}, "zero_shot.tasks holds 'sstorycloze' twice"),
+        ({"zero_shot": {"tasks": [STORY | {"parts": ["x"]}]}}, "tasks[0].parts is ['x'], but sstorycloze has none"),
+        ({"zero_shot": {"tasks": [STORY | {"split": "test"}]}}, "tasks[0].split is 'test', but sstorycloze has none"),
+        ({"zero_shot": {"tasks": [STORY], "semantic_weight": float("nan")}}, "zero_shot.semantic_weight is nan"),
+        ({"zero_shot": {"tasks": [STORY], "semantic_weight": 0, "acoustic_weight": 0}}, "are both 0"),
         ({"long_context": {"folder": "books", "max_frames": 20}}, "no more than the attention window"),
         ({"long_context": {"folder": "books", "conditions": ["TTT", "gate"]}}, "holds 'gate'"),
         ({"zero_shot": {"tasks": [{"task": "swuggy", "folder": "sSC"}]}}, "found no gold.csv"),
-        ({"model": "nobody"}, "no such folder"),
+        ({"recall": {}, "model": "nobody"}, "no such folder"),
     ],
 )
-def test_mistakes_are_one_line(place, tmp_path, capsys, monkeypatch, change, message):
+def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.chdir(place)
-    task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": "sSC"}]}} if "model" in change else {}
-    path = write(tmp_path / "bad.yaml", settings(place, tmp_path / "out") | task | change)
+    if "max_frames" not in change.get("long_context", {}):  # only its codes say how long a recording is
+        monkeypatch.setattr(runner.Subject, "load", None)
+        monkeypatch.setattr(runner, "RUNNERS", {})
+    path = write(tmp_path / "bad.yaml", settings(place, tmp_path / "out") | change)
     assert cli.main(["evaluate", path]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
@@ -284,7 +308,7 @@ def test_a_damaged_file_of_an_earlier_run_is_named(place, tmp_path, capsys, file
     task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(place / "sSC")}]}}
     path = tmp_path / "out" / file
     path.parent.mkdir(parents=True)
-    for content in ('{"model', "[]"):
+    for content in ('{"model', "[]", "{}", '{"model": [], "scores": []}'):
         path.write_text(content)
         assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **task))]) == 2
         assert f"{path} " in (error := capsys.readouterr().err)
@@ -301,6 +325,20 @@ def test_broken_audio_stops_the_run_and_is_named(place, tmp_path, capsys, damage
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_two_files_of_one_section_need_outputs_of_their_own(place, tmp_path, capsys):
+    paths = [write(tmp_path / f"{name}.yaml", settings(place, tmp_path / "out", recall={"seed": seed})) for seed, name in enumerate("ab")]
+    assert cli.main(["evaluate", *paths]) == 2
+    assert f"recall is given for the output {tmp_path / 'out'} by two files" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_last_file_comes_out_before_the_first_runs(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "RUNNERS", {})
+    first = write(tmp_path / "a.yaml", settings(place, tmp_path / "out", zero_shot={"tasks": [STORY | {"folder": str(place / "sSC")}]}))
+    last = write(tmp_path / "b.yaml", settings(place, tmp_path / "out", inner_loss={"folder": str(tmp_path / "none")}))
+    assert cli.main(["evaluate", first, last]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
 def test_the_model_is_missing(tmp_path, capsys):
     path = write(tmp_path / "a.yaml", {"inner_loss": {"manifest": "x.jsonl"}})
     assert cli.main(["evaluate", path]) == 2
@@ -311,14 +349,13 @@ def test_the_model_is_missing(tmp_path, capsys):
 def test_the_shipped_settings_are_understood(path):
     from modeling_moshi_ttt.common.settings import load_settings
 
-    found = load_settings(EvaluateSettings, path)
-    assert any(getattr(found, name) for name in runner.SECTIONS)
+    assert load_settings(EvaluateSettings, path).sections
 
 
 def test_an_adapter_is_merged_into_the_model(tmp_path):
     adapted = hub_checkpoints.save_adapter(tmp_path / "adapter", str(hub_base(tmp_path)))
-    subject = runner.Subject(EvaluateSettings(model=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), device="cpu"))
-    plain = runner.Subject(EvaluateSettings(model=str(tmp_path / "base"), device="cpu"))
+    subject = subject_of(tmp_path)
+    plain = runner.Subject(EvaluateSettings(model=str(tmp_path / "base"), device="cpu", recall=RecallSettings()))
     model, _ = subject.load()
     frames = random_frames(model.config, 2, 12)
     with torch.no_grad():
@@ -342,7 +379,8 @@ def plain_base_and_adapter(folder, **ttt):
 
 
 def subject_of(folder, base="base"):
-    return runner.Subject(EvaluateSettings(model=str(folder / base), adapter=str(folder / "adapter"), device="cpu"))
+    chosen = EvaluateSettings(model=str(folder / base), adapter=str(folder / "adapter"), device="cpu", recall=RecallSettings())
+    return runner.Subject(chosen)
 
 
 def test_an_adapter_brings_the_ttt_layers_that_its_base_lacks(tmp_path):

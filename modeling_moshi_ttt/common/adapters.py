@@ -38,7 +38,7 @@ def check_model_type(config: dict[str, Any], where: str) -> None:
 
 
 def check_loadable(config: dict[str, Any], where: str) -> None:
-    """As `check_model_type`, but transformers' own Moshi passes too, which loads as it is."""
+    """Refuse a configuration whose weights are not ours to load: neither ours nor transformers' own Moshi, which loads as it is."""
     if not _is_plain(config):
         check_model_type(config, where)
 

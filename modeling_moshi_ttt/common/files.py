@@ -89,6 +89,16 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def of_shape(what: str, then: str) -> Iterator[None]:
+    """Around reading what we once wrote: where it has another shape, one ValueError, with what the reader stumbled over behind it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, EOFError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is not as it should be ({type(error).__name__}: {error})"
+        raise ValueError(f"{what} {reason}; {then}") from error
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a log of one JSON object a line; a last line that a kill has torn is passed over.
 

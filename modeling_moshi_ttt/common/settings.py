@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import types
@@ -19,6 +20,7 @@ import yaml
 from .files import read_text
 
 T = TypeVar("T")
+ABOVE_ZERO = 1e-30  # as a lowest value: more than 0
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,6 +87,32 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
+def check_numbers(settings: Any, group: str = "", **limits: float | tuple[float, float]) -> None:
+    """Raise a ValueError for a field, or an entry of its list, that is below its lowest value, above a highest one or not finite.
+
+    None may stand. `group` goes before the names in the message, for a caller that checks a group of its settings.
+    """
+    for name, limit in limits.items():
+        value = getattr(settings, name)
+        low, high = limit if isinstance(limit, tuple) else (limit, math.inf)
+        entries = [(f"{name}[{i}]", entry) for i, entry in enumerate(value)] if isinstance(value, list) else [(name, value)]
+        for label, entry in [(label, entry) for label, entry in entries if entry is not None]:
+            finite = abs(entry) < math.inf  # of whole numbers of any length, too
+            if not (finite and low <= entry <= high):
+                least = ("more than 0" if low == ABOVE_ZERO else f"at least {low:g}") + ("" if finite else " and finite")
+                bound = least if high == math.inf else f"between {low:g} and {high:.10g}"
+                raise ValueError(f"{group}{label} is {entry!r}, it must be {bound}.")
+
+
+def check_entries(name: str, entries: Sequence[Any]) -> None:
+    """Raise a ValueError for a list that is empty or names something twice."""
+    if not entries:
+        raise ValueError(f"{name} is empty; name at least one.")
+    for number, entry in enumerate(entries):
+        if entry in entries[:number]:
+            raise ValueError(f"{name} holds {entry!r} twice; name it once.")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = _parse(read_text(path))
@@ -142,7 +170,11 @@ def _fill(cls: type[T], data: dict[Any, Any], where: str, prefix: str) -> T:
     ]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}; add it to the file or give {missing[0]}=value.")
-    return cls(**{key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()})
+    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # of the class's own checks, which begin with a field's name
+        raise ValueError(f"{where}: {prefix}{error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ..common.settings import describe, load_settings
+from ..common.settings import ABOVE_ZERO, check_entries, check_numbers, describe, load_settings
 from .recall import RecallSettings
+
+SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
+SPLITS = ("swuggy", "sblimp")  # the tasks that have some
 
 
 @dataclass
@@ -20,6 +23,14 @@ class ZeroShotTask:
     folder: Path
     split: str = "dev"
     parts: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in SPLITS and self.split != "dev":
+            raise ValueError(f"split is {self.split!r}, but {self.task} has none (only {' and '.join(SPLITS)} have); leave it out.")
+        if self.parts is not None:
+            if self.task != "salmon":
+                raise ValueError(f"parts is {self.parts!r}, but {self.task} has none (only salmon has); leave it out.")
+            check_entries("parts", self.parts)
 
 
 @dataclass
@@ -35,6 +46,12 @@ class ZeroShotSettings:
     submission: bool = False  # also write ZeroSpeech's submission files
     published: bool = True  # set the published rows beside this model's; false for sets of your own in these layouts
 
+    def __post_init__(self) -> None:
+        check_entries("tasks", [task.task for task in self.tasks])
+        check_numbers(self, semantic_weight=0, acoustic_weight=0)
+        if self.semantic_weight == self.acoustic_weight == 0:
+            raise ValueError("semantic_weight and acoustic_weight are both 0, so nothing would be scored; give one of them a weight.")
+
 
 @dataclass
 class RecordingsSettings:
@@ -47,9 +64,8 @@ class RecordingsSettings:
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.manifest is None):
-            raise ValueError(
-                f"recordings come from a folder or from a manifest; folder is {self.folder}, manifest {self.manifest}: give one"
-            )
+            raise ValueError(f"folder is {self.folder} and manifest {self.manifest}; recordings come from one of them: give one.")
+        check_numbers(self, max_recordings=1, max_frames=1)
 
 
 @dataclass
@@ -59,12 +75,21 @@ class LongContextSettings(RecordingsSettings):
     conditions: list[str] = field(default_factory=lambda: ["TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"])
     chunk: int | None = None  # frames in one forward pass; null: a window
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_entries("conditions", self.conditions)
+        check_numbers(self, chunk=1)
+
 
 @dataclass
 class InnerLossSettings(RecordingsSettings):
     """The inner losses of every TTT layer, smoothed over `smooth` points."""
 
     smooth: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, smooth=1)
 
 
 @dataclass
@@ -77,6 +102,9 @@ class DialogueSettings:
     max_seconds: float = 120.0
     temperature: float = 0.8
     text_temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_numbers(self, max_recordings=1, max_seconds=ABOVE_ZERO, temperature=ABOVE_ZERO, text_temperature=ABOVE_ZERO)
 
 
 @dataclass
@@ -97,8 +125,16 @@ class EvaluateSettings:
     recall: RecallSettings | None = None
 
     def __post_init__(self) -> None:
-        if self.model is None and any((self.zero_shot, self.long_context, self.inner_loss, self.dialogue)):
+        check_numbers(self, batch_size=1, seed=(0, 2**32 - 1))
+        if not self.sections:
+            raise ValueError(f"no section is given, so nothing would run; give some of {', '.join(SECTIONS)} (recall={{}} needs no more).")
+        if self.model is None and (self.adapter is not None or set(self.sections) != {"recall"}):
             raise ValueError("model is missing; give model=FOLDER (a checkpoint in our layout) or a Hub name")
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections that are given, by name."""
+        return {name: section for name in SECTIONS if (section := getattr(self, name)) is not None}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +147,14 @@ def run(args: argparse.Namespace) -> int:
     overrides = [word for word in args.settings if "=" in word]
     # all files are read before the first run: a typo in the last must not come out after hours
     runs = [load_settings(EvaluateSettings, path, overrides) for path in (files or [None])]
-    from .runner import run_evaluation
+    places = [f"{name} is given for the output {settings.output}" for settings in runs for name in settings.sections]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ValueError(f"{place} by two files; give each an output folder of its own.")
+    from .runner import check, run_evaluation
 
+    for settings in runs[1:]:
+        check(settings)
     for settings in runs:
         print(run_evaluation(settings))
     return 0

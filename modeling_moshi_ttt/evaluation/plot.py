@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ..common.files import read_log
+from ..common.files import inside, of_shape, read_json, read_log
 from .plots import FIGURES, draw, drawable, save
+
+UNDRAWN = "it cannot be drawn; give a file as `moshi-ttt` evaluate, recall or train wrote it"
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
     """A result file; a trainer's log (one JSON object a line) becomes a "training" result."""
     source = Path(path)
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file")
-    if source.suffix == ".jsonl":
-        return training_result(read_log(source))
-    try:
-        results = json.loads(source.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
-    if not isinstance(results, dict):
-        raise ValueError(f"{source}: must hold one JSON object, it holds a {type(results).__name__}")
-    return results
+    if source.is_dir():
+        raise ValueError(f"{source} is a folder; name the result file in it")
+    if source.suffix != ".jsonl":
+        return read_json(source)
+    result = training_result(read_log(source))
+    if not result["panels"]:
+        raise ValueError(f"{source}: the log holds no numbers with a step; it cannot be drawn")
+    return result
 
 
 def training_result(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -37,8 +35,6 @@ def training_result(records: list[dict[str, Any]]) -> dict[str, Any]:
             curve = panels.setdefault("loss" if "loss" in name else name, {}).setdefault(name, {"step": [], "value": []})
             curve["step"].append(record["step"])
             curve["value"].append(value)
-    if not panels:
-        raise ValueError("the log holds no numbers with a step; it cannot be drawn")
     return {"kind": "training", "panels": panels}
 
 
@@ -51,13 +47,17 @@ def run(args: argparse.Namespace) -> int:
     places: dict[Path, Path] = {}
     for name in args.results:
         path = Path(name)
-        parts = list(drawable(read_results(path), path.stem))
+        results = read_results(path)
+        with of_shape(str(path), UNDRAWN):
+            parts = list(drawable(results, path.stem))
         if not parts:
             raise ValueError(f"{path}: holds nothing that can be drawn (kinds: {', '.join(FIGURES)})")
         for part, data in parts:
-            before = places.setdefault((args.output or path.parent) / part, path)
+            stem = inside(args.output or path.parent, part)
+            before = places.setdefault(stem, path)
             if before != path:
                 raise ValueError(f"{before} and {path} would both be drawn to {part} in {args.output}; give each an --output of its own")
-            for written in save(draw(data), (args.output or path.parent) / part):
-                print(written)
+            with of_shape(f"{path}, {part}", UNDRAWN):
+                written = save(draw(data), stem)
+            print(*written, sep="\n")
     return 0

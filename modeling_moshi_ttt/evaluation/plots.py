@@ -31,17 +31,14 @@ DPI = 160
 
 
 def draw(data: dict[str, Any]) -> Figure:
-    """The figure of one result, by its "kind". Raises ValueError for a kind that is unknown or a result that lacks a part."""
+    """The figure of one result, by its "kind". Raises ValueError for a kind that is unknown."""
     kind = data.get("kind")
     if kind not in FIGURES:
         near = difflib.get_close_matches(str(kind), FIGURES, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(FIGURES)}."
         raise ValueError(f"kind: {kind!r} cannot be drawn; {hint}")
-    try:
-        with matplotlib.rc_context(STYLE):
-            return FIGURES[kind](data)
-    except KeyError as error:
-        raise ValueError(f"this {kind} result lacks {error}; it cannot be drawn") from None
+    with matplotlib.rc_context(STYLE):
+        return FIGURES[kind](data)
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:

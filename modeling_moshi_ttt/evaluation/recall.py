@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.files import atomic_write
-from ..common.settings import describe, load_settings
+from ..common.settings import ABOVE_ZERO, check_entries, check_numbers, describe, load_settings
+
+KEYS = 50  # that there are, and so the most pairs
 
 
 @dataclass
@@ -24,6 +26,16 @@ class VariantSettings:
     mixer: Literal["none", "linear", "mlp"] = "linear"
     mini_batch_size: int = 16
     base_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, mini_batch_size=1, base_lr=ABOVE_ZERO)
+
+    @property
+    def name(self) -> str:
+        """As the picture shows it."""
+        if self.mixer == "none":
+            return "window attention alone"
+        return f"TTT-{self.mixer}, b = {self.mini_batch_size}" + (f", lr {self.base_lr:g}" if self.base_lr else "")
 
 
 def _variants() -> list[VariantSettings]:
@@ -49,18 +61,13 @@ class RecallSettings:
     variants: list[VariantSettings] = field(default_factory=_variants)
 
     def __post_init__(self) -> None:
-        if not self.variants or not self.pairs or not self.distances:
-            raise ValueError("recall: variants, pairs and distances must each hold at least one entry")
-        if (
-            min(self.pairs) < 1
-            or min(self.distances) < 0
-            or len(self.train_distances) != 2
-            or self.train_distances[0] > self.train_distances[1]
-        ):
-            raise ValueError(
-                f"recall: pairs is {self.pairs}, distances {self.distances}, train_distances {self.train_distances}; "
-                "pairs must be >= 1, distances >= 0, train_distances a lowest and a highest"
-            )
+        check_numbers(self, window=1, pairs=(1, KEYS), distances=0, train_distances=0, sequences=1, steps=1, batch_size=1)
+        check_numbers(self, learning_rate=ABOVE_ZERO, seconds=ABOVE_ZERO, seed=(0, 2**32 - 1), threads=0)
+        check_entries("pairs", self.pairs)
+        check_entries("distances", self.distances)
+        check_entries("variants", [variant.name for variant in self.variants])
+        if len(self.train_distances) != 2 or self.train_distances[0] > self.train_distances[1]:
+            raise ValueError(f"train_distances is {self.train_distances}, it must be a lowest and a highest.")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -79,21 +86,29 @@ def run(args: argparse.Namespace) -> int:
 
 def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str, Any]:
     """Train and measure every variant that recall.json does not hold yet; the file is whole after each."""
+    from .kept import kept_shape
     from .plots import draw, save
 
     target = settings.output / "recall.json"
-    results = _resume(target, settings)
+    settings.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is found out before hours of training
+    results = resume(settings)
     for variant in settings.variants:
-        if not any(done["variant"] == asdict(variant) for done in results["runs"]):
-            results["runs"].append(_run_variant(variant, settings, show_progress))
+        earlier = [run for run in results["runs"] if run.get("variant") == asdict(variant)]
+        if not any(_stands(run, settings.seconds) for run in earlier):
+            new = _run_variant(variant, settings, show_progress)
+            results["runs"] = [run for run in results["runs"] if run not in earlier] + [new]
             results["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
             atomic_write(target, json.dumps(results, indent=1) + "\n")
-    save(draw(results), settings.output / "recall")
+    with kept_shape(target):
+        save(draw(results), settings.output / "recall")
     return results
 
 
-def _resume(target: Path, settings: RecallSettings) -> dict[str, Any]:
+def resume(settings: RecallSettings) -> dict[str, Any]:
     """What is there of a run with these very settings, or an empty result."""
+    from .kept import kept_shape, read_kept
+
+    target = settings.output / "recall.json"
     kept = {key: value for key, value in asdict(settings).items() if key not in ("output", "variants", "threads", "seconds")}
     if not target.is_file():
         from .recall_task import CHANCE
@@ -101,10 +116,21 @@ def _resume(target: Path, settings: RecallSettings) -> dict[str, Any]:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         about = {"hardware": f"CPU, {os.cpu_count()} cores", "command": command, "settings": kept}
         return {"kind": "recall", "window": settings.window, "chance": CHANCE, "runs": [], **about}
-    results = json.loads(target.read_text(encoding="utf-8"))
+    results = read_kept(target)
     if results.get("settings") != kept:
         raise ValueError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
+    with kept_shape(target):
+        summary(results)  # reads most of it
     return results
+
+
+def _out_of_time(run: dict[str, Any]) -> bool:
+    return bool(run["training"].get("out_of_time"))
+
+
+def _stands(run: dict[str, Any], seconds: float) -> bool:
+    """What ran out of time is trained again where it now has more."""
+    return not _out_of_time(run) or bool(run["training"]["seconds"] >= seconds)
 
 
 def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progress: bool) -> dict[str, Any]:
@@ -127,7 +153,7 @@ def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progre
         distances=(low, high),
         seed=settings.seed,
     )
-    with tqdm(total=settings.steps, desc=chosen.name, disable=not show_progress) as bar:
+    with tqdm(total=settings.steps, desc=variant.name, disable=not show_progress) as bar:
 
         def report(step: int, loss: float, accuracy: float) -> None:
             bar.update(step - bar.n)
@@ -135,7 +161,7 @@ def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progre
 
         trained = train(model, training, report)
     cells = measure_all(model, settings.pairs, settings.distances, settings.sequences)
-    return {"name": chosen.name, "variant": asdict(variant), "training": trained, "results": cells}
+    return {"name": variant.name, "variant": asdict(variant), "training": trained, "results": cells}
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -145,5 +171,6 @@ def summary(results: dict[str, Any]) -> list[str]:
         for pairs in sorted({cell["pairs"] for cell in done["results"]}):
             cells = [cell for cell in done["results"] if cell["pairs"] == pairs]
             shown = "  ".join(f"{cell['distance']}: {100 * cell['accuracy']:5.1f}%" for cell in cells)
-            lines.append(f"{done['name']:<24} {pairs} pairs   {shown}")
+            cut = "   (ran out of time; give more seconds)" if _out_of_time(done) else ""
+            lines.append(f"{done['name']:<24} {pairs} pairs   {shown}{cut}")
     return lines

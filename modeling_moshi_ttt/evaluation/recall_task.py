@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .recall import KEYS
 from .statistics import bootstrap_interval
 
-KEYS, VALUES, NOISE = 50, 50, 28
+VALUES, NOISE = 50, 28
 FIRST_TEXT = 4  # text ids 0 to 3 keep Moshi's meanings: padding, end of padding, ...
 CHANCE = 1 / VALUES
 
@@ -56,10 +57,6 @@ class Variant:
     mixer: str | None = "linear"
     mini_batch_size: int = 16
     base_lr: float | None = None  # None: 16 for linear, the model's default for mlp
-
-    @property
-    def name(self) -> str:
-        return "window attention alone" if self.mixer is None else f"TTT-{self.mixer}, b = {self.mini_batch_size}"
 
 
 def make_model(variant: Variant, window: int = 16, seed: int = 0) -> MoshiTTTForConditionalGeneration:
@@ -106,11 +103,13 @@ class TrainSettings:
 
 
 def train(model: Any, settings: TrainSettings, report: Callable[[int, float, float], object] = lambda *_: None) -> dict[str, float]:
-    """Train on text answers alone; returns the steps taken, the seconds (by the clock and of CPU time), and the last running accuracy."""
+    """Train on text answers alone; returns the steps taken, the seconds (by the clock and of CPU time), the last running accuracy, and
+    whether time ran out before the task was learned."""
     generator = torch.Generator().manual_seed(settings.seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     model.train()
     started, cpu, running, step, last = time.monotonic(), time.process_time(), 0.0, 0, settings.steps
+    out_of_time = False
     while step < last:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min((step + 1) / settings.warm_up, (last - step) / settings.cool_down, 1.0)
@@ -123,12 +122,13 @@ def train(model: Any, settings: TrainSettings, report: Callable[[int, float, flo
         optimizer.step()
         step += 1
         running = 0.95 * running + 0.05 * float(accuracy.float().mean())
-        if running > settings.enough or time.monotonic() - started > settings.seconds:
-            last = min(last, step + settings.cool_down)
+        learned, late = running > settings.enough, time.monotonic() - started > settings.seconds
+        if (learned or late) and step + settings.cool_down < last:
+            last, out_of_time = step + settings.cool_down, not learned
         report(step, float(loss.detach()), running)
     model.eval()
     seconds = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
-    return {"steps": step, **seconds, "running_accuracy": running}
+    return {"steps": step, **seconds, "running_accuracy": running, "out_of_time": out_of_time}
 
 
 def _answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

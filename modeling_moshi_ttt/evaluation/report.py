@@ -9,8 +9,9 @@ from typing import Any
 
 import jinja2
 
-from ..common.files import atomic_write, read_json
-from .plots import DPI, draw, drawable, save
+from ..common.files import atomic_write, inside
+from .kept import kept_shape
+from .plots import DPI, FIGURES, draw, save
 from .zero_resource import FREQUENCY_BANDS, comparison_table
 
 Section = dict[str, Any]
@@ -25,37 +26,33 @@ HEADINGS = {
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def read_kept(path: Path) -> dict[str, Any]:
-    """What an earlier run left. Raises ValueError naming the file where it is damaged, and what helps."""
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it, and what it held is measured again") from None
-
-
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:
     """Draw every part of `results` into `folder`/pictures and write `folder`/report.html with the pictures inside."""
     root = Path(folder)
-    pictures: dict[str, Section] = {}
-    for name, part in drawable(results, "results"):
-        png = save(draw(part), root / "pictures" / name)[0].read_bytes()
-        width = int.from_bytes(png[16:20], "big") * 96 // DPI  # of PNG's header, in CSS pixels: the same size of letters in all
-        pictures[name] = {"data": base64.b64encode(png).decode(), "width": width}
     sections = {}
     for name, part in results["tasks"].items():
-        table = TABLES.get(part.get("kind"))
-        title, question = HEADINGS.get(name, (name, ""))
-        seconds = f"{part['seconds']:,.0f} s" if "seconds" in part else ""
-        sections[name] = (table(part) if table else {}) | {"picture": pictures.get(name), "title": title, "question": question, "took": seconds}
+        with kept_shape(root / "results.json", name):  # parts may be of earlier runs
+            sections[name] = _section(name, part, root / "pictures")
     # names come from settings and file names: escape them all
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     target = root / "report.html"
-    atomic_write(target, template.render(results=results, sections={k: _EMPTY | v for k, v in sections.items()}))
+    atomic_write(target, template.render(results=results, sections=sections))
     return target
 
 
-_EMPTY: Section = {"note": "", "head": [], "rows": [], "picture": None}
+def _section(name: str, part: dict[str, Any], pictures: Path) -> Section:
+    """A part as the template takes it: titles, table and picture."""
+    title, question = HEADINGS.get(name, (name, ""))
+    section: Section = {"note": "", "head": [], "rows": [], "picture": None, "title": title, "question": question}
+    section["took"] = f"{part['seconds']:,.0f} s" if "seconds" in part else ""
+    if table := TABLES.get(part.get("kind", "")):
+        section |= table(part)
+    if part.get("kind") in FIGURES:
+        png = save(draw(part), inside(pictures, name))[0].read_bytes()
+        width = int.from_bytes(png[16:20], "big") * 96 // DPI  # of PNG's header, in CSS pixels: the same size of letters in all
+        section["picture"] = {"data": base64.b64encode(png).decode(), "width": width}
+    return section
 
 
 def _percent(value: float | None) -> str:

@@ -17,35 +17,38 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..common.adapters import checked_config, load_base
-from ..common.files import atomic_write, sha256
+from ..common.adapters import check_loadable, checked_config, is_adapter, load_base
+from ..common.files import atomic_write, read_json, sha256
+from ..common.hub import hub_errors
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
 from . import books, conversations, inner_loss, inputs, long_context, recall, zero_shot
 from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
-from .report import read_kept, write_report
+from .kept import kept_shape, read_kept
+from .report import write_report
 from .scoring import CodeSequence, ScoreWeights, SpeechScorer
-
-SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
 
 
 class Subject:
-    """The model under evaluation, loaded at first use, and its fingerprint."""
+    """The model under evaluation, loaded at first use, and its fingerprint. ValueError where its settings cannot be."""
 
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings = settings
         self.folder = _local(settings.model) if settings.model else None
         self.adapter = _local(settings.adapter) if settings.adapter else None
-        self._loaded: tuple[Any, Any] | None = None
+        self.device = _device(settings.device)
+        if self.folder is not None and is_adapter(self.folder):  # transformers would load another model in silence, the adapter's base
+            raise ValueError(f"{self.folder} is an adapter, no whole model; give model=BASE adapter={self.folder}, or merge the two first.")
+        self.ttt = self._ttt() if self.folder is not None else {}
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the weights and configurations of model and adapter, and the TTT settings in effect."""
         digest = hashlib.sha256(self.settings.dtype.encode())
         if self.adapter is not None:
-            digest.update(json.dumps(self._ttt, sort_keys=True).encode())
+            digest.update(json.dumps(self.ttt, sort_keys=True).encode())
         for folder in (self.folder, self.adapter):
             files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
             for path in files:
@@ -53,39 +56,39 @@ class Subject:
         return digest.hexdigest()
 
     def load(self) -> tuple[Any, Any]:
-        """(model, processor), the adapter merged into the model."""
-        if self._loaded is None:
-            device = self.settings.device
-            if device == "auto":
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-            dtype = getattr(torch, self.settings.dtype)
-            if self.adapter is None:
-                model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
-            else:
-                model = _merged(self.adapter, str(self.folder), dtype)
-            self._loaded = model.to(device).eval(), MoshiTTTProcessor.from_pretrained(str(self._processor))
-        return self._loaded
-
-    @property
-    def _processor(self) -> Path | None:
-        """The model's folder, or the adapter's where only that has a processor, as on a plain base."""
-        both = [folder for folder in (self.folder, self.adapter) if folder is not None and (folder / "processor_config.json").is_file()]
-        return both[0] if both else self.folder
+        """(model, processor)."""
+        return self.model, self._processor
 
     @cached_property
+    def model(self) -> Any:
+        """The model on its device, the adapter merged into it."""
+        dtype = getattr(torch, self.settings.dtype)
+        if self.adapter is None:
+            model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
+        else:
+            model = _merged(self.adapter, str(self.folder), dtype)
+        return model.to(self.device).eval()
+
+    @cached_property
+    def _processor(self) -> Any:
+        """From the model's folder, or the adapter's where only that has a processor, as on a plain base."""
+        both = [folder for folder in (self.folder, self.adapter) if folder is not None and (folder / "processor_config.json").is_file()]
+        return MoshiTTTProcessor.from_pretrained(str(both[0] if both else self.folder))
+
     def _ttt(self) -> dict[str, Any]:
         """The TTT settings in effect: an adapter may bring TTT layers that its base lacks. ValueError where the two do not fit."""
         if self.adapter is not None:
             config = json.loads(checked_config(self.adapter, str(self.folder)).to_json_string(use_diff=False))
         else:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[operator]
+            config = read_json(self.folder / "config.json")  # type: ignore[operator]
+            check_loadable(config, str(self.folder))
         return {key: value for key, value in config.items() if key.startswith("ttt_")}
 
     def about(self) -> dict[str, Any]:
         if self.folder is None:
             return {"name": "no model", "fingerprint": "", "ttt": {}}
         name = f"{self.settings.model}" + (f" with {self.settings.adapter}" if self.settings.adapter else "")
-        return {"name": name, "fingerprint": self.fingerprint, "ttt": self._ttt}
+        return {"name": name, "fingerprint": self.fingerprint, "ttt": self.ttt}
 
 
 def _merged(adapter: Path, base: str, dtype: torch.dtype) -> Any:
@@ -104,17 +107,37 @@ def _local(name: str) -> Path:
         raise ValueError(f"{name}: no such folder, and not a Hub name (owner/model)")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name))
+    with hub_errors(f"fetching {name}", "run the same command again to go on"):
+        return Path(snapshot_download(name))
+
+
+def _device(name: str) -> str:
+    """The device by its name, after a first number on it; ValueError where there is none."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+        raise ValueError(f"device is {name!r}, which cannot be used here ({str(error).splitlines()[0]}); give auto, cpu or cuda.") from None
+    return name
+
+
+def check(settings: EvaluateSettings) -> Subject:
+    """The model, after all has been looked at that needs no weights: a mistake in the last section must not come out after hours."""
+    subject = Subject(settings)
+    for name, section in settings.sections.items():
+        _check_inputs(name, section)
+    if settings.dialogue is not None and settings.dialogue.before:
+        _before(settings, settings.dialogue)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    return subject
 
 
 def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Path:
     """Run every section of the settings that results.json does not hold yet, and write the report; returns the report's path."""
-    subject = Subject(settings)
+    subject, sections = check(settings), settings.sections
     results = _open_results(settings.output, subject)
     torch.manual_seed(settings.seed)
-    sections = {name: section for name in SECTIONS if (section := getattr(settings, name)) is not None}
-    for name, section in sections.items():
-        _check_inputs(name, section)
     keys = {name: _key(name, section, settings) for name, section in sections.items()}
     pending = {name: (sections[name], key) for name, key in keys.items() if results["tasks"].get(name, {}).get("settings") != key}
     for name, (section, key) in pending.items():
@@ -138,7 +161,7 @@ def _key(name: str, section: Any, settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _check_inputs(name: str, section: Any) -> None:
-    """Read a section's folders and manifests once before anything runs: a mistake in the last must not come out after hours."""
+    """Read a section's folders and manifests once."""
     if name == "zero_shot":
         for task in section.tasks:
             zero_shot.read_task(task.task, task.folder, task.split, task.parts)
@@ -146,6 +169,8 @@ def _check_inputs(name: str, section: Any) -> None:
         inputs.dialogues(section)
     elif name in ("long_context", "inner_loss"):
         inputs.long_recordings(section)
+    elif name == "recall":
+        recall.resume(section)
     if name == "long_context":
         long_context.check_conditions(section.conditions)
 
@@ -156,11 +181,15 @@ def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
     if not path.is_file():
         return {"model": about, "written": "", "tasks": {}}
     results = read_kept(path)
-    if not results["model"]["fingerprint"]:
+    with kept_shape(path):
+        name, fingerprint = str(results["model"]["name"]), str(results["model"]["fingerprint"])
+        for part in results["tasks"].values():
+            part.get("settings")
+    if not fingerprint:
         results["model"] = about  # so far the folder holds what needs no model
-    elif about["fingerprint"] and results["model"]["fingerprint"] != about["fingerprint"]:
+    elif about["fingerprint"] and fingerprint != about["fingerprint"]:
         raise ValueError(
-            f"{path}: holds results of another model ({results['model']['name']}, {results['model']['fingerprint'][:12]}; "
+            f"{path}: holds results of another model ({name}, {fingerprint[:12]}; "
             f"this one is {about['name']}, {about['fingerprint'][:12]}); choose another output folder"
         )
     return results
@@ -220,7 +249,8 @@ def _long_context(subject: Subject, section: Any, settings: EvaluateSettings, sh
             path = settings.output / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
             if path.is_file():
                 bar.update(book.moshi.shape[-1])
-                return np.load(path, allow_pickle=False)
+                with kept_shape(path):
+                    return np.load(path, allow_pickle=False)
             found = long_context.stream_losses(model, book, condition, section.chunk, settings.seed, bar.update)
             buffer = io.BytesIO()
             np.save(buffer, found, allow_pickle=False)
@@ -240,13 +270,16 @@ def _dialogue(subject: Subject, section: Any, settings: EvaluateSettings, show_p
     recordings = inputs.dialogues(section)
     sampling = {"temperature": section.temperature, "text_temperature": section.text_temperature}
     progress = _bar("dialogue", show_progress)
-    before = _before(settings, section).load()[0] if section.before else None
+    before = _before(settings, section).model if section.before else None
     return conversations.measure(model, processor, recordings, section.max_seconds, settings.seed, sampling, progress, before)
 
 
 def _before(settings: EvaluateSettings, section: Any) -> Subject:
     """The model before fine-tuning."""
-    return Subject(replace(settings, model=section.before, adapter=None))
+    try:
+        return Subject(replace(settings, model=section.before, adapter=None))
+    except ValueError as error:
+        raise ValueError(f"dialogue.before: {error}") from None
 
 
 def _recall(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:

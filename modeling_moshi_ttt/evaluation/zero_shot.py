@@ -12,7 +12,7 @@ import numpy as np
 from ..common.audio import read_audio
 from ..common.files import atomic_write
 from .contents import content
-from .report import read_kept
+from .kept import kept_shape, read_kept
 from .scoring import UNWEIGHTED, ScoreWeights, SpeechScorer, StreamSums
 from .zero_resource import (
     PUBLISHED,
@@ -76,13 +76,15 @@ def _read_cache(cache: Path, header: dict[str, Any], contents: Mapping[Path, str
     if not cache.is_file():
         return {}
     data = read_kept(cache)
-    if data["header"] != header:
-        raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     found = {}
-    for path, wanted in contents.items():
-        sums, tokens, *scored = data["scores"].get(str(path), ((), ()))
-        if scored == [wanted]:
-            found[path] = StreamSums(tuple(sums), tuple(tokens))
+    with kept_shape(cache):
+        scored_with = data["header"]
+        for path, wanted in contents.items():
+            sums, tokens, *scored = data["scores"].get(str(path), ((), ()))
+            if scored == [wanted]:
+                found[path] = StreamSums(tuple(sums), tuple(tokens))
+    if scored_with != header:
+        raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     return found
 
 

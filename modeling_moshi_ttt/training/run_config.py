@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..common.settings import load_settings, to_dict
+from ..common.settings import ABOVE_ZERO, check_numbers, load_settings, to_dict
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
-SMALLEST = 1e-30  # stands for "more than 0" in the table of limits
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -164,40 +162,15 @@ def _check(run: RunConfig) -> None:
         raise ValueError(f"mode is {run.mode!r} but there are no lora settings; add `lora: {{rank: 128, scaling: 2.0}}`.")
     if "lora" not in run.mode and run.lora is not None:
         raise ValueError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
-    limits: list[tuple[str, float, float, float]] = [
-        ("data.window_seconds", run.data.window_seconds, 0.08, float("inf")),
-        ("data.batch_size", run.data.batch_size, 1, float("inf")),
-        ("data.accumulation", run.data.accumulation, 1, float("inf")),
-        ("data.tbptt_windows", run.data.tbptt_windows, 1, float("inf")),
-        ("data.own_noise", run.data.own_noise, 0, 1),
-        ("data.user_noise", run.data.user_noise, 0, 1),
-        ("data.text_noise", run.data.text_noise, 0, 1),
-        ("data.text_weight", run.data.text_weight, 0, float("inf")),
-        ("data.workers", run.data.workers, 0, float("inf")),
-        ("optim.steps", run.optim.steps, 1, float("inf")),
-        ("optim.lr", run.optim.lr, SMALLEST, float("inf")),
-        ("optim.ttt_lr", run.optim.ttt_lr or 0, 0, float("inf")),
-        ("optim.gate_lr", run.optim.gate_lr or 0, 0, float("inf")),
-        ("optim.weight_decay", run.optim.weight_decay, 0, float("inf")),
-        ("optim.clip", run.optim.clip, 1e-12, float("inf")),
-        ("optim.warmup", run.optim.warmup, 0, 1),
-        ("optim.max_bad_steps", run.optim.max_bad_steps, 1, float("inf")),
-        ("checkpoint.every", run.checkpoint.every, 0, float("inf")),
-        ("checkpoint.keep", run.checkpoint.keep, 1, float("inf")),
-        ("evaluate_every", run.evaluate_every, 0, float("inf")),
-        ("seed", run.seed, 0, 2**32 - 1),
-    ]
+    share = (0, 1)
+    check_numbers(run, evaluate_every=0, seed=(0, 2**32 - 1))
+    check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
+    check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
+    check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
+    check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
+    check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
     if run.lora is not None:
-        limits += [
-            ("lora.rank", run.lora.rank, 1, float("inf")),
-            ("lora.dropout", run.lora.dropout, 0, 1 - 1e-9),
-            ("lora.scaling", run.lora.scaling, SMALLEST, float("inf")),
-        ]
-    for name, value, low, high in limits:
-        if not (math.isfinite(value) and low <= value <= high):
-            least = "more than 0" if low == SMALLEST else f"at least {low:g}"
-            bound = f"between {low:g} and {high:g}" if math.isfinite(high) else least if math.isfinite(value) else f"{least} and finite"
-            raise ValueError(f"{name} is {value!r}, it must be {bound}.")
+        check_numbers(run.lora, "lora.", rank=1, dropout=(0, 1 - 1e-9), scaling=ABOVE_ZERO)
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
         raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
     check_columns(run.data.columns)
