@@ -242,7 +242,7 @@ def test_recall_runs_anew_with_another_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "RUNNERS", {"recall": lambda *_: ran.append("recall") or {"kind": "none"}})
     monkeypatch.setattr(runner, "write_report", lambda *_: None)
     for seed in (0, 0, 1):
-        assert cli.main(["evaluate", f"output={tmp_path / 'out'}", f"recall.seed={seed}"]) == 0
+        assert cli.main(["evaluate", f"output={tmp_path / 'out'}", f"recall.output={tmp_path / 'recall'}", f"recall.seed={seed}"]) == 0
     assert len(ran) == 2
 
 
