@@ -85,6 +85,13 @@ def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
     return numbers
 
 
+def _check_dtype(name: str) -> None:
+    import torch  # here, as in the parent: a configuration can be read without it
+
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"`dtype={name!r}` is no dtype of torch's; write it as 'float32' or 'bfloat16'.")
+
+
 @strict
 class MoshiTTTConfig(MoshiConfig):
     r"""Configuration of [`MoshiTTTForConditionalGeneration`]: every field of `MoshiConfig`, and these.
@@ -142,6 +149,8 @@ class MoshiTTTConfig(MoshiConfig):
         depth = self.depth_decoder_config
         self.depth_decoder_config = depth.to_dict() if isinstance(depth, PreTrainedConfig) else dict(depth or {})
         self._check_numbers()  # before the parent divides by them
+        if isinstance(self.dtype, str):  # which the parent looks up in torch
+            _check_dtype(self.dtype)
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         self.check()
 

@@ -263,6 +263,8 @@ class MoshiTTTProcessor(ProcessorMixin):
         """Token ids of one word by itself, none for a blank one; ValueError naming a word that the tokenizer does not know how to write."""
         if not word.strip():
             return []
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise ValueError(f"words hold {word!r}, which has half of a character; write it whole.")
         ids = self.tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
         if self.tokenizer.unk_token_id in ids:
             raise ValueError(f"words hold {word!r}, which the tokenizer cannot encode; spell it with characters that it knows.")

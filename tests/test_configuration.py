@@ -54,6 +54,7 @@ def test_layers_are_stored_as_a_list(layers, expected):
         ({"sliding_window": 0}, "sliding_window=0.*at least 1"),
         ({"sliding_window": -1}, "sliding_window=-1.*at least 1"),
         ({"audio_vocab_size": -3}, "audio_vocab_size=-3.*at least 1"),
+        ({"dtype": "half32"}, "dtype='half32'.*'bfloat16'"),
         ({"hidden_act": "nope"}, "hidden_act='nope'.*'silu'"),
         ({"depth_decoder_config": {"hidden_act": "nope"}}, "depth_decoder_config.hidden_act='nope'.*'silu'"),
         ({"ttt_gate_init": float("nan")}, "ttt_gate_init=nan.*finite"),

@@ -407,6 +407,7 @@ def test_bad_sampling_rates_are_named(processor, rate):
         ((5, 0.0, 1.0, "SPEAKER_MAIN"), "must be a string"),
         (("Stra\u00dfe", 0.0, 0.1, "SPEAKER_MAIN"), "'Stra\u00dfe'.*cannot encode"),
         (("<padding>", 0.0, 0.1, "SPEAKER_MAIN"), "special token"),
+        (("a\ud83d", 0.0, 0.1, "SPEAKER_MAIN"), "half of a character"),
     ],
 )
 def test_bad_words_are_named(processor, word, message):
