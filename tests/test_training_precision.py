@@ -22,7 +22,7 @@ def fresh_accelerate():
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("mode", ["lora+ttt", "ttt"])
+@pytest.mark.parametrize("mode", ["lora+ttt", "ttt", "full"])
 def test_bf16_base_trains_with_float32_ttt(tmp_path, mode):
     model = make_model().to(torch.bfloat16)
     recordings = make_recordings(tmp_path / "codes", LENGTHS, model.config)
@@ -69,12 +69,20 @@ def matmul_precision():
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
-    ("dtype", "asked", "expected"),
-    [("bfloat16", None, "high"), ("float32", None, "highest"), ("bfloat16", "highest", "highest"), ("float32", "medium", "medium")],
+    ("dtype", "launcher", "asked", "expected"),
+    [
+        ("bfloat16", "no", None, "high"),
+        ("float32", "no", None, "highest"),
+        ("float32", "bf16", None, "high"),
+        ("bfloat16", "no", "highest", "highest"),
+        ("float32", "no", "medium", "medium"),
+    ],
 )
-def test_float32_products_are_as_precise_as_asked(tmp_path, monkeypatch, matmul_precision, dtype, asked, expected):
+def test_float32_products_are_as_precise_as_asked(tmp_path, monkeypatch, matmul_precision, dtype, launcher, asked, expected):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     run = make_run(tmp_path)
     run.model.dtype, run.model.matmul_precision = dtype, asked
-    setup.make_accelerator(run)
+    accelerator = setup.make_accelerator(run)
+    assert accelerator.mixed_precision == ("bf16" if "bf" in dtype + launcher else "no")
     assert matmul_precision() == expected

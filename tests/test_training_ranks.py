@@ -1,15 +1,22 @@
 """One, two and four processes, DDP and FSDP2: the same losses, the same weights, the same adapter, and an exact resume."""
 
+import os
+import signal
+
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from tiny import recompute
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.training import setup
+from modeling_moshi_ttt.training.checkpoint import CheckpointFolder
 from modeling_moshi_ttt.training.report import read_metrics
 from modeling_moshi_ttt.training.state import full_state
+from modeling_moshi_ttt.training.trainer import Trainer
 
 LENGTHS = [21, 13, 30, 9, 17, 26, 11, 24]
 ROWS = 4
@@ -98,3 +105,67 @@ def test_two_ranks_resume_exactly(tmp_path, kind, sharded):
     parts = sorted(p.name for p in (tmp_path / "a" / "checkpoints" / "checkpoint-00000005").iterdir())
     assert ("model.safetensors" in parts) == (not sharded)
     assert {"rank-0.safetensors", "rank-1.safetensors"} <= set(parts)
+
+
+@pytest.mark.parametrize(("kind", "sharded", "where"), [("ddp", False, (Trainer, "_clip")), ("fsdp", True, (CheckpointFolder, "_publish"))])
+def test_two_ranks_of_which_one_is_killed_end_as_unbroken_ones(tmp_path, kind, sharded, where):
+    """kill -9 in the middle of a step, and of a save: the other rank cannot go on; the same command then does."""
+    data = {"carry": "state+attention", "own_noise": 0.2, "batch_size": 2, "accumulation": 1}
+    changes = {"double": False, "data": data, "checkpoint": {"every": 1, "keep": 2, "sharded": sharded}}
+    original, calls = getattr(*where), []
+
+    def dies(self, *args):
+        calls.append(0)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    def killed(rank):
+        if rank == 0:
+            setattr(*where, dies)
+        train(tmp_path / "b", rank, 2, kind, **changes)
+
+    run_ranks(2, kind, lambda rank: train(tmp_path / "a", rank, 2, kind, **changes))
+    with pytest.raises(AssertionError, match=str(-signal.SIGKILL)):
+        run_ranks(2, kind, killed)
+    assert not (tmp_path / "b" / "weights.safetensors").exists()
+    run_ranks(2, kind, lambda rank: train(tmp_path / "b", rank, 2, kind, **changes))
+    (one, losses), (two, others) = result(tmp_path / "a"), result(tmp_path / "b")
+    assert losses == others
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_where_that_is_exact(tmp_path, alone, before, after):
+    for world, until in ((before, 3), (after, None)):
+        run_ranks(world, "ddp", lambda rank, world=world, until=until: train(tmp_path, rank, world, "ddp", until=until, checkpoint={"every": 1}))
+    assert_same(result(tmp_path), alone)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("full", "float32"), ("lora+ttt", "bfloat16")])
+def test_bf16_shards_keep_memory_losses_and_what_is_trained_in_float32(tmp_path, monkeypatch, mode, dtype):
+    """As full_8gpu.yaml and lora_ttt_7b.yaml under fsdp2_8gpu.yaml, lanes and recomputation besides: the launcher's file asks for bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+
+    def work(rank):
+        data = {"carry": "state+attention", "tbptt_windows": 2, "accumulation": 2, "batch_size": 1}
+        run = make_run(tmp_path, mode, data=data, optim={"steps": 3})
+        run.model.dtype = dtype
+        model = make_model().to(getattr(torch, dtype))
+        recompute(model)
+        recordings = make_recordings(tmp_path / f"codes{rank}", LENGTHS, model.config)
+        trainer = make_trainer(run, recordings, model, accelerator=setup.make_accelerator(run))
+        seen = set()
+        mlp = trainer.bare.decoder.model.layers[0].mlp
+        mlp.register_forward_hook(lambda module, inputs, output: seen.update((inputs[0].dtype, output.dtype)))
+        trainer.fit()
+        assert seen == {torch.bfloat16}
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+        for cache in trainer.memory.caches:
+            state = cache.ttt_state(0)
+            assert {x.dtype for x in (*state.weights, state.k, state.v, state.lr)} == {torch.float32}
+        losses = [record["audio_loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+        assert trainer.progress.bad_steps == 0
+        assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses)
+
+    run_ranks(2, "fsdp", work)

@@ -79,13 +79,14 @@ def apply(model: nn.Module, mode: str, lora: LoraConfig | None = None) -> Any:
         raise ValueError(f"mode is {mode!r}: {cure}.")
     if "ttt" in mode and not any(is_ttt_parameter(name) for name, _ in model.named_parameters()):
         raise ValueError(f"mode is {mode!r} but the model has no TTT layers; set model.ttt: {{ttt_layers: …}}.")
+    adapted: Any = model
     if mode in ("frozen", "full"):
         model.requires_grad_(mode == "full")
-        return model
-    config = lora if lora is not None else LoraConfig(target_modules=DUMMY_TARGET_MODULES)
-    if "ttt" in mode:
-        config.modules_to_save = list(TTT_MODULES)
-    adapted = get_peft_model(model, config)
+    else:
+        config = lora if lora is not None else LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+        if "ttt" in mode:
+            config.modules_to_save = list(TTT_MODULES)
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # small steps vanish in 8 bits of mantissa

@@ -26,8 +26,10 @@ class ModelSettings:
     path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights.
     processor: where the processor is; None looks beside the weights.
     ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
+    dtype: of the weights that rest; those that are trained are float32. bfloat16 makes the arithmetic bfloat16 as well, and float32 leaves it
+        to the launcher's mixed_precision.
     matmul_precision: of float32 products (torch.set_float32_matmul_precision). "high" lets a GPU's tensor cores do them in TF32, several
-        times faster; None takes it where the model is bfloat16, whose own rounding is coarser, and "highest" where it is float32.
+        times faster; None takes it where the arithmetic is bfloat16, whose own rounding is coarser, and "highest" where it is float32.
     """
 
     path: str

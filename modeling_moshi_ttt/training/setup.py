@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..common.adapters import check_loadable, is_adapter, named_base, raw_config
 from ..common.files import read_json
@@ -100,15 +101,20 @@ def adapt(model: MoshiTTTForConditionalGeneration, run: RunConfig) -> Any:
 
 
 def make_accelerator(run: RunConfig) -> Accelerator:
-    """Accelerate as the launcher set it up; bf16 where the model is bf16, and float32 products as precise as the settings say."""
+    """Accelerate as the launcher set it up; bf16 where the model or the launcher says so, float32 products as precise as the settings say."""
     check_trackers(run.trackers)
-    torch.set_float32_matmul_precision(run.model.matmul_precision or ("high" if run.model.dtype == "bfloat16" else "highest"))
     accelerator = Accelerator(
-        mixed_precision="bf16" if run.model.dtype == "bfloat16" else "no",
+        mixed_precision="bf16" if run.model.dtype == "bfloat16" else None,
         log_with=run.trackers or None,
         project_dir=run.run_dir,
         step_scheduler_with_optimizer=False,
         # several windows may pass before one backward: buffers must not be rewritten in between
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    coarse = accelerator.mixed_precision == "bf16"
+    torch.set_float32_matmul_precision(run.model.matmul_precision or ("high" if coarse else "highest"))
+    if coarse and accelerator.is_fsdp2:
+        # accelerate's own policy rounds all that goes into a layer and comes out of it: what TTT layers remember, too
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
