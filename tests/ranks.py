@@ -27,7 +27,7 @@ def run_ranks(world: int, kind: str, work: Callable[[int], None]) -> None:
         port = free.getsockname()[1]
     children = [_fork(rank, world, port, kind, work) for rank in range(world)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * world
+    assert codes == [0] * world, codes
 
 
 def _fork(rank: int, world: int, port: int, kind: str, work: Callable[[int], None]) -> int:

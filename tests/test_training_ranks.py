@@ -26,10 +26,11 @@ def train(folder, rank, world, kind, mode="full", until=None, steps=5, double=Tr
     """Train with the same rows in every step whatever the number of processes; writes the gathered weights to `folder`."""
     model = make_model()
     model = model.double() if double else model
-    data = {"batch_size": 1, "accumulation": ROWS // world, **changes.pop("data", {})}
-    run = make_run(folder, mode, data=data, optim={"steps": steps}, **changes)
+    data = {"batch_size": 1, "accumulation": ROWS // world, "evaluation": "unused", "own_noise": 0.2, **changes.pop("data", {})}
+    run = make_run(folder, mode, data=data, optim={"steps": steps}, evaluate_every=steps, **changes)
     recordings = make_recordings(folder / f"codes{rank}", LENGTHS, model.config, speechless=(1, 4))
-    trainer = make_trainer(run, recordings, model, accelerator=Accelerator(cpu=kind != "fsdp"))
+    held_out = make_recordings(folder / f"held{rank}", [8, 19, 5], model.config, seed=5)
+    trainer = make_trainer(run, recordings, model, held_out, accelerator=Accelerator(cpu=kind != "fsdp"))
     if until is not None:
         stop_after(trainer, until)
     trainer.fit()
@@ -53,7 +54,8 @@ def stop_after(trainer, step):
 
 
 def result(folder):
-    losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+    records = read_metrics(folder / "metrics.jsonl")
+    losses = [record[name] for record in records for name in ("loss", "eval_loss", "eval_text_accuracy") if name in record]
     return load_file(folder / "weights.safetensors"), losses
 
 
@@ -66,15 +68,19 @@ def assert_same(one, other, weight_tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    train(folder, 0, 1, "one")
-    return result(folder)
+    """What one process gives: with shuffled windows, and with lanes that carry."""
+    folders = {carry: tmp_path_factory.mktemp("alone") for carry in ("none", "state")}
+    for carry, folder in folders.items():
+        train(folder, 0, 1, "one", data={"carry": carry})
+    return {carry: result(folder) for carry, folder in folders.items()}
 
 
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
-def test_processes_together_equal_one(tmp_path, alone, kind, world):
-    run_ranks(world, kind, lambda rank: train(tmp_path, rank, world, kind))
-    assert_same(result(tmp_path), alone)
+@pytest.mark.parametrize(
+    ("kind", "world", "carry"), [("ddp", 2, "none"), ("ddp", 4, "none"), ("fsdp", 2, "none"), ("fsdp", 4, "none"), ("ddp", 2, "state"), ("fsdp", 2, "state")]
+)
+def test_processes_together_equal_one(tmp_path, alone, kind, world, carry):
+    run_ranks(world, kind, lambda rank: train(tmp_path, rank, world, kind, data={"carry": carry}))
+    assert_same(result(tmp_path), alone[carry])
 
 
 def test_adapter_gathered_from_shards_equals_the_single_one(tmp_path):
@@ -93,7 +99,7 @@ def test_two_ranks_resume_exactly(tmp_path, kind, sharded):
     changes = {
         "steps": 5,
         "double": False,
-        "data": {"carry": "state+attention", "own_noise": 0.2, "batch_size": 2, "accumulation": 1},
+        "data": {"carry": "state+attention", "batch_size": 2, "accumulation": 1},
         "checkpoint": {"every": 1, "keep": 2, "sharded": sharded},
     }
     run_ranks(2, kind, lambda rank: train(tmp_path / "a", rank, 2, kind, **changes))
@@ -110,7 +116,7 @@ def test_two_ranks_resume_exactly(tmp_path, kind, sharded):
 @pytest.mark.parametrize(("kind", "sharded", "where"), [("ddp", False, (Trainer, "_clip")), ("fsdp", True, (CheckpointFolder, "_publish"))])
 def test_two_ranks_of_which_one_is_killed_end_as_unbroken_ones(tmp_path, kind, sharded, where):
     """kill -9 in the middle of a step, and of a save: the other rank cannot go on; the same command then does."""
-    data = {"carry": "state+attention", "own_noise": 0.2, "batch_size": 2, "accumulation": 1}
+    data = {"carry": "state+attention", "batch_size": 2, "accumulation": 1}
     changes = {"double": False, "data": data, "checkpoint": {"every": 1, "keep": 2, "sharded": sharded}}
     original, calls = getattr(*where), []
 
@@ -139,7 +145,7 @@ def test_two_ranks_of_which_one_is_killed_end_as_unbroken_ones(tmp_path, kind, s
 def test_another_number_of_processes_goes_on_where_that_is_exact(tmp_path, alone, before, after):
     for world, until in ((before, 3), (after, None)):
         run_ranks(world, "ddp", lambda rank, world=world, until=until: train(tmp_path, rank, world, "ddp", until=until, checkpoint={"every": 1}))
-    assert_same(result(tmp_path), alone)
+    assert_same(result(tmp_path), alone["none"])
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("full", "float32"), ("lora+ttt", "bfloat16")])
