@@ -13,7 +13,8 @@ set -euo pipefail
 
 GPUS=8
 export MAIN_ADDRESS MAIN_PORT=29500
-MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_ADDRESS=${MAIN_ADDRESS%%$'\n'*}    # the first; `head` would break scontrol's pipe, and pipefail the job
 export OMP_NUM_THREADS=8
 
 # one launcher a node; each finds its rank in SLURM_NODEID

@@ -86,3 +86,11 @@ def test_float32_products_are_as_precise_as_asked(tmp_path, monkeypatch, matmul_
     accelerator = setup.make_accelerator(run)
     assert accelerator.mixed_precision == ("bf16" if "bf" in dtype + launcher else "no")
     assert matmul_precision() == expected
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_processes_that_do_not_know_one_another_are_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched and accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+        setup.make_accelerator(make_run(tmp_path))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from tiny import recompute
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from tiny import recompute
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training import setup

@@ -1,7 +1,9 @@
 """Every recipe and launch file loads, and the tiny model is built by it; settings that make no sense are refused by name."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,8 +52,34 @@ def test_launch_file_is_accelerates(path):
         assert wrapped == [MoshiTTTDecoderLayer.__name__, DepthDecoderLayer.__name__]
 
 
-def test_slurm_script_is_a_shell_script():
-    assert subprocess.run(["bash", "-n", str(ROOT / "examples" / "slurm.sh")], capture_output=True).returncode == 0
+def test_two_cpu_processes_are_launched_and_train_together(tmp_path):
+    (tmp_path / "hello.py").write_text(
+        "import os\n"
+        "from modeling_moshi_ttt.training import setup\n"
+        "from modeling_moshi_ttt.training.run_config import load_run_config\n"
+        f"accelerator = setup.make_accelerator(load_run_config({str(RECIPES[0])!r}, ['trackers=[]']))\n"
+        "os.write(1, f'rank {accelerator.process_index} of {accelerator.num_processes}\\n'.encode())\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configuration" / "accelerate" / "cpu_2.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, "--main_process_port", "0", str(tmp_path / "hello.py")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_slurm_script_launches_one_launcher_a_node(tmp_path):
+    for name, body in (("scontrol", "echo first; echo second"), ("srun", 'shift; exec "$@"'), ("accelerate", 'printf "%s\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "examples" / "slurm.sh"), "recipe.yaml", "lora={rank: 8}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | job)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    options = dict(zip(words[1::2], words[2::2]))
+    assert (ROOT / options["--config_file"]).exists()
+    assert (options["--num_processes"], options["--machine_rank"], options["--main_process_ip"]) == ("16", "1", "first")
+    assert words[-3:] == ["examples/finetune.py", "recipe.yaml", "lora={rank: 8}"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         # several windows may pass before one backward: buffers must not be rewritten in between
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched and accelerate sees {accelerator.num_processes}, so each would train alone into {run.run_dir}; "
+            "without GPUs set ACCELERATE_USE_CPU=true before `accelerate launch`."
+        )
     coarse = accelerator.mixed_precision == "bf16"
     torch.set_float32_matmul_precision(run.model.matmul_precision or ("high" if coarse else "highest"))
     if coarse and accelerator.is_fsdp2:
