@@ -229,6 +229,20 @@ def test_bad_steps_are_skipped_and_counted_and_stop_the_run(tmp_path, bad):
     assert load_file(tmp_path / "run" / "bad_batch-rank0.safetensors")["0.0.input_ids"].shape[0] == 2
 
 
+@pytest.mark.parametrize("carry", ["state", "state+attention"])
+def test_nothing_of_a_bad_step_is_carried_on(tmp_path, carry):
+    model, calls = make_model(), []
+
+    def once(module, inputs, output):
+        calls.append(0)
+        return output * float("nan") if len(calls) == 2 else output
+
+    model.decoder.model.layers[0].mlp.register_forward_hook(once)
+    recordings = make_recordings(tmp_path / "codes", [40, 50, 60], model.config)
+    make_trainer(make_run(tmp_path / "run", data={"carry": carry}), recordings, model).fit()
+    assert [r["skipped"] for r in told(tmp_path / "run")] == [False, True, False, False]
+
+
 # ---- resume
 
 LONG = {
@@ -320,14 +334,14 @@ def killed_run(folder, seconds):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def kill_often(tmp_path, kills):
+def test_twenty_times_kill_minus_nine_at_random_moments(tmp_path):
     begin = time.monotonic()
     unbroken = long_run(tmp_path / "a")
     unbroken.fit()
     took = time.monotonic() - begin
     random = torch.Generator().manual_seed(0)
     runs, killed = 1, 0
-    while killed < kills:
+    while killed < 20:
         if killed_run(tmp_path / f"{runs}", float(torch.rand(1, generator=random)) * 0.7 * took):
             killed += 1
         else:  # it came to its end: the kills go on with another run
@@ -337,15 +351,6 @@ def kill_often(tmp_path, kills):
         last.fit()
         assert equal(weights(last), weights(unbroken))
         assert told(folder / "run") == told(tmp_path / "a" / "run")
-
-
-def test_kill_minus_nine_at_random_moments(tmp_path):
-    kill_often(tmp_path, 3)
-
-
-@pytest.mark.slow
-def test_twenty_kills(tmp_path):
-    kill_often(tmp_path, 20)
 
 
 def test_a_torn_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, caplog):

@@ -94,7 +94,8 @@ def test_adapter_round_trip(tmp_path, mode):
     merged = loaded.merge_and_unload()
     assert not any(".lora_" in name or "modules_to_save" in name for name, _ in merged.named_parameters())
     once = answers(merged, config)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(once, trained))
+    # LoRA's product is added to the weights, in another order of sums; TTT layers only change places
+    assert all(torch.allclose(a, b, rtol=0, atol=0.0 if mode == "ttt" else 1e-5) for a, b in zip(once, trained))
     merged.save_pretrained(tmp_path / "merged")
     again = answers(type(merged).from_pretrained(tmp_path / "merged"), config)
     assert all(torch.equal(a, b) for a, b in zip(again, once))
