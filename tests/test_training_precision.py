@@ -88,6 +88,12 @@ def test_float32_products_are_as_precise_as_asked(tmp_path, monkeypatch, matmul_
     assert matmul_precision() == expected
 
 
+def test_half_precision_that_would_need_scaled_losses_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="the launcher's mixed_precision is 'fp16'; it must be no or bf16"):
+        setup.make_accelerator(make_run(tmp_path))
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_processes_that_do_not_know_one_another_are_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)

@@ -104,8 +104,11 @@ def adapt(model: MoshiTTTForConditionalGeneration, run: RunConfig) -> Any:
 def make_accelerator(run: RunConfig) -> Accelerator:
     """Accelerate as the launcher set it up; bf16 where the model or the launcher says so, float32 products as precise as the settings say."""
     check_trackers(run.trackers)
+    precision = "bf16" if run.model.dtype == "bfloat16" else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"the launcher's mixed_precision is {precision!r}; it must be no or bf16 (accelerate launch --mixed_precision bf16).")
     accelerator = Accelerator(
-        mixed_precision="bf16" if run.model.dtype == "bfloat16" else None,
+        mixed_precision=precision,
         log_with=run.trackers or None,
         project_dir=run.run_dir,
         step_scheduler_with_optimizer=False,
@@ -118,9 +121,8 @@ def make_accelerator(run: RunConfig) -> Accelerator:
             f"{launched} processes were launched and accelerate sees {accelerator.num_processes}, so each would train alone into {run.run_dir}; "
             "without GPUs set ACCELERATE_USE_CPU=true before `accelerate launch`."
         )
-    coarse = accelerator.mixed_precision == "bf16"
-    torch.set_float32_matmul_precision(run.model.matmul_precision or ("high" if coarse else "highest"))
-    if coarse and accelerator.is_fsdp2:
+    torch.set_float32_matmul_precision(run.model.matmul_precision or ("high" if precision == "bf16" else "highest"))
+    if precision == "bf16" and accelerator.is_fsdp2:
         # accelerate's own policy rounds all that goes into a layer and comes out of it: what TTT layers remember, too
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
