@@ -1,13 +1,15 @@
 """The 7B model with random weights on one GPU: training with LoRA + TTT, and streaming, with and without its nine TTT-MLP layers.
 
-    python benchmarks/gpu_model.py [--json file] [--tiny]
+    python benchmarks/gpu_model.py [--json file] [--tiny | --cpu]
 
 Training: bf16 weights, LoRA rank 128 on the temporal transformer and TTT in the last nine layers trained whole, activation checkpointing,
 AdamW, at 15 s x 1 and 100 s x 16. Streaming: one conversation, milliseconds a frame of 80 ms. The "without" columns are the same model with
-its TTT layers taken out, in the same run; the "scan" columns run TTT in torch. `--tiny` runs the same code on the CPU with a tiny model.
+its TTT layers taken out, in the same run; the "scan" columns run TTT in torch. `--tiny` runs the same code on the CPU with a tiny model,
+`--cpu` streams with the 7B model on the CPU (17 GB of memory, five minutes) and trains nothing.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -30,7 +32,7 @@ TINY = {
 }  # fmt: skip
 
 
-def make_model(tiny: bool) -> MoshiTTTForConditionalGeneration:
+def make_model(tiny: bool, device: str) -> MoshiTTTForConditionalGeneration:
     """Random weights, made where they stay; 7B is what MoshiConfig gives when nothing is said, with Kyutai's widths."""
     fields = TINY if tiny else {"hidden_size": 4096, "num_hidden_layers": 32, "ffn_dim": 22528, "sliding_window": 3000, "depth_decoder_config": DEPTH_7B}
     config = MoshiTTTConfig(**fields, ttt_layers="last:9", ttt_mixer="mlp")
@@ -38,7 +40,7 @@ def make_model(tiny: bool) -> MoshiTTTForConditionalGeneration:
         return MoshiTTTForConditionalGeneration(config)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             return MoshiTTTForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -103,20 +105,6 @@ def training_step(model: Any, inputs: dict[str, torch.Tensor], repeats: int) -> 
             torch.cuda.empty_cache()
 
 
-def frame_milliseconds(model: MoshiTTTForConditionalGeneration, frames: int) -> float:
-    """Median time of a streamed frame after a warm-up of a quarter of them."""
-    stream = model.new_stream(batch_size=1)
-    user = torch.randint(model.config.audio_vocab_size, (1, model.config.num_user_codebooks), device=model.device)
-    times = []
-    for _ in range(frames):
-        synchronize()
-        begin = time.perf_counter()
-        stream.step(user)
-        synchronize()
-        times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times[frames // 4 :])
-
-
 def use(model: MoshiTTTForConditionalGeneration, implementation: str) -> None:
     for module in model.modules():
         if getattr(getattr(module, "config", None), "model_type", None) == "moshi_ttt":
@@ -124,14 +112,23 @@ def use(model: MoshiTTTForConditionalGeneration, implementation: str) -> None:
 
 
 def measure_streaming(model: MoshiTTTForConditionalGeneration, frames: int) -> dict[str, float]:
+    """Median milliseconds of a frame of three conversations that take turns, after a warm-up of a quarter of the frames."""
     model.eval()
-    found = {}
-    for implementation in ("auto", "scan"):
-        use(model, implementation)
-        found[implementation] = frame_milliseconds(model, frames)
+    user = torch.randint(model.config.audio_vocab_size, (1, model.config.num_user_codebooks), device=model.device)
+    sides = {"auto": contextlib.nullcontext(), "scan": contextlib.nullcontext(), "without": Without(model)}
+    streams = {side: model.new_stream(batch_size=1) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(frames):
+        for side, stream in streams.items():
+            use(model, "scan" if side == "scan" else "auto")
+            with sides[side]:
+                synchronize()
+                begin = time.perf_counter()
+                stream.step(user)
+                synchronize()
+                times[side].append(time.perf_counter() - begin)
     use(model, "auto")
-    with Without(model):
-        found["without"] = frame_milliseconds(model, frames)
+    found = {side: 1e3 * statistics.median(taken[frames // 4 :]) for side, taken in times.items()}
     found["added"] = found["auto"] / found["without"] - 1
     return found
 
@@ -158,18 +155,21 @@ def measure_training(model: MoshiTTTForConditionalGeneration, sizes: list[tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--tiny", action="store_true")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    place.add_argument("--cpu", action="store_true", help="streaming alone, of the 7B model on the CPU")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    name = "CPU, tiny model" if args.tiny else torch.cuda.get_device_name()
+    name = "CPU, tiny model" if args.tiny else f"CPU, {torch.get_num_threads()} threads" if args.cpu else torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
-    model = make_model(args.tiny)
+    model = make_model(args.tiny, "cpu" if args.cpu else "cuda")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters, of which TTT "
           f"{sum(p.numel() for n, p in model.named_parameters() if modes.is_ttt_parameter(n)) / 1e9:.2f}e9", flush=True)  # fmt: skip
-    streaming = measure_streaming(model, 8 if args.tiny else 200)
+    streaming = measure_streaming(model, 8 if args.tiny else 40 if args.cpu else 200)
     print("streaming, ms a frame:  with TTT {auto:.2f}  TTT in torch {scan:.2f}  without {without:.2f}  added {added:.1%}".format(**streaming), flush=True)
-    rows = measure_training(model, [(1.0, 1), (1.5, 2)] if args.tiny else [(15.0, 1), (100.0, 16)], 4 if args.tiny else 128, 1 if args.tiny else 3)
+    sizes, rank, repeats = ([(1.0, 1), (1.5, 2)], 4, 1) if args.tiny else ([(15.0, 1), (100.0, 16)], 128, 3)
+    rows = [] if args.cpu else measure_training(model, sizes, rank, repeats)
     for row in rows:
         sides = "   ".join(f"{side} {row[side]['seconds']:.3f} s {row[side]['peak_gb']:.1f} GB" for side in ("auto", "scan", "without") if side in row)
         print(f"LoRA + TTT step, {row['seconds_of_audio']:.0f} s x {row['rows']}:  {sides}   added {row['added']:.1%}", flush=True)

@@ -35,6 +35,12 @@ def raising(error):
     return run
 
 
+def test_without_a_command_it_says_which_there_are(capsys):
+    assert cli.main([]) == 2
+    said = capsys.readouterr().err
+    assert all(f"\n  {name} " in said for name in cli.COMMANDS)
+
+
 def test_the_command_gets_its_arguments_and_gives_the_exit_code(command):
     assert cli.main(["try", "--times", "3"]) == 3
     command.run = lambda args: None

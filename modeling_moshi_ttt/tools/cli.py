@@ -78,6 +78,9 @@ def _is_field_error(error: Exception) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        _overview().print_help(sys.stderr)
+        return FAILED
     name = _overview().parse_args(argv[:1]).command
     module_name, _ = COMMANDS[name]
     return without_trace(lambda: _run(module_name, name, argv[1:]))
