@@ -16,7 +16,7 @@ from transformers import AutoModel, TorchAoConfig
 from modeling_moshi_ttt.common.files import write_manifest
 from modeling_moshi_ttt.tools import cli
 from modeling_moshi_ttt.tools.probe import make_probe, probe_loss, write_probe
-from modeling_moshi_ttt.tools.verify import verify
+from modeling_moshi_ttt.tools.verify import human_size, verify
 from modeling_moshi_ttt.training import modes
 from modeling_moshi_ttt.training.run_config import ModelSettings
 from modeling_moshi_ttt.training.setup import build_model
@@ -52,6 +52,7 @@ def test_a_whole_checkpoint_is_described(checkpoint, capsys):
     assert "TTT layers: 1 (linear)" in said
     assert "dtype: float32 100%" in said
     assert "as stored" in said
+    assert f"full checkpoint, {human_size(sum(path.stat().st_size for path in checkpoint.iterdir()))}\n" in said
     assert said.endswith("all is well\n")
 
 
