@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hub_checkpoints import small_model
+from hub_checkpoints import save_adapter, small_model
 from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
@@ -186,6 +186,25 @@ def test_what_does_not_belong_here_is_refused_before_any_weights(hub, api, tmp_p
         pull("user/other", tmp_path / "here", api=api)
     assert weights_were_read(hub) == []
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "message"),
+    [
+        ("user/gone", None, "base user/gone is not on the Hub"),
+        ("user/other", {"model_type": "llama"}, "adapter's base: user/other holds a model of type 'llama'"),
+        ("user/other", {"model_type": "moshi_ttt", "ttt_layers": [1]}, r"for TTT layers \[0, 1\], its base user/other has \[1\]"),
+        (None, None, "a folder of this machine, which nobody else could load"),
+    ],
+)
+def test_an_adapter_of_another_base_is_not_pushed(hub, api, checkpoints, tmp_path, base, config, message):
+    save_adapter(tmp_path / "adapter", str(checkpoints / "old"))
+    if config:
+        hub.add("user/other", {"config.json": json.dumps(config).encode(), "model.safetensors": b"never read"})
+    with pytest.raises(ValueError, match=message):
+        push(tmp_path / "adapter", REPO, base=base, api=api)
+    assert weights_were_read(hub) == []
+    assert REPO not in hub.repos
 
 
 def test_names_and_places_that_are_taken(hub, api, pushed, checkpoints, tmp_path):

@@ -122,6 +122,9 @@ def test_adapters_are_checked_with_their_base(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"the adapter is for TTT layers \[0\], its base .* has \[1\]"):
         verify(tmp_path / "adapter")
     save_file(tensors, weights)
+    change(checkpoint, lambda tensors: tensors["decoder.model.norm.weight"].mul_(2))
+    with pytest.raises(ValueError, match=f"not the same model; either the adapter or its base {checkpoint} has changed"):
+        verify(tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for wrong, message in (
         ({}, "adapter_config.json lacks peft_type, r, lora_alpha, target_modules"),
