@@ -46,7 +46,7 @@ def test_loading_in_bfloat16_sharded_and_with_a_device_map(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
-@pytest.mark.parametrize("far", ["embed_tokens", "decoder.model.layers.1", "decoder.lm_head", "depth_decoder"])
+@pytest.mark.parametrize("far", ["decoder.model.layers.1", "depth_decoder"])
 def test_parts_that_lie_elsewhere_are_fetched_when_they_are_used(folder, tmp_path, far):
     """As `device_map="auto"` spreads a model over devices and the disk: the same numbers, in one pass and frame by frame."""
     parts = ["embed_tokens", "decoder.lm_head", "depth_decoder"]

@@ -1,5 +1,6 @@
 """Everything in the README runs: its Python as it stands, its commands against a local Hub, its files and links are there."""
 
+import json
 import os
 import re
 import shutil
@@ -80,6 +81,24 @@ def test_every_command_of_the_road_runs_and_says_what_is_shown(tmp_path):
             said += without_what_varies(done.stdout)
     assert [line for block in blocks("text") for line in without_what_varies(block) if line not in said] == []
     assert (place / "my-moshi").is_dir()
+
+
+def test_the_table_of_recall_is_of_the_pictures_numbers():
+    """At every distance: chance without TTT, 97% of four pairs and 90% of eight with it, in ten minutes."""
+    measured = json.loads((ROOT / "docs" / "pictures" / "recall.json").read_text())
+    assert (measured["window"], measured["settings"]["distances"]) == (16, [24, 32, 48, 64, 96])
+    assert {run["name"] for run in measured["runs"][1:]} == {f"TTT-{mixer}, b = {b}" for mixer in ("linear", "mlp") for b in (1, 4, 16)}
+    for run in measured["runs"]:
+        found = {pairs: [cell["accuracy"] for cell in run["results"] if cell["pairs"] == pairs] for pairs in (4, 8)}
+        assert run["training"]["seconds"] <= 600
+        if run["name"] == "window attention alone":
+            assert max(found[4] + found[8]) <= 0.04
+            continue
+        assert min(found[4]) >= 0.97
+        assert min(found[8]) >= 0.9
+        name = run["name"].replace("mlp", "MLP").replace("b =", "mini-batch")
+        means = " | ".join(f"{sum(values) / len(values):.0%}" for values in found.values())
+        assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in README
 
 
 def test_named_commands_targets_and_files_exist():
