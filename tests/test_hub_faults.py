@@ -98,6 +98,23 @@ def test_a_broken_push_leaves_a_whole_revision_and_ends_well_when_repeated(hub, 
     assert sum(line.startswith("PUT /lfs/") for line in hub.log) == len(hub.objects) - uploaded  # what had arrived is not sent again
 
 
+@pytest.mark.parametrize(("path", "method"), [("/api/models/user/name$", "GET"), ("/lfs/", "PUT"), ("/commit/", "POST")])
+def test_a_first_push_that_breaks_leaves_an_empty_repository_and_ends_well_when_repeated(hub, api, checkpoints, tmp_path, path, method):
+    fault = Fault("status", path, method, 500, 99)
+    hub.faults.append(fault)
+    if method == "GET":  # the one after the repository is made: before, there is none to look at
+        hub.faults.insert(0, Fault("call", path, method, times=1))
+    with pytest.raises(OSError, match="run the same command again"):
+        push(checkpoints / "new", REPO, private=True, api=api)
+    assert fault.times < 99
+    assert set(hub.repos[REPO].files()) <= {".gitattributes"}
+    hub.faults.clear()
+    done = push(checkpoints / "new", REPO, private=True, api=api)
+    assert hub.repos[REPO].branches["main"] == done.oid
+    assert hub.repos[REPO].private
+    assert whole(hub, tmp_path)
+
+
 def test_a_revision_that_changes_in_between_is_not_overwritten(hub, api, pushed, checkpoints):
     hub.faults.append(Fault("call", "/objects/batch", "POST", call=lambda: hub.add(REPO, {"notes.txt": b"mine"})))
     with pytest.raises(ValueError, match="somebody else has changed the repository in between"):
