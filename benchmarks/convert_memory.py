@@ -19,9 +19,9 @@ from modeling_moshi_ttt.tools.convert import config_from_kyutai, moshi_groups
 from modeling_moshi_ttt.tools.kyutai_config import MOSHI_7B
 
 CODE = """
-import resource, sys
+import re, sys
 from modeling_moshi_ttt.tools.convert_checkpoint import Options, convert
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 convert(sys.argv[1], sys.argv[2], Options(max_shard_size="5GB"))
 print(before, peak())

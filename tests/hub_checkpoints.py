@@ -2,12 +2,20 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel, PreTrainedTokenizerFast
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTProcessor
+
+# Code for a process of its own. Not ru_maxrss: that begins with what the process that started it held, and then hides all that is less.
+PEAK = """
+import re
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+has_peak = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
 
 
 def small_model(**changes) -> MoshiTTTForConditionalGeneration:

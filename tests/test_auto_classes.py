@@ -46,6 +46,26 @@ def test_loading_in_bfloat16_sharded_and_with_a_device_map(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
+@pytest.mark.parametrize("far", ["decoder.model.layers.1", "depth_decoder"])
+def test_parts_that_lie_elsewhere_are_fetched_when_they_are_used(folder, tmp_path, far):
+    """As `device_map="auto"` spreads a model over devices and the disk: the same numbers, in one pass and frame by frame."""
+    parts = ["embed_tokens", "decoder.lm_head", "depth_decoder"]
+    parts += [f"decoder.model.{part}" for part in ("embed_tokens", "layers.0", "layers.1", "norm")]
+    places = dict.fromkeys(parts, "cpu") | {far: "disk"}
+    whole, spread = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    assert {name.startswith(far) for name, weight in spread.named_parameters() if weight.device.type == "meta"} == {True}
+    frames = random_frames(whole.config, rows=1, frames=6)
+    with torch.no_grad():
+        one, other = whole(**frames), spread(**frames)
+    assert torch.equal(one.logits, other.logits)
+    assert torch.equal(one.audio_logits, other.audio_logits)
+    streams = [model.new_stream(do_sample=False) for model in (whole, spread)]
+    for codes in frames["user_audio_codes"].unbind(-1):
+        first, second = (stream.step(codes) for stream in streams)
+        assert torch.equal(first.text, second.text)
+        assert torch.equal(first.audio_codes, second.audio_codes)
+
+
 def test_loading_quantized(folder):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not in [dev]: installed, it slows every import down")
     model = AutoModel.from_pretrained(folder, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()))

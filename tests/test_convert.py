@@ -90,6 +90,20 @@ def test_golden_there_and_back_is_the_identity(golden, fused):
         assert equal(again, state)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("n_q", "dep_q"), [(7, 3), (5, 4), (8, 2), (3, 3)])
+def test_models_with_other_numbers_of_codebooks(golden, n_q, dep_q, fused):
+    """Also where the user is heard in more or fewer codebooks than Moshi speaks in, or not at all."""
+    delays = [0, 0, *[1] * (dep_q - 1), *([0] + [1] * (n_q - dep_q - 1) if n_q > dep_q else [])]
+    config = config_from_kyutai({**golden[1], "n_q": n_q, "dep_q": dep_q, "delays": delays})
+    assert (config.num_codebooks, config.num_user_codebooks) == (dep_q, n_q - dep_q)
+    here = {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
+    there = hf_to_kyutai(here, config, fused=fused)
+    assert {name for name in there if name.startswith("emb.")} == {f"emb.{q}.weight" for q in range(n_q)}
+    assert {name for name in there if name.startswith("linears.")} == {f"linears.{q}.weight" for q in range(dep_q)}
+    assert equal(kyutai_to_hf(there, config), here)
+
+
 def test_each_spelling_of_the_fused_projection_is_read(golden):
     state, lm_kwargs = golden
     config = config_from_kyutai(lm_kwargs)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import sentencepiece
 import torch
-from hub_checkpoints import save_adapter, save_checkpoint, small_model, small_processor
+from hub_checkpoints import PEAK, has_peak, save_adapter, save_checkpoint, small_model, small_processor
 from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 from peft import PeftModel
@@ -280,9 +280,9 @@ def test_a_peft_adapter_becomes_a_lora_file(tmp_path):
     assert "decoder.model.layers.0.ttt.W1" in load_file(tmp_path / "kept" / "lora.safetensors")
 
 
-@pytest.mark.parametrize("wrapper", ["seq_modeling_block.ssm.", "ttt_layer.", ""])
-def test_earlier_ttt_checkpoints(tmp_path, wrapper):
-    model = small_model(ttt_mixer="mlp", ttt_layers=[1])
+@pytest.mark.parametrize(("wrapper", "mixer"), [("seq_modeling_block.ssm.", "mlp"), ("ttt_layer.", "linear"), ("", "mlp")])
+def test_earlier_ttt_checkpoints(tmp_path, wrapper, mixer):
+    model = small_model(ttt_mixer=mixer, ttt_layers=[1])
     config, state = model.config, model.state_dict()
     old = {}
     for name, tensor in hf_to_kyutai(state, config).items():
@@ -301,7 +301,7 @@ def test_earlier_ttt_checkpoints(tmp_path, wrapper):
     save_file(old, tmp_path / "old" / "consolidated.safetensors")
     (tmp_path / "old" / "config.json").write_text(json.dumps(kyutai_from_config(config)))
     said = convert(tmp_path / "old", tmp_path / "here", Options(ttt={"ttt_mini_batch_size": 4, "ttt_base_lr": 1.0}))
-    assert "layers [1] (mlp)" in said
+    assert f"layers [1] ({mixer})" in said
     assert "were not there and start neutral" in said
     found = MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "here").state_dict()
     neutral = {"decoder.model.layers.1.ttt_layernorm.weight": 1.0, "decoder.model.layers.1.ttt.learnable_token_weight": 0.0}
@@ -378,8 +378,9 @@ def test_options_that_mean_nothing_for_a_source_are_refused(kyutai, tmp_path, ca
     assert (config.ttt_layers, config.ttt_mini_batch_size) == ([1], 4)
 
 
+@has_peak
 def test_converting_takes_little_memory(golden, tmp_path):
-    """The peak rises by a few times the largest weight, not by the checkpoint: 15 GB pass in less than 2 GB."""
+    """Each way, the peak rises by a few times the largest weight, not by the checkpoint: 15 GB pass in less than 2 GB."""
     lm_kwargs = {**golden[1], "dim": 768, "num_layers": 8, "num_heads": 8, "depformer_dim": 64, "depformer_dim_feedforward": 264}
     config = config_from_kyutai(lm_kwargs)
     with torch.device("meta"):
@@ -389,17 +390,17 @@ def test_converting_takes_little_memory(golden, tmp_path):
         hf_to_kyutai({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, config), tmp_path / "large" / "model.safetensors"
     )
     (tmp_path / "large" / "config.json").write_text(json.dumps(lm_kwargs))
-    code = f"""
-import resource
+    code = f"""{PEAK}
 from modeling_moshi_ttt.tools.convert_checkpoint import convert, Options
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-convert({str(tmp_path / "large")!r}, {str(tmp_path / "here")!r}, Options(max_shard_size="100MB"))
+convert("large", "here", Options(max_shard_size="100MB"))
+convert("here", "back")
+convert("here", "fused", Options(fused=True))
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     size, largest = (tmp_path / "large" / "model.safetensors").stat().st_size, 4 * 4224 * 768
     assert size > 14 * largest
-    assert int(done.stdout) < 6 * largest
+    assert 0 < int(done.stdout) < 8 * largest
     assert TensorFiles(tmp_path / "here").shapes() == {name: tuple(shape) for name, shape in shapes.items()}
     assert isinstance(MoshiTTTConfig.from_pretrained(tmp_path / "here"), MoshiTTTConfig)

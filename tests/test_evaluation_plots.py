@@ -62,6 +62,29 @@ def test_the_heat_map_holds_the_numbers():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["none", "linear"]
 
 
+def test_the_bars_stand_beside_chance_and_the_published_rows():
+    (axes,) = plots.draw(PARTS["zero"]).axes
+    assert [bar.get_height() for bar in axes.patches] == [60.0]
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_label() == "chance"] == [[50, 50]]
+    assert {marks.get_label(): marks.get_offsets().tolist() for marks in axes.collections if marks.get_label() == "TWIST-7B"} == {
+        "TWIST-7B": [[0.0, 73.5]]
+    }
+
+
+def test_every_layer_shows_its_three_inner_losses():
+    axes = plots.draw(PARTS["inside"]).axes
+    assert len(axes) == len(PARTS["inside"]["layers"])
+    for panel in axes:
+        assert [list(line.get_ydata()) for line in panel.lines] == [[2.0, 2.0], [1.5, 1.0], [1.2, 0.8]]
+
+
+def test_the_colours_are_those_of_okabe_and_ito_and_never_alone():
+    """Eight colours that colour-blind readers tell apart; here without black and yellow, each with a mark of its own."""
+    assert set(plots.PALETTE) - {plots.GREY} == {"#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"}
+    drawn = [line for line in plots.draw(PARTS["books"]).axes[0].lines if not line.get_label().startswith("_")]
+    assert len({line.get_color() for line in drawn}) == len({line.get_marker() for line in drawn}) == 2
+
+
 def test_what_cannot_be_drawn_is_named():
     with pytest.raises(ValueError, match=r"'recal' cannot be drawn; did you mean 'recall'"):
         plots.draw({"kind": "recal"})

@@ -7,6 +7,7 @@ from pathlib import Path
 import hub_checkpoints
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 import zero_shot_folders as folders
@@ -151,6 +152,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped(place, tmp_path, monkeypatc
     assert cli.main(["evaluate", path, f"output={whole}"]) == 0
     both = [json.loads((folder / "results.json").read_text())["tasks"]["zero_shot"]["tasks"] for folder in (tmp_path / "out", whole)]
     assert both[0] == both[1]
+
+
+def test_an_interrupted_long_context_measures_no_condition_twice(place, tmp_path, monkeypatch):
+    part = {"long_context": {"manifest": manifest_of(tmp_path / "talk", 110), "max_frames": 150}}
+    path = write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **part))
+    measured, real = [], runner.long_context.stream_losses
+
+    def stop_at_fourth(model, book, condition, *rest):
+        measured.append(condition)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return real(model, book, condition, *rest)
+
+    monkeypatch.setattr(runner.long_context, "stream_losses", stop_at_fourth)
+    assert cli.main(["evaluate", path]) == 130
+    assert cli.main(["evaluate", path]) == 0
+    conditions = list(runner.long_context.CONDITIONS)
+    assert measured == conditions[:4] + conditions[3:]
+    assert list(section_of(tmp_path / "out", "long_context")["conditions"]) == conditions
 
 
 def test_scores_of_other_streams_are_not_mixed_in(place, tmp_path, capsys):
@@ -315,14 +335,25 @@ def test_a_damaged_file_of_an_earlier_run_is_named(place, tmp_path, capsys, file
         assert "remove it" in error
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "no samples"])
 def test_broken_audio_stops_the_run_and_is_named(place, tmp_path, capsys, damage):
     story = folders.make_storycloze(tmp_path / "story")
     (story / "10_aa-1_correct.wav").write_bytes(b"" if damage == "empty" else b"RIFF0000")
+    if damage == "no samples":
+        soundfile.write(story / "10_aa-1_correct.wav", np.zeros((0, 1)), 24000)
     task = {"zero_shot": {"tasks": [{"task": "sstorycloze", "folder": str(story)}]}}
     assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **task))]) == 2
     assert "10_aa-1_correct.wav" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize("section", ["long_context", "inner_loss", "dialogue"])
+def test_recordings_without_samples_are_named(place, tmp_path, capsys, section):
+    soundfile.write(tmp_path / "talk.wav", np.zeros((0, 2)), 24000)
+    (tmp_path / "data.jsonl").write_text('{"path": "talk.wav", "duration": 12.0}\n')
+    part = {section: {"manifest": str(tmp_path / "data.jsonl")}}
+    assert cli.main(["evaluate", write(tmp_path / "a.yaml", settings(place, tmp_path / "out", **part))]) == 2
+    assert "talk.wav: the sound file holds no samples" in capsys.readouterr().err
 
 
 def test_two_files_of_one_section_need_outputs_of_their_own(place, tmp_path, capsys):

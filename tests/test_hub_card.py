@@ -47,7 +47,7 @@ def cards(tmp_path_factory):
     (run / "run_config.json").write_text(json.dumps({"run": RUN, "fixed": {}}))
     (run / "final" / "run.json").write_text(json.dumps({"step": 300, "run": RUN}))
     (run / "loss.png").write_bytes(b"a picture")
-    (run / "card.json").write_text(json.dumps({"datasets": ["user/talk"], "hardware": "one H100", "description": "It likes tea."}))
+    (run / "card.json").write_text(json.dumps({"datasets": ["user/talk"], "hardware": "one H100", "time": "3 h", "description": "It likes tea."}))
     metrics = [
         {"step": 0, "eval_text_loss": 6.2},
         *({"step": i, "text_loss": 1 / i, "tokens_per_second": 100.0 * i, "peak_memory_gb": 3.5} for i in (1, 2, 4)),
@@ -89,6 +89,9 @@ def test_tables_show_the_run_and_its_results(cards):
         "| tokens per second | 200 |",
         "| peak memory gb | 3.5 |",
         "| hardware | one H100 |",
+        "| time | 3 h |",
+        "| … ttt | 17,420 |",
+        "| … gates | 64 |",
         "It likes tea.",
     ):
         assert line in text

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hub_checkpoints import small_model
+from hub_checkpoints import save_adapter, small_model
 from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
@@ -98,6 +98,23 @@ def test_a_broken_push_leaves_a_whole_revision_and_ends_well_when_repeated(hub, 
     assert sum(line.startswith("PUT /lfs/") for line in hub.log) == len(hub.objects) - uploaded  # what had arrived is not sent again
 
 
+@pytest.mark.parametrize(("path", "method"), [("/api/models/user/name$", "GET"), ("/lfs/", "PUT"), ("/commit/", "POST")])
+def test_a_first_push_that_breaks_leaves_an_empty_repository_and_ends_well_when_repeated(hub, api, checkpoints, tmp_path, path, method):
+    fault = Fault("status", path, method, 500, 99)
+    hub.faults.append(fault)
+    if method == "GET":  # the one after the repository is made: before, there is none to look at
+        hub.faults.insert(0, Fault("call", path, method, times=1))
+    with pytest.raises(OSError, match="run the same command again"):
+        push(checkpoints / "new", REPO, private=True, api=api)
+    assert fault.times < 99
+    assert set(hub.repos[REPO].files()) <= {".gitattributes"}
+    hub.faults.clear()
+    done = push(checkpoints / "new", REPO, private=True, api=api)
+    assert hub.repos[REPO].branches["main"] == done.oid
+    assert hub.repos[REPO].private
+    assert whole(hub, tmp_path)
+
+
 def test_a_revision_that_changes_in_between_is_not_overwritten(hub, api, pushed, checkpoints):
     hub.faults.append(Fault("call", "/objects/batch", "POST", call=lambda: hub.add(REPO, {"notes.txt": b"mine"})))
     with pytest.raises(ValueError, match="somebody else has changed the repository in between"):
@@ -186,6 +203,25 @@ def test_what_does_not_belong_here_is_refused_before_any_weights(hub, api, tmp_p
         pull("user/other", tmp_path / "here", api=api)
     assert weights_were_read(hub) == []
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "message"),
+    [
+        ("user/gone", None, "base user/gone is not on the Hub"),
+        ("user/other", {"model_type": "llama"}, "adapter's base: user/other holds a model of type 'llama'"),
+        ("user/other", {"model_type": "moshi_ttt", "ttt_layers": [1]}, r"for TTT layers \[0, 1\], its base user/other has \[1\]"),
+        (None, None, "a folder of this machine, which nobody else could load"),
+    ],
+)
+def test_an_adapter_of_another_base_is_not_pushed(hub, api, checkpoints, tmp_path, base, config, message):
+    save_adapter(tmp_path / "adapter", str(checkpoints / "old"))
+    if config:
+        hub.add("user/other", {"config.json": json.dumps(config).encode(), "model.safetensors": b"never read"})
+    with pytest.raises(ValueError, match=message):
+        push(tmp_path / "adapter", REPO, base=base, api=api)
+    assert weights_were_read(hub) == []
+    assert REPO not in hub.repos
 
 
 def test_names_and_places_that_are_taken(hub, api, pushed, checkpoints, tmp_path):

@@ -39,7 +39,11 @@ DONE = '\nsave_file(results, "results.safetensors")\nprint("triton" in sys.modul
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A Hub with user/whole (3 shards, tagged v1), user/half (bf16), user/adapter, user/merged, user/direct; wanted outputs; a folder."""
+    """A Hub, its environment, a folder, the outputs wanted, and what was printed.
+
+    There are user/whole (3 shards, tagged v1), user/half (bf16; v1 was user/whole), user/adapter, user/pinned (its base was user/half at
+    v1), user/merged and user/direct.
+    """
     folder = tmp_path_factory.mktemp("place")
     with HubServer() as hub:
         environment = {**os.environ, **hub.environment(str(folder / "home")), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -59,7 +63,9 @@ def place(tmp_path_factory):
         expect("merged", adapted.merge_and_unload())
         commands = [
             ["push", "whole", "user/whole", "--tag", "v1", "--max-shard-size", "80KB"],
-            ["push", "half", "user/half", "--private"],
+            ["push", "whole", "user/half", "--private", "--tag", "v1"],
+            ["push", "adapter", "user/pinned", "--base", "user/half"],
+            ["push", "half", "user/half"],
             ["push", "adapter", "user/adapter", "--base", "user/whole"],
             ["push", "adapter", "user/merged", "--merged"],
         ]
@@ -68,6 +74,10 @@ def place(tmp_path_factory):
         code += "MoshiTTTForConditionalGeneration.from_pretrained('whole').push_to_hub('user/direct')\n"
         code += "MoshiTTTProcessor.from_pretrained('whole').push_to_hub('user/direct')\n"
         done = python(code, folder, environment)
+        hub.add("user/half", {"audio_tokenizer/model.safetensors": b"another"})
+        for name, data in hub.repos["user/whole"].files().items():
+            (folder / "local" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "local" / name).write_bytes(data)
         yield hub, environment, folder, wanted, done.stdout + done.stderr
 
 
@@ -96,9 +106,14 @@ far = {"trust_remote_code": True}
 keep("whole", AutoModel.from_pretrained("user/whole", **far))
 keep("tag", AutoModelForTextToWaveform.from_pretrained("user/whole", revision="v1", **far))
 keep("half", AutoModel.from_pretrained("user/half", dtype=torch.bfloat16, **far))
+keep("before", AutoModel.from_pretrained("user/half", revision="v1", **far))
+assert AutoProcessor.from_pretrained("user/half", revision="v1", **far).num_codebooks == 3  # the newest codec is broken
+keep("local", AutoModel.from_pretrained("local", **far))
+assert AutoProcessor.from_pretrained("local", **far).num_codebooks == 3
 keep("device_map", AutoModel.from_pretrained("user/whole", device_map="cpu", **far))
 keep("merged", AutoModel.from_pretrained("user/merged", **far))
 keep("adapter", AutoPeftModel.from_pretrained("user/adapter", **far))
+keep("pinned", AutoPeftModel.from_pretrained("user/pinned", **far))
 keep("by_hand", PeftModel.from_pretrained(AutoModel.from_pretrained("user/whole", **far), "user/adapter"))
 keep("direct", AutoModelForTextToWaveform.from_pretrained("user/direct", **far))
 assert AutoProcessor.from_pretrained("user/direct", **far).num_codebooks == 3
@@ -113,8 +128,30 @@ assert batch["moshi_audio_codes"].shape == (1, 3, 3), batch
     said = python(code, folder, environment).stdout
     assert said.splitlines()[-1].endswith("False")  # the package was not there
     results = load_file(folder / "results.safetensors")
-    same = {name: name for name in wanted} | {"tag": "whole", "device_map": "whole", "direct": "whole", "by_hand": "adapter"}
+    same = {name: name for name in wanted} | dict.fromkeys(("tag", "before", "local", "device_map", "direct"), "whole")
+    same |= dict.fromkeys(("by_hand", "pinned"), "adapter")
     assert {name: difference(results, wanted, name, source) for name, source in same.items()} == dict.fromkeys(same, 0.0)
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_torch_and_transformers_are_enough_on_a_cpu(place, package):
+    """Without Triton and all that the extras install: load, stream, train a step."""
+    _, environment, folder, wanted, _ = place
+    absent = ["triton", "accelerate", "peft", "datasets", "scipy", "soundfile", "sphn", "matplotlib", "rich", "jinja2", "tensorboard"]
+    code = f"import sys\nfor name in {absent}: sys.modules[name] = None\n" + (HERE if package else ELSEWHERE)
+    code += f"far = {{}} if {package} else {{'trust_remote_code': True}}"
+    code += """
+from transformers import AutoModel, AutoProcessor
+model, processor = AutoModel.from_pretrained("user/whole", **far), AutoProcessor.from_pretrained("user/whole", **far)
+keep("whole", model)
+ears, stream = processor.new_audio_stream(), model.new_stream()
+for _ in range(3):
+    frame = stream.step(ears.encode(torch.zeros(1, 1920)))
+assert frame.valid.all()
+model(**frames, text_labels=frames["input_ids"], audio_labels=frames["moshi_audio_codes"]).loss.backward()
+"""
+    python(code + DONE, folder, environment)
+    assert difference(load_file(folder / "results.safetensors"), wanted, "whole", "whole") == 0.0
 
 
 def test_shipped_python_is_exactly_the_flat_files(place):
@@ -131,11 +168,14 @@ def test_whole_repository_holds_what_was_promised(place):
     files = hub.repos["user/whole"].files("v1")
     assert sorted(name for name in files if name.startswith("model-")) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert {"README.md", "manifest.json", "config.json", "processor_config.json", "tokenizer.json", "probe.safetensors"} < files.keys()
+    assert "generation_config.json" in files
     assert "audio_tokenizer/model.safetensors" in files
     assert set(json.loads(files["manifest.json"])["files"]) == files.keys() - {"manifest.json", ".gitattributes"}
     assert hub.repos["user/half"].private
     assert not hub.repos["user/whole"].private
-    assert json.loads(hub.repos["user/adapter"].files()["adapter_config.json"])["base_model_name_or_path"] == "user/whole"
+    for name, base in (("user/adapter", "user/whole"), ("user/pinned", "user/half")):
+        adapter = json.loads(hub.repos[name].files()["adapter_config.json"])
+        assert (adapter["base_model_name_or_path"], adapter["revision"]) == (base, hub.repos[base].tags["v1"])
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for repo in hub.repos.values() for name in repo.files())
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModel, TorchAoConfig
 from modeling_moshi_ttt.common.files import write_manifest
 from modeling_moshi_ttt.tools import cli
 from modeling_moshi_ttt.tools.probe import make_probe, probe_loss, write_probe
-from modeling_moshi_ttt.tools.verify import verify
+from modeling_moshi_ttt.tools.verify import human_size, verify
 from modeling_moshi_ttt.training import modes
 from modeling_moshi_ttt.training.run_config import ModelSettings
 from modeling_moshi_ttt.training.setup import build_model
@@ -52,6 +52,7 @@ def test_a_whole_checkpoint_is_described(checkpoint, capsys):
     assert "TTT layers: 1 (linear)" in said
     assert "dtype: float32 100%" in said
     assert "as stored" in said
+    assert f"full checkpoint, {human_size(sum(path.stat().st_size for path in checkpoint.iterdir()))}\n" in said
     assert said.endswith("all is well\n")
 
 
@@ -121,6 +122,9 @@ def test_adapters_are_checked_with_their_base(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"the adapter is for TTT layers \[0\], its base .* has \[1\]"):
         verify(tmp_path / "adapter")
     save_file(tensors, weights)
+    change(checkpoint, lambda tensors: tensors["decoder.model.norm.weight"].mul_(2))
+    with pytest.raises(ValueError, match=f"not the same model; either the adapter or its base {checkpoint} has changed"):
+        verify(tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for wrong, message in (
         ({}, "adapter_config.json lacks peft_type, r, lora_alpha, target_modules"),

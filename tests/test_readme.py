@@ -1,5 +1,6 @@
 """Everything in the README runs: its Python as it stands, its commands against a local Hub, its files and links are there."""
 
+import json
 import os
 import re
 import shutil
@@ -23,10 +24,11 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs_as_it_stands(code, monkeypatch):
+def test_python_runs_as_it_stands(code, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^print.*  # (.*)$", code, flags=re.MULTILINE) != []
     assert names["sound"].shape == (1, 1920)
     assert isinstance(names["text"], str)
 
@@ -51,26 +53,52 @@ def shell_lines() -> list[str]:
     return [line for line in lines if line]
 
 
-def test_every_command_of_the_road_runs(tmp_path):
+def without_what_varies(lines: str) -> list[str]:
+    """Lines of output, but for losses, sizes, addresses and commits."""
+    return [re.sub(r"[\d.]+ MB|loss [\d.]+|https?://[^/]+|commit \w+", "...", line).strip() for line in lines.splitlines()]
+
+
+def test_every_command_of_the_road_runs_and_says_what_is_shown(tmp_path):
     """From recordings to an adapter on the Hub and back, as the README says it, in a copy of the checkout, against a local Hub."""
     place = tmp_path / "checkout"
     place.mkdir()
     for name in ("configuration", "examples"):
         shutil.copytree(ROOT / name, place / name)
     start = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt prepare"))
-    stop = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt pull"))
+    stop = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt convert runs"))
     road = [line for line in shell_lines()[start : stop + 1] if not line.startswith("hf auth login")]
-    assert [line.split()[0] for line in road] == ["moshi-ttt", "accelerate", *["moshi-ttt"] * 4]
+    assert [line.split()[0] for line in road] == ["moshi-ttt", "accelerate", *["moshi-ttt"] * 5]
     # `make demo` has trained the base by then: three steps stand in for its training here.
     demo = road[1].split(" run_dir=")[0] + " optim.steps=3 evaluate_start=false"
     road = [demo, *(line.replace("optim.steps=20", "optim.steps=2 evaluate_start=false") for line in road)]
     with HubServer() as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
         environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        said = []
         for line in road:
             done = subprocess.run(line, shell=True, cwd=place, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            said += without_what_varies(done.stdout)
+    assert [line for block in blocks("text") for line in without_what_varies(block) if line not in said] == []
     assert (place / "my-moshi").is_dir()
+
+
+def test_the_table_of_recall_is_of_the_pictures_numbers():
+    """At every distance: chance without TTT, 97% of four pairs and 90% of eight with it, in ten minutes."""
+    measured = json.loads((ROOT / "docs" / "pictures" / "recall.json").read_text())
+    assert (measured["window"], measured["settings"]["distances"]) == (16, [24, 32, 48, 64, 96])
+    assert {run["name"] for run in measured["runs"][1:]} == {f"TTT-{mixer}, b = {b}" for mixer in ("linear", "mlp") for b in (1, 4, 16)}
+    for run in measured["runs"]:
+        found = {pairs: [cell["accuracy"] for cell in run["results"] if cell["pairs"] == pairs] for pairs in (4, 8)}
+        assert run["training"]["seconds"] <= 600
+        if run["name"] == "window attention alone":
+            assert max(found[4] + found[8]) <= 0.04
+            continue
+        assert min(found[4]) >= 0.97
+        assert min(found[8]) >= 0.9
+        name = run["name"].replace("mlp", "MLP").replace("b =", "mini-batch")
+        means = " | ".join(f"{sum(values) / len(values):.0%}" for values in found.values())
+        assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in README
 
 
 def test_named_commands_targets_and_files_exist():

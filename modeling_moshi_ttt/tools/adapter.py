@@ -118,19 +118,22 @@ def verify_adapter(folder: Path, run_probe: bool) -> Facts:
     if stored is not None:
         model: Any = load_adapter(folder)
         facts.probe = probe_loss(model, stored[0])
-        compare(stored[1], facts.probe, model.base_model.dtype)
+        try:
+            compare(stored[1], facts.probe, model.base_model.dtype)
+        except ValueError as error:
+            raise ValueError(f"{error}; either the adapter or its base {base or '(of its run)'} has changed since then") from None
     return facts
 
 
-def stage_adapter(folder: Path, target: Path, base: str | None) -> float:
-    """The adapter, naming a base that others can load; returns the loss of adapter and base on the probe."""
+def stage_adapter(folder: Path, target: Path, base: str | None, pin: str | None = None) -> float:
+    """The adapter, naming a base that others can load, at revision `pin`; returns the loss of adapter and base on the probe."""
     verify_adapter(folder, run_probe=False)
     adapter_config = read_json(folder / ADAPTER_CONFIG)
     name, revision = hub_base(adapter_config, base)
     model = load_adapter(folder)
     loss = stage_probe(model, folder, target)
     write_base_config(target, model.config)
-    adapter_config |= {"base_model_name_or_path": name, "revision": revision, "auto_mapping": AUTO_MAPPING, "task_type": None}
+    adapter_config |= {"base_model_name_or_path": name, "revision": pin or revision, "auto_mapping": AUTO_MAPPING, "task_type": None}
     atomic_write(target / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True))
     shutil.copyfile(folder / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
     return loss

@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.json", "training_summary.json"
 # What only the people behind a model know: a JSON file in the run folder.
 CARD_FACTS = "card.json"
-FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license")
+FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license", "time")
 FACT_LISTS = ("datasets", "languages")
 FRAME_RATE = 12.5
 CHANCE = 50.0
@@ -126,7 +126,7 @@ def training_rows(run: dict[str, Any], summary: dict[str, Any], details: dict[st
         if value is not None:
             rows.append((name, str(value)))
     rows += [(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in summary.items()]
-    return rows + ([("hardware", str(details["hardware"]))] if details.get("hardware") else [])
+    return rows + [(key, str(details[key])) for key in ("hardware", "time") if details.get(key)]
 
 
 def summarise(metrics: Path) -> dict[str, Any]:

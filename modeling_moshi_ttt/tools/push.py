@@ -3,7 +3,7 @@
 The folder is made, loaded and its loss compared on the stored probe before anything is uploaded. Until the one commit at the end the
 repository stays as it was; an interrupted push goes on where it stopped when it is repeated.
 
-A file card.json in the run folder tells the card what only you know: base_model, datasets, description, hardware, languages, license.
+A file card.json in the run folder tells the card what only you know: base_model, datasets, description, hardware, languages, license, time.
 """
 
 import argparse
@@ -63,12 +63,11 @@ def push(
     with hub_errors(f"looking at {repo_id}"):
         remote = look_for_push(api, repo_id)
         _check_tag(api, repo_id, tag, remote)
-        if kind == "adapter":
-            _check_adapter(api, folder, base)
+        pin = _check_adapter(api, folder, base) if kind == "adapter" else None
     with TemporaryDirectory(prefix=".push-", dir=_room(folder)) as temporary:
         staged = Path(temporary) / "staged"
         staged.mkdir()
-        facts = stage(source, staged, repo_id, kind, base, max_shard_size, results)
+        facts = stage(source, staged, repo_id, kind, base, max_shard_size, results, pin)
         with hub_errors(f"pushing to {repo_id}"):
             oid = _upload(api, staged, repo_id, private, remote)
     if tag:
@@ -91,11 +90,13 @@ def _check_tag(api: HfApi, repo_id: str, tag: str | None, remote: Remote | None)
             raise ValueError(f"{repo_id} already has a tag {tag!r} on another commit; choose another tag")
 
 
-def _check_adapter(api: HfApi, folder: Path, base: str | None) -> None:
+def _check_adapter(api: HfApi, folder: Path, base: str | None) -> str:
+    """The revision of the base that the adapter will name: its own, else the newest commit, for a base that moves on is another base."""
     from .adapter import hub_base
 
     name, revision = hub_base(read_json(folder / ADAPTER_CONFIG), base)
-    check_base(api, name, revision, adapter_layers(folder))
+    there = check_base(api, name, revision, adapter_layers(folder))
+    return revision or there.sha
 
 
 def _upload(api: HfApi, staged: Path, repo_id: str, private: bool, remote: Remote | None) -> str:

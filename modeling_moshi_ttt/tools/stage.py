@@ -71,10 +71,12 @@ def stage(
     base: str | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     results: str | os.PathLike[str] | None = None,
+    pin: str | None = None,
 ) -> Facts:
     """Fill the empty folder `target` from a run or checkpoint, load it again, and compare its loss on the probe with the source's.
 
-    `results` is the folder of an evaluation; without it the run's own results.json is taken where there is one.
+    `results` is the folder of an evaluation; without it the run's own results.json is taken where there is one. `pin` is the revision of
+    an adapter's base that the adapter is to name.
 
     Raises ValueError where the source is no whole checkpoint, or where what was staged is not the same model.
     """
@@ -85,7 +87,7 @@ def stage(
     else:
         from .adapter import stage_adapter, stage_merged  # they need PEFT
 
-        loss = stage_adapter(folder, target, base) if kind == "adapter" else stage_merged(folder, target, max_shard_size)
+        loss = stage_adapter(folder, target, base, pin) if kind == "adapter" else stage_merged(folder, target, max_shard_size)
     copy_others(folder, target)
     for path in model_files():
         shutil.copyfile(path, target / path.name)
