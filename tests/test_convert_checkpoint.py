@@ -327,6 +327,21 @@ def test_what_does_not_fit_is_refused_and_nothing_is_half_written(kyutai, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(("value", "dtype", "message"), [(float("nan"), None, "not finite"), (1e6, torch.float16, "up to 1e.06, too large")])
+@pytest.mark.parametrize("there", [True, False])
+def test_weights_that_are_not_finite_are_refused_both_ways(tmp_path, there, value, dtype, message):
+    small_model(ttt_layers=[]).save_pretrained(tmp_path / "here")
+    convert(tmp_path / "here", tmp_path / "kyutai")
+    source = tmp_path / ("kyutai" if there else "here")
+    weights = load_file(source / "model.safetensors")
+    name = "text_linear.weight" if there else "decoder.lm_head.weight"
+    weights[name][0, 0] = value
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"(lm_head|text_linear)\.weight holds values .*{message}"):
+        convert(source, tmp_path / "out", Options(dtype=dtype))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_repository_on_the_hub_is_fetched_without_its_pickles(kyutai, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -58,8 +58,14 @@ class Options:
     base: str | None = None
 
     def cast(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in the dtype asked for; ValueError for weights that are not finite, or are too large for it."""
         for name, tensor in tensors:
-            yield name, tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged or its training diverged")
+            written = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+            if written is not tensor and not bool(written.isfinite().all()):
+                raise ValueError(f"{name} holds values up to {tensor.abs().max():g}, too large for {self.dtype}; use --dtype bfloat16")
+            yield name, written
 
 
 def find_kind(folder: Path, weights: Path | None) -> str:

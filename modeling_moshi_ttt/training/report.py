@@ -89,6 +89,8 @@ def peak_memory(device: torch.device) -> float:
     """The most memory held so far, in GB: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if (status := Path("/proc/self/status")).is_file():  # the process' own; what rusage says may be its parent's
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
