@@ -7,6 +7,7 @@ through one at a time: a checkpoint of any size needs little memory.
 
 import argparse
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -60,12 +61,16 @@ class Options:
     def cast(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the dtype asked for; ValueError for weights that are not finite, or are too large for it."""
         for name, tensor in tensors:
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if not tensor.is_floating_point():
+                yield name, tensor
+                continue
+            dtype, (low, high) = self.dtype or tensor.dtype, tensor.aminmax()  # `isfinite` would make copies of hundreds of MB
+            largest = float(torch.maximum(-low, high))
+            if not math.isfinite(largest):
                 raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged or its training diverged")
-            written = tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
-            if written is not tensor and not bool(written.isfinite().all()):
-                raise ValueError(f"{name} holds values up to {tensor.abs().max():g}, too large for {self.dtype}; use --dtype bfloat16")
-            yield name, written
+            if largest > torch.finfo(dtype).max:
+                raise ValueError(f"{name} holds values up to {largest:g}, too large for {dtype}; use --dtype bfloat16")
+            yield name, tensor.to(dtype)
 
 
 def find_kind(folder: Path, weights: Path | None) -> str:
