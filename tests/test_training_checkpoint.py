@@ -117,17 +117,20 @@ def test_random_state_round_trip():
 
 
 def trained_on(tmp_path, recordings, carry):
-    """A run of two steps on these recordings."""
+    """How many steps a run of two on these recordings has left to do: 2, or none where its checkpoint stands."""
     run = make_run(tmp_path / "run", data={"carry": carry}, optim={"steps": 2})
-    make_trainer(run, recordings, make_model()).fit()
+    trainer, metrics = make_trainer(run, recordings, make_model()), tmp_path / "run" / "metrics.jsonl"
+    before = metrics.read_text() if metrics.is_file() else ""
+    trainer.fit()
+    return len(metrics.read_text().removeprefix(before).splitlines())
 
 
 @pytest.mark.parametrize("carry", ["none", "state"])
 def test_other_recordings_are_refused_by_name(tmp_path, carry):
     config = make_model().config
     recordings = make_recordings(tmp_path / "codes", [24, 17, 24, 20], config)
-    trained_on(tmp_path, recordings, carry)
-    trained_on(tmp_path, recordings, carry)  # the same ones go on
+    assert trained_on(tmp_path, recordings, carry) == 2
+    assert trained_on(tmp_path, recordings, carry) == 0  # the same ones go on
     longer = [*recordings[:3], replace(recordings[3], frames=19)]
     for other in (recordings[:3], recordings[::-1], longer):
         message = rf"checkpoint-00000002 was .*data\.train=unused gave 4 recordings .* now gives {len(other)} recordings .*new run_dir"
@@ -137,10 +140,10 @@ def test_other_recordings_are_refused_by_name(tmp_path, carry):
 
 def test_a_checkpoint_that_does_not_say_its_recordings_goes_on(tmp_path):
     recordings = make_recordings(tmp_path / "codes", [24, 17, 24, 20], make_model().config)
-    trained_on(tmp_path, recordings, "state")
+    assert trained_on(tmp_path, recordings, "state") == 2
     path = tmp_path / "run" / "checkpoints" / "checkpoint-00000002"
     state = json.loads((path / "state.json").read_text())
     del state["data"]
     (path / "state.json").write_text(json.dumps(state))
     write_manifest(path)
-    trained_on(tmp_path, recordings, "state")
+    assert trained_on(tmp_path, recordings, "state") == 0
