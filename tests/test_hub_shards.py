@@ -1,6 +1,7 @@
 """Safetensors one tensor at a time: what is written is what is read, by this reader and by safetensors' own."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from hub_checkpoints import PEAK, has_peak
 from safetensors.torch import load_file, save_file
 
-from modeling_moshi_ttt.tools.shards import INDEX, SINGLE, ShardWriter, TensorFiles, parse_size
+from modeling_moshi_ttt.tools.shards import INDEX, SINGLE, ShardWriter, TensorFiles, largest, parse_size
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -119,3 +120,12 @@ print(peak() - before)
     copy = TensorFiles(tmp_path / "copy")
     assert len(set(copy.file_of.values())) == 3
     assert all(float(copy.fetch(f"t{i}")[-1]) == i for i in range(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_largest_value_of_any_floats(dtype):
+    assert largest(torch.tensor([[1.0, -3.0], [0.0, 2.0]]).to(dtype)) == 3.0
+    assert math.isnan(largest(torch.tensor([1.0, float("nan"), 2.0]).to(dtype)))
+    assert largest(torch.empty(0, 4, dtype=dtype)) == 0.0
+    if dtype != torch.float8_e4m3fn:  # which has no infinity
+        assert largest(torch.tensor([1.0, float("-inf")]).to(dtype)) == float("inf")

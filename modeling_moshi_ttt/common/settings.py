@@ -21,6 +21,7 @@ from .files import read_text
 
 T = TypeVar("T")
 ABOVE_ZERO = 1e-30  # as a lowest value: more than 0
+SEEDS = (0, 2**32 - 1)  # that numpy and torch both take
 
 
 class _Loader(yaml.SafeLoader):

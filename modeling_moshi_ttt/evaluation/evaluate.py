@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.settings import ABOVE_ZERO, check_entries, check_numbers, describe, load_settings
+from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
 from .recall import RecallSettings
 
 SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
@@ -125,7 +125,7 @@ class EvaluateSettings:
     recall: RecallSettings | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=1, seed=(0, 2**32 - 1))
+        check_numbers(self, batch_size=1, seed=SEEDS)
         if not self.sections:
             raise ValueError(f"no section is given, so nothing would run; give some of {', '.join(SECTIONS)} (recall={{}} needs no more).")
         if self.model is None and (self.adapter is not None or set(self.sections) != {"recall"}):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.files import atomic_write
-from ..common.settings import ABOVE_ZERO, check_entries, check_numbers, describe, load_settings
+from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
 
 KEYS = 50  # that there are, and so the most pairs
 
@@ -62,7 +62,7 @@ class RecallSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, window=1, pairs=(1, KEYS), distances=0, train_distances=0, sequences=1, steps=1, batch_size=1)
-        check_numbers(self, learning_rate=ABOVE_ZERO, seconds=ABOVE_ZERO, seed=(0, 2**32 - 1), threads=0)
+        check_numbers(self, learning_rate=ABOVE_ZERO, seconds=ABOVE_ZERO, seed=SEEDS, threads=0)
         check_entries("pairs", self.pairs)
         check_entries("distances", self.distances)
         check_entries("variants", [variant.name for variant in self.variants])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..common.adapters import check_loadable, checked_config, is_adapter, load_base
 from ..common.files import atomic_write, read_json, sha256
-from ..common.hub import hub_errors
+from ..common.hub import hub_errors, is_hub_name
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
@@ -103,7 +103,7 @@ def _local(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not is_hub_name(name):
         raise ValueError(f"{name}: no such folder, and not a Hub name (owner/model)")
     from huggingface_hub import snapshot_download
 

@@ -30,7 +30,7 @@ from .convert import check_names, config_from_kyutai, moshi_groups, stream_to_he
 from .convert_lora import lora_to_peft, peft_config, peft_to_lora
 from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
 from .kyutai_config import MOSHI_7B, kyutai_from_config
-from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles
+from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from .stage import copy_others
 
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
@@ -64,12 +64,11 @@ class Options:
             if not tensor.is_floating_point():
                 yield name, tensor
                 continue
-            dtype, (low, high) = self.dtype or tensor.dtype, tensor.aminmax()  # `isfinite` would make copies of hundreds of MB
-            largest = float(torch.maximum(-low, high))
-            if not math.isfinite(largest):
+            dtype, most = self.dtype or tensor.dtype, largest(tensor)
+            if not math.isfinite(most):
                 raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged or its training diverged")
-            if largest > torch.finfo(dtype).max:
-                raise ValueError(f"{name} holds values up to {largest:g}, too large for {dtype}; use --dtype bfloat16")
+            if most > torch.finfo(dtype).max:
+                raise ValueError(f"{name} holds values up to {most:g}, too large for {dtype}; use --dtype bfloat16")
             yield name, tensor.to(dtype)
 
 

@@ -47,6 +47,14 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value of floats; NaN or infinite where one is. `isfinite` would make copies, of hundreds of MB at 7B."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = (tensor if tensor.itemsize > 1 else tensor.bfloat16()).aminmax()  # torch has none for float8
+    return float(torch.maximum(-low, high))
+
+
 class TensorFiles:
     """The tensors of a checkpoint, read one by one: a folder with an index or a single file, or one .safetensors file.
 

@@ -1,6 +1,7 @@
 """Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, and the loss on its probe."""
 
 import argparse
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from ..common.files import MANIFEST, check_manifest, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .probe import compare, probe_loss, read_probe
-from .shards import PICKLES, TensorFiles
+from .shards import PICKLES, TensorFiles, largest
 
 KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
 MAX_PROBLEMS = 20
@@ -104,7 +105,7 @@ def shape_problems(found: Shapes, wanted: Shapes) -> list[str]:
 def finite_problems(files: TensorFiles) -> list[str]:
     problems = []
     for name, tensor in files:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not math.isfinite(largest(tensor)):
             bad = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name} holds {bad} values that are NaN or infinite")
     return problems

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..common.settings import ABOVE_ZERO, check_numbers, load_settings, to_dict
+from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, to_dict
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
@@ -165,7 +165,7 @@ def _check(run: RunConfig) -> None:
     if "lora" not in run.mode and run.lora is not None:
         raise ValueError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
     share = (0, 1)
-    check_numbers(run, evaluate_every=0, seed=(0, 2**32 - 1))
+    check_numbers(run, evaluate_every=0, seed=SEEDS)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
     check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
