@@ -35,25 +35,35 @@ from .ttt_state import TTTState
 TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
 
 
+class _OutputWithCache(ModelOutput):
+    """An output whose field `cache`, transformers' name from 5.24 on, can be read as `past_key_values` as well."""
+
+    cache: MoshiTTTCache | None
+
+    @property
+    def past_key_values(self) -> MoshiTTTCache | None:
+        return self.cache
+
+
 @dataclass
-class MoshiTTTModelOutput(ModelOutput):
+class MoshiTTTModelOutput(_OutputWithCache):
     """What the temporal transformer gives.
 
     Args:
         last_hidden_state: `[B, T, E]`, normalised.
-        past_key_values: the streams' memory after these frames.
+        cache: the streams' memory after these frames; also `past_key_values`.
         hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
         inner_losses: the inner losses of each TTT layer by its number, when asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: MoshiTTTCache | None = None
+    cache: MoshiTTTCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
 
 
 @dataclass
-class MoshiTTTOutput(ModelOutput):
+class MoshiTTTOutput(_OutputWithCache):
     """What Moshi-TTT gives.
 
     Args:
@@ -61,7 +71,7 @@ class MoshiTTTOutput(ModelOutput):
         text_loss, audio_loss: weighted mean cross-entropies in nats.
         logits: `[B, T, V]`; step t predicts text frame t.
         audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
-        last_hidden_state, past_key_values, hidden_states, inner_losses: as in [`MoshiTTTModelOutput`].
+        last_hidden_state, cache, hidden_states, inner_losses: as in [`MoshiTTTModelOutput`].
     """
 
     loss: torch.Tensor | None = None
@@ -70,7 +80,7 @@ class MoshiTTTOutput(ModelOutput):
     logits: torch.Tensor | None = None
     audio_logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: MoshiTTTCache | None = None
+    cache: MoshiTTTCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
 
@@ -245,7 +255,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
         return MoshiTTTModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            cache=past_key_values,
             hidden_states=tuple(seen) if output_hidden_states else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
@@ -391,10 +401,17 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             output_inner_losses=output_inner_losses,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
-        result = MoshiTTTOutput(logits=logits, audio_logits=audio_logits, **outputs)
-        result.text_loss, result.audio_loss = self._losses(logits, audio_logits, steps, whole)
-        losses = [loss for loss in (result.text_loss, result.audio_loss) if loss is not None]
-        result.loss = torch.stack(losses).sum() if losses else None
+        text_loss, audio_loss = self._losses(logits, audio_logits, steps, whole)
+        losses = [loss for loss in (text_loss, audio_loss) if loss is not None]
+        # All at once, in the order of the fields: a plain tuple then begins with the loss.
+        result = MoshiTTTOutput(
+            loss=torch.stack(losses).sum() if losses else None,
+            text_loss=text_loss,
+            audio_loss=audio_loss,
+            logits=logits,
+            audio_logits=audio_logits,
+            **outputs,
+        )
         if past is not None:
             past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
         if frames.order is not None:
