@@ -203,12 +203,17 @@ class MoshiTTTGenerationMixin:
         Raises:
             ValueError: a temperature not above 0, a negative top_k, an empty batch.
         """
+        _gather_for_streams(self)
         return MoshiTTTStream(self, batch_size, Sampling(do_sample, temperature, text_temperature, top_k, text_top_k, generator))
 
     def step_frame(self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the temporal transformer on delayed tokens `[B, S]`: text logits `[B, V]` and hidden states `[B, E]`."""
         logits, outputs = self.decoder(self.embed(tokens[..., None]), past_key_values=past_key_values)
         return logits[:, 0], outputs.last_hidden_state[:, 0]
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> dict[str, Any]:
+        """The inputs as they are: [`generate`] steps a stream, and PEFT's generation looks for this method."""
+        return {"input_ids": input_ids, **inputs}
 
     @torch.no_grad()
     def generate(
@@ -251,6 +256,18 @@ class MoshiTTTGenerationMixin:
         stream = self.new_stream(prompt.shape[0], **{name: value for name, value in sampling.items() if name not in LABELS})
         said = [stream._step(heard[..., s], forced[..., s]) for s in range(frames + depth)][depth:]
         return MoshiTTTGenerateOutput(torch.stack([f.text for f in said], -1), torch.stack([f.audio_codes for f in said], -1))
+
+
+def _gather_for_streams(model: Any) -> None:
+    """Under FSDP2, let the methods that a stream calls gather their module's weights, as `forward` does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # not in every build of torch
+
+    for module in model.modules():
+        for method in ("step_frame", "decode", "step"):
+            if isinstance(module, FSDPModule) and hasattr(module, method) and method not in vars(module):
+                register_fsdp_forward_method(module, method)
 
 
 def _prompt(
