@@ -24,6 +24,11 @@ def read() -> dict[str, str]:
     return reasons
 
 
+def tuners() -> dict[str, str]:
+    """Reason by the name of a PEFT configuration that is of no use here, and not tried at all."""
+    return {name: entry["reason"] for entry in tomllib.loads(PATH.read_text())["tuner"] for name in entry["configs"]}
+
+
 def matching(name: str, patterns: dict[str, str]) -> list[str]:
     """The patterns that a test's name matches; brackets in names are plain characters."""
     return [pattern for pattern in patterns if fnmatchcase(name, pattern.replace("[", "[[]"))]
