@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint bench peer evaluate-demo clean
+.PHONY: help install demo test soak lint bench peer peer-suites evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,8 +42,13 @@ bench: $(READY)  ## the CPU benchmarks, as ratios against benchmarks/baseline.js
 peer:  ## Kyutai's own package into .venv-peer, for the benchmarks that stand beside it
 	benchmarks/install_peer.sh
 
+# Their files use marks of their own, hence not this project's strict options.
+peer-suites: $(READY)  ## transformers' and PEFT's own tests, of the installed versions, over the tiny model
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,peer-suites]'
+	$(PYTEST) -o addopts=--import-mode=importlib -W ignore -q -n 2 tests/peer_suites/suite_transformers.py tests/peer_suites/suite_peft.py
+
 evaluate-demo: $(READY)  ## every evaluation on the tiny model, with its report
 	$(BIN)/python examples/evaluate_demo.py
 
 clean:  ## remove what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .peer-suites build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

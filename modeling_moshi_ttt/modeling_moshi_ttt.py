@@ -52,7 +52,7 @@ class MoshiTTTModelOutput(_OutputWithCache):
     Args:
         last_hidden_state: `[B, T, E]`, normalised.
         cache: the streams' memory after these frames; also `past_key_values`.
-        hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
+        hidden_states: `[B, T, E]` before each layer, and `last_hidden_state`, when asked for.
         attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
         inner_losses: the inner losses of each TTT layer by its number, when asked for.
     """
@@ -276,13 +276,13 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         mask = None if attention_mask is None else attention_mask.bool()
         lengths = None if mask is None else mask.sum(dim=1)
         frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values, implementation)
-        hidden_states, seen, outputs, attentions = inputs_embeds, [inputs_embeds], [], []
+        hidden_states, seen, outputs, attentions = inputs_embeds, [], [], []
         for i, layer in enumerate(self.layers):
             memory = past_key_values.layers[i] if past_key_values is not None else None
             past, state = (memory.past, memory.ttt_state) if memory is not None else (None, None)
             output = layer(hidden_states, frames=frames, past=past, ttt_state=state, output_inner_losses=output_inner_losses)
-            hidden_states = output.hidden_states
             seen.append(hidden_states)
+            hidden_states = output.hidden_states
             if output_attentions:
                 attentions.append(output.attentions)
             # Nobody reads attention weights again, nor, without a memory, keys, values and states.
@@ -290,10 +290,11 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             outputs.append(output._replace(**kept))
         if past_key_values is not None:
             past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
+        hidden_states = self.norm(hidden_states)
         return MoshiTTTModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             cache=past_key_values,
-            hidden_states=tuple(seen) if output_hidden_states else None,
+            hidden_states=(*seen, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
@@ -359,7 +360,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         num_items_in_batch:
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
             tensor of two (the sum of [`loss_weights`] of its parts), or as one number the frames of the whole.
-        output_hidden_states: also return the hidden states before each layer and after the last; `config.output_hidden_states` when None.
+        output_hidden_states: also return the hidden states before each layer, and the last; `config.output_hidden_states` when None.
         output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
         output_inner_losses: also return the TTT layers' inner losses.
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.

@@ -5,7 +5,7 @@ Letters: B rows, T frames of 80 ms, n samples, K codebooks.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,13 @@ from .mimi_stream import MimiStream, check_codes
 END_OF_PADDING = 0  # stands right before a word
 TEXT_PADDING = 3  # nobody speaks, or the word's tokens are all said
 ABSENT = -1  # the zero token: embeds to zero and is not trained
+IGNORED = -100  # a label that is not trained
 WORD_START = "\u2581"
 MAIN_SPEAKER = "SPEAKER_MAIN"
+# Streams of a batch: their number of dimensions in one recording, frames last, and what stands past its end.
+STREAMS = {"input_ids": (1, ABSENT), "moshi_audio_codes": (2, ABSENT), "user_audio_codes": (2, ABSENT)}
+STREAMS |= {"text_labels": (1, IGNORED), "audio_labels": (2, IGNORED), "attention_mask": (1, 0)}
+AUTO_MAP = {"AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor"}
 
 
 def text_stream(
@@ -144,6 +149,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         mono_is: str = "moshi",
         main_speaker: str = MAIN_SPEAKER,
         keep_and_shift: bool = False,
+        return_tensors: str | None = None,
     ) -> BatchFeature:
         """Aligned frames of one recording or a list of them.
 
@@ -154,11 +160,14 @@ class MoshiTTTProcessor(ProcessorMixin):
         chunk_start, chunk_end: the window, in seconds; without an end, to the recording's end. Frames past it are absent in every stream.
 
         Returns input_ids [B, T], moshi_audio_codes and user_audio_codes [B, K, T], text_labels [B, T] and audio_labels [B, K, T] (−100
-        where absent, hence not trained), and, only when rows differ in length, attention_mask [B, T].
+        where absent, hence not trained), and, only when rows differ in length, attention_mask [B, T]. They are torch tensors; return_tensors
+        may say "pt", as other processors want it.
 
         Raises ValueError for audio that is empty, not finite, not float or of more than two channels, for words with end < start or times
         that are no numbers, and for text that the tokenizer cannot encode.
         """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors is {return_tensors!r}; frames are torch tensors: leave it out or say 'pt'.")
         if audio is None:
             raise ValueError("audio is missing; give samples as float [n] or [channels, n].")
         single = not isinstance(audio, (list, tuple))
@@ -181,11 +190,55 @@ class MoshiTTTProcessor(ProcessorMixin):
     @staticmethod
     def _features(text: Tensor, moshi: Tensor, user: Tensor, lengths: list[int], total: int) -> BatchFeature:
         data = {"input_ids": text, "moshi_audio_codes": moshi, "user_audio_codes": user}
-        data["text_labels"] = text.masked_fill(text == ABSENT, -100)
-        data["audio_labels"] = moshi.masked_fill(moshi == ABSENT, -100)
+        data["text_labels"] = text.masked_fill(text == ABSENT, IGNORED)
+        data["audio_labels"] = moshi.masked_fill(moshi == ABSENT, IGNORED)
         if min(lengths) < total:
             data["attention_mask"] = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
         return BatchFeature(data)
+
+    def pad(
+        self,
+        encoded_inputs: Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """One batch of recordings of any lengths: what transformers' `DataCollatorWithPadding(processor)` calls.
+
+        encoded_inputs: what this processor gave for each recording, tensors or lists. padding: to the longest, or to max_length frames when
+        it is "max_length", rounded up to pad_to_multiple_of. Frames past a recording's end are absent, masked and not trained, and so is a
+        stream that a recording lacks. With labels of one kind those of the other are there too, for `Trainer` looks for both.
+
+        Raises ValueError for a stream that is unknown, or a recording that is longer than max_length.
+        """
+        rows = [{name: torch.as_tensor(value) for name, value in one.items()} for one in encoded_inputs]
+        names = {name for row in rows for name in row}
+        if unknown := sorted(names - STREAMS.keys()):
+            raise ValueError(f"recordings hold {unknown[0]!r}, which is no stream; keep {', '.join(STREAMS)}.")
+        lengths = [next(iter(row.values())).shape[-1] for row in rows]
+        total = max_length if padding == "max_length" and max_length is not None else max(lengths)
+        if max(lengths) > total:
+            raise ValueError(f"a recording has {max(lengths)} frames and max_length is {total}; cut it, or allow as many.")
+        total += -total % (pad_to_multiple_of or 1)
+        if names & {"text_labels", "audio_labels"}:
+            names |= {"text_labels", "audio_labels"}
+        if min(lengths) < total:
+            names.add("attention_mask")
+        return BatchFeature({name: self._padded(name, rows, lengths, total) for name in STREAMS if name in names})
+
+    def _padded(self, name: str, rows: list[dict[str, Tensor]], lengths: list[int], total: int) -> Tensor:
+        """One stream of all recordings, long [B, total] or [B, K, total]."""
+        dims, nothing = STREAMS[name]
+        padded = []
+        for row, length in zip(rows, lengths, strict=True):
+            codebooks = (self.num_codebooks,) if dims == 2 else ()
+            # a recording without a mask is there from its first frame to its last
+            missing = torch.full((*codebooks, length), 1 if name == "attention_mask" else nothing)
+            stream = row.get(name, missing)
+            stream = stream if stream.dim() > dims else stream[None]  # with or without the rows' dimension
+            padded.append(F.pad(stream, (0, total - length), value=nothing))
+        return torch.cat(padded)
 
     def _wave(self, audio: Any, sampling_rate: int | None) -> Tensor:
         """Checked and resampled audio, float32 [1 or 2, n]."""
@@ -324,7 +377,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
         without = copy.copy(self)
         codec = without.__dict__.pop("audio_tokenizer")
-        output = super(MoshiTTTProcessor, without).to_dict()
+        output = super(MoshiTTTProcessor, without).to_dict() | {"auto_map": dict(AUTO_MAP)}  # which saving would add, and loading takes out
         return output if codec is None else {**output, "audio_tokenizer_folder": self.CODEC_FOLDER}
 
     @classmethod
