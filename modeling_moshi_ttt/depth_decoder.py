@@ -169,6 +169,11 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # any, since attention over the codebooks is SDPA's whatever the temporal transformer runs
 
+    def init_parallel_plans(self) -> None:
+        """As the parent's, without the plans of `MoshiDepthConfig`, which name modules of transformers' own depth decoder."""
+        super().init_parallel_plans()
+        self._fsdp_plan = {}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MoshiFlexibleLinear):

@@ -267,7 +267,7 @@ def _gather_for_streams(model: Any) -> None:
     for module in model.modules():
         for method in ("step_frame", "decode", "step"):
             if isinstance(module, FSDPModule) and hasattr(module, method) and method not in vars(module):
-                register_fsdp_forward_method(module, method)
+                register_fsdp_forward_method(module, method)  # type: ignore[arg-type]
 
 
 def _prompt(

@@ -24,9 +24,9 @@ def not_applying():
 
 
 def test_every_entry_names_tests_of_a_suite_and_a_reason(not_applying):
-    reasons = not_applying.read()
+    reasons = not_applying.read("tests")
     assert all(re.fullmatch(r"suite_(transformers|peft)\.py::Test\w+::test_[\w*\[\]-]+", pattern) for pattern in reasons)
-    assert all(len(reason.split()) > 5 for reason in [*reasons.values(), *not_applying.tuners().values()])
+    assert all(len(reason.split()) > 5 for reason in [*reasons.values(), *not_applying.read("tuners").values()])
     assert all((HOME / pattern.split("::")[0]).is_file() for pattern in reasons)
 
 
@@ -39,14 +39,14 @@ def test_brackets_in_names_are_plain_characters(not_applying):
 
 @pytest.mark.parametrize(
     "text",
-    ['[[entry]]\nreason = " "\ntests = ["a"]', '[[entry]]\nreason = "b"\ntests = []', '[[entry]]\nreason = "b"\ntests = ["a", "a"]'],
+    ["tests: [{reason: ' ', names: [a]}]", "tests: [{reason: b, names: []}]", "tests: [{reason: b, names: [a, a]}]"],
     ids=["no reason", "no tests", "twice"],
 )
 def test_a_malformed_list_is_refused(not_applying, tmp_path, text):
-    not_applying.PATH = tmp_path / "list.toml"
+    not_applying.PATH = tmp_path / "list.yaml"
     not_applying.PATH.write_text(text)
-    with pytest.raises(ValueError, match=r"list\.toml"):
-        not_applying.read()
+    with pytest.raises(ValueError, match=r"list\.yaml"):
+        not_applying.read("tests")
 
 
 def test_the_target_runs_both_suites():

@@ -27,7 +27,7 @@ def _names(pattern):
 
 def _settings():
     """Configuration classes and their arguments, aimed at the temporal transformer where PEFT would look the architecture up."""
-    excluded = not_applying.tuners()
+    excluded = not_applying.read("tuners")
     for number, (config_class, kwargs) in enumerate(theirs.ALL_CONFIGS):
         name, fields = config_class.__name__, {field.name for field in dataclasses.fields(config_class)}
         if "target_modules" in fields:

@@ -1,5 +1,6 @@
 """transformers' common tests of models, configurations and processors over the tiny model."""
 
+import contextlib
 import unittest
 from pathlib import Path
 
@@ -43,6 +44,9 @@ class TestModel(ModelTesterMixin, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = TinyModel(self)
+
+    def subTest(self, *args, **kwargs):
+        return contextlib.nullcontext()  # what fails in a part of a test fails the test, as the list of what does not apply counts it
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
