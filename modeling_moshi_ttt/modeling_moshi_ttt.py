@@ -238,7 +238,6 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
     """The temporal transformer: embedded steps in, hidden states out."""
 
     _names_in_whole = {r"^(decoder\.)?model\.": ""}
-    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\.", r"lm_head\."]
 
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
@@ -327,7 +326,6 @@ class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
     """The temporal transformer with its text head, as transformers nests them."""
 
     _names_in_whole = {r"^decoder\.": ""}
-    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\."]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoshiTTTConfig):
@@ -381,7 +379,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         super().__init__(config)
         self.embed_tokens = nn.ModuleList(nn.Embedding(config.audio_vocab_size + 1, config.hidden_size) for _ in config.audio_delays)
         self.decoder = MoshiTTTForCausalLM(config)
-        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)  # type: ignore[arg-type]
+        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config, part=True)  # type: ignore[arg-type]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
