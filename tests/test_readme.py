@@ -11,9 +11,11 @@ import pytest
 from hub_server import HubServer
 from tree import ROOT, project_files
 
+import modeling_moshi_ttt
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.tools.cli import COMMANDS
 
+PACKAGE = Path(modeling_moshi_ttt.__file__).parent
 README = (ROOT / "README.md").read_text()
 PICTURE_OF_A_MACHINE = re.compile(r"(?<![\w.])/(?:work|root|home|farm)/")
 
@@ -108,7 +110,7 @@ def test_named_commands_targets_and_files_exist():
         assert command in COMMANDS, command
     paths = re.findall(r"(?:configuration|examples|benchmarks|docs|tests|modeling_moshi_ttt|hub)/[\w./*-]+", README)
     for path in paths:
-        assert list(ROOT.glob(path.rstrip("./"))), path
+        assert [found for root in (ROOT, PACKAGE.parent) for found in root.glob(path.rstrip("./"))], path
 
 
 def test_the_project_speaks_of_itself_alone():
