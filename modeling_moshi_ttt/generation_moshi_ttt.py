@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
 from .frames_moshi_ttt import ZERO, check_tokens
-from .ttt_state import Entry, check_entries, check_names, row_mask
+from .rows import Entry, check_entries, check_names, row_mask
 
 UNGENERATED = -2
 LABELS = ("text_labels", "audio_labels")  # of a processor's batch

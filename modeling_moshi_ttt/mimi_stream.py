@@ -22,7 +22,7 @@ from transformers.models.mimi.modeling_mimi import (
     apply_rotary_pos_emb,
 )
 
-from .ttt_state import row_mask
+from .rows import row_mask
 
 
 class CausalState:

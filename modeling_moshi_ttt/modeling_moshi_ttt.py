@@ -23,7 +23,7 @@ from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiG
 from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache
+from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache, ring_positions
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
@@ -86,10 +86,10 @@ class MoshiTTTOutput(_OutputWithCache):
 
 
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, all its keys and values, and what became of its TTT memory."""
+    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), and what became of its TTT memory."""
 
     hidden_states: torch.Tensor
-    key_values: KeyValues
+    key_values: KeyValues | None
     ttt_state: TTTState | None
     inner_losses: TTTInnerLosses | None
 
@@ -139,7 +139,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         inner_losses = None
         if self.ttt is not None:
-            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.fresh)
+            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.reset_mask)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
@@ -241,42 +241,48 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         mask = None if attention_mask is None else attention_mask.bool()
         lengths = None if mask is None else mask.sum(dim=1)
-        frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values)
+        past = past_key_values
+        frames = self._frames(inputs_embeds, mask, past)
         hidden_states, seen, outputs = inputs_embeds, [inputs_embeds], []
         for i, layer in enumerate(self.layers):
-            memory = past_key_values.layers[i] if past_key_values is not None else None
-            past, state = (memory.past, memory.ttt_state) if memory is not None else (None, None)
-            output = layer(hidden_states, frames=frames, past=past, ttt_state=state, output_inner_losses=output_inner_losses)
+            key_values, state = (past.state.key_values[i], past.state.ttt_states[i]) if past is not None else (None, None)
+            output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, output_inner_losses=output_inner_losses)
             hidden_states = output.hidden_states
             seen.append(hidden_states)
             # Without a memory nobody reads keys, values and states again.
-            outputs.append(output if memory is not None else LayerOutput(hidden_states, None, None, output.inner_losses))
-        if past_key_values is not None:
-            past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
+            outputs.append(output if past is not None else LayerOutput(hidden_states, None, None, output.inner_losses))
+        last_hidden_state = self.norm(hidden_states)
+        if past is not None:
+            lengths = None if mask is None else mask.sum(dim=1)
+            past.advance(outputs, inputs_embeds.shape[1], lengths, in_place=frames.slot is not None)
         return MoshiTTTModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=last_hidden_state,
             cache=past_key_values,
             hidden_states=tuple(seen) if output_hidden_states else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
 
-    def _frames(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None, past: MoshiTTTCache | None
-    ) -> tuple[Frames, torch.Tensor]:
-        """What the layers need to know of these frames, and the positions of all keys `[B, S + T]`."""
+    def _frames(self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: MoshiTTTCache | None) -> Frames:
+        """What the layers need to know of these frames."""
         rows, num_frames, _ = inputs_embeds.shape
         window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
+        positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None and past is None else rows, -1)
+        slot, reset_mask = None, None
         if past is not None:
             check_cache(past, rows, len(self.layers), self.config.ttt_layers)
-            positions, key_positions = past.window(num_frames, lengths)
+            past.make_room()
+            positions, reset_mask = past.frames[:, None] + positions, past.state.reset_mask
+        key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
+        if past is not None and past.capacity and num_frames == 1 and not torch.is_grad_enabled():
+            slot = past.frames % past.capacity
+            visible = ring_positions(past.frames + 1, past.state.attention_start, past.capacity)[:, None, None] >= 0
         else:
-            positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
-            key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
+            if past is not None:
+                key_positions = torch.cat([past.key_positions(), key_positions], dim=1)
+            visible = visible_keys(positions, key_positions, window)
         plainly_causal = past is None and mask is None and num_frames <= window and implementation == "sdpa"
-        visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
-        rotary = rotary_embedding(positions, self.config, dtype)
-        fresh = past.fresh if past is not None else None
-        return Frames(rotary, visible, positions.expand(rows, -1), mask, fresh), key_positions
+        shown = None if plainly_causal else as_implemented(visible, implementation, dtype)
+        return Frames(rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
 
 
 class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
@@ -393,10 +399,11 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
         steps = self._delay(frames, past)
+        draft = None if past is None else past.draft()
         logits, outputs = self.decoder(
             self.embed(steps.inputs),
             attention_mask=frames.mask,
-            past_key_values=past,
+            past_key_values=draft,
             output_hidden_states=output_hidden_states,
             output_inner_losses=output_inner_losses,
         )
@@ -410,12 +417,13 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             audio_loss=audio_loss,
             logits=logits,
             audio_logits=audio_logits,
-            **outputs,
+            **{**outputs, "cache": past},
         )
-        if past is not None:
-            past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
         if frames.order is not None:
             _put_back(result, frames.order.argsort(dim=1))
+        if past is not None and draft is not None:
+            draft.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
+            past.state = draft.state  # last, so that an error before it leaves the memory as it was
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def loss_weights(

@@ -204,7 +204,7 @@ def _state_after(weights: tuple[Tensor, ...], aligned: _Aligned) -> TTTState:
 def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:
     if state.W1.dtype == state.k.dtype == dtype:
         return state
-    return state._map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    return state.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 # --- choice of body -------------------------------------------------------------------------------------------------------------------
