@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
+from .tokens_moshi_ttt import IGNORED
 from .ttt_state import Entry, TTTState, check_entries, check_names, row_mask, saved_entries
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -120,7 +121,7 @@ class MoshiTTTCache(Cache):
         self.frames = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.key_positions = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.codes = self.initial_tokens.expand(batch_size, -1, -1)
-        self.labels = torch.full((batch_size, config.num_codebooks, max(config.delays)), -100, device=device)
+        self.labels = torch.full((batch_size, config.num_codebooks, max(config.delays)), IGNORED, device=device)
         # Rows that start anew at their next frame, where the model gives them its initial fast weights.
         self.fresh: torch.Tensor | None = None
 
@@ -176,7 +177,7 @@ class MoshiTTTCache(Cache):
         """Keep the last aligned frames of `codes` `[B, 1 + K + K_user, T]` and `labels` `[B, K, T]` for the delay pattern."""
         self.codes = last_frames(codes, self.codes, lengths)
         if labels is None:
-            labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), -100, device=codes.device)
+            labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), IGNORED, device=codes.device)
         self.labels = last_frames(labels, self.labels, lengths)
 
     def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
@@ -198,7 +199,7 @@ class MoshiTTTCache(Cache):
             self.fresh = chosen if self.fresh is None else self.fresh | chosen
         self.frames = self.frames.masked_fill(chosen, 0)
         self.codes = torch.where(chosen[:, None, None], self.initial_tokens, self.codes)
-        self.labels = self.labels.masked_fill(chosen[:, None, None], -100)
+        self.labels = self.labels.masked_fill(chosen[:, None, None], IGNORED)
 
     def forget_attention(self) -> None:
         """Drop the attention window and keep the TTT memory, the positions and the delay history."""

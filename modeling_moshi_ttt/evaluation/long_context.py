@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..delay_pattern import delay, undelay
-from .scoring import ABSENT, CodeSequence, check_sequences, collate, gather_log_probs
+from ..tokens_moshi_ttt import ZERO
+from .scoring import CodeSequence, check_sequences, collate, gather_log_probs
 from .statistics import bootstrap_interval, paired_test
 
 TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED = "TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"
@@ -69,7 +70,7 @@ def stream_losses(
     inputs = collate(model.config, [sequence], "cpu")
     targets = torch.cat([inputs["input_ids"][:, None], inputs["moshi_audio_codes"]], dim=1)  # [1, S, T]
     delays = [0, *model.config.audio_delays[: model.config.num_codebooks]]
-    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ABSENT))
+    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ZERO))
     parameters, cache = condition_parameters(model, condition), model.new_cache(1)
     losses = torch.full(targets.shape, torch.nan)
     for start, end in _chunks(frames, chunk or window, window if condition == RESET else frames):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from ..tokens_moshi_ttt import IGNORED, ZERO
 from .recall import KEYS
 from .statistics import bootstrap_interval
 
@@ -43,9 +44,9 @@ def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator)
     told = torch.stack([keys, KEYS + values], dim=-1).flatten(1)  # [B, 2 P]
     noise = KEYS + VALUES + torch.randint(NOISE, (rows, distance), generator=generator)
     order = torch.rand(rows, pairs, generator=generator).argsort(1)
-    silence = torch.full((rows, 1), -1)  # the frame in which the last answer is given
+    silence = torch.full((rows, 1), ZERO)  # the frame in which the last answer is given
     codes = torch.cat([told, noise, keys.gather(1, order), silence], dim=1)
-    labels = torch.full_like(codes, -100)
+    labels = torch.full_like(codes, IGNORED)
     labels[:, -pairs:] = FIRST_TEXT + values.gather(1, order)
     return Batch(codes[:, None], labels)
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..common.adapters import BASE_CONFIG
 from ..common.files import atomic_write, read_json, read_log
+from ..tokens_moshi_ttt import FRAME_RATE
 from .verify import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -16,7 +17,6 @@ CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.js
 CARD_FACTS = "card.json"
 FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license", "time")
 FACT_LISTS = ("datasets", "languages")
-FRAME_RATE = 12.5
 CHANCE = 50.0
 # Kyutai's weights and everything that derives from them.
 LICENSE = "cc-by-4.0"
