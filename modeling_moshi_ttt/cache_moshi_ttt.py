@@ -25,7 +25,7 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int):
+    def __init__(self, sliding_window: int | None):
         super().__init__()
         self.sliding_window = sliding_window
         self.ttt_state: TTTState | None = None
@@ -60,7 +60,7 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
         return self.keys.shape[2] if self.is_initialized else 0
 
     def get_max_length(self) -> int:
-        return self.sliding_window
+        return -1 if self.sliding_window is None else self.sliding_window
 
     def forget_attention(self) -> None:
         self.keys = self.values = None
@@ -279,7 +279,7 @@ class MoshiTTTCache(Cache):
     def _saved_entries(self, tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
         """Every entry that a cache of this model saves where its rows stand as in `tensors`."""
         rows, slots = self.batch_size, tensors["key_positions"].numel() // self.batch_size
-        if slots >= self.sliding_window:
+        if self.sliding_window is not None and slots >= self.sliding_window:
             raise ValueError(f"the saved cache keeps {slots} frames for attention; `sliding_window={self.sliding_window}` needs fewer.")
         row, integer = (rows,), torch.int64
         wanted: dict[str, Entry] = {"frames": (row, integer), "fresh": (row, torch.bool), "key_positions": ((rows, slots), integer)}
@@ -320,9 +320,9 @@ def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_laye
     past_key_values.check(batch_size, num_layers, ttt_layers)
 
 
-def window_slots(length: int, sliding_window: int) -> slice:
-    """The slots that the next frame can still see: the last `sliding_window - 1` of `length`."""
-    return slice(max(length - sliding_window + 1, 0), length)
+def window_slots(length: int, sliding_window: int | None) -> slice:
+    """The slots that the next frame can still see: the last `sliding_window - 1` of `length`, all of them without a window."""
+    return slice(0 if sliding_window is None else max(length - sliding_window + 1, 0), length)
 
 
 def _take(tensor: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:

@@ -114,6 +114,8 @@ class MoshiTTTConfig(MoshiConfig):
             Mini-batches for which backward keeps one state of the fast weights; changes memory and time, never a number.
         ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`, `"reference"`.
         num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
+        sliding_window (`int`, *optional*, defaults to 3000):
+            Frames that attention sees, the newest among them. None: all of them, so that the memory of a stream grows with every frame.
         audio_delays (`list[int]`, *optional*):
             Delay in frames of each audio codebook, Moshi's first, then the user's; `[0, 1, 1, ...]` for either unless given. Text has none.
         text_padding_ids (`list[int]`, defaults to `[3, 0]`): the two text ids that say "no word here": padding, and end of padding.
@@ -139,6 +141,7 @@ class MoshiTTTConfig(MoshiConfig):
     scan_checkpoint_group_size: int = 16
     ttt_implementation: str = "auto"
     num_user_codebooks: int | None = None
+    sliding_window: int | None = 3000
     audio_delays: list[int] | None = None
     text_padding_ids: list[int] | None = None
     text_padding_weight: float | int = 0.5

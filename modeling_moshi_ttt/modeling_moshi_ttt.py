@@ -272,7 +272,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         else:
             positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
             key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
-        plainly_causal = past is None and mask is None and num_frames <= window and implementation == "sdpa"
+        plainly_causal = past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
         visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
         rotary = rotary_embedding(positions, self.config, dtype)
         fresh = past.fresh if past is not None else None

@@ -116,8 +116,8 @@ def bucket_edges(window: int, longest: int, per_octave: int = 2) -> list[int]:
     return sorted({*edges[:-1], longest})
 
 
-def curve(losses: Sequence[np.ndarray], edges: Sequence[int], blocks: int = 8, seed: int = 0) -> dict[str, list[Any]]:
-    """Mean loss in each bucket of positions, with a 95% interval over recordings (with one alone: over `blocks` parts of the bucket)."""
+def curve(losses: Sequence[np.ndarray], edges: Sequence[int], seed: int = 0) -> dict[str, list[Any]]:
+    """Mean loss in each bucket of positions, with a 95% interval over the recordings that reach it; one alone has none."""
     result: dict[str, list[Any]] = {"position": [], "loss": [], "low": [], "high": [], "frames": []}
     for low, high in zip(edges[:-1], edges[1:]):
         parts = [row[low:high][np.isfinite(row[low:high])] for row in losses]
@@ -125,8 +125,6 @@ def curve(losses: Sequence[np.ndarray], edges: Sequence[int], blocks: int = 8, s
         if not parts:
             continue
         units = [part.mean() for part in parts]
-        if len(losses) == 1:
-            units = [piece.mean() for piece in np.array_split(parts[0], min(blocks, parts[0].size))]
         interval = bootstrap_interval(units, seed) if len(units) > 1 else (None, None)
         values = (
             float(np.sqrt(max(low, 1) * high)),
@@ -144,17 +142,16 @@ def gain(
 ) -> dict[str, Any]:
     """Paired test of the loss beyond the window: control minus TTT, positive where TTT is better.
 
-    Pairs are recordings; with one recording alone, its windows. `beyond` [T] bool narrows the frames that count.
+    Pairs are recordings, for parts of one are not independent: with one alone there is a mean and no test. `beyond` [T] bool narrows the
+    frames that count.
     """
     differences = []
     for number, (a, b) in enumerate(zip(control, ttt, strict=True)):
         difference = (a - b).astype(np.float64)
         if beyond is not None:
             difference[~beyond[number]] = np.nan
-        pieces = [difference[window:]]
-        if len(ttt) == 1:
-            pieces = [difference[start : start + window] for start in range(window, len(difference), window)]
-        differences += [float(np.nanmean(piece)) for piece in pieces if np.isfinite(piece).any()]
+        if np.isfinite(difference[window:]).any():
+            differences.append(float(np.nanmean(difference[window:])))
     return paired_test(differences, seed)
 
 
@@ -197,7 +194,7 @@ def measure(
         "kind": "long_context",
         "window": window,
         "frames": dict(zip(books, lengths)),
-        "unit": "recordings" if len(books) > 1 else "windows of one recording",
+        "unit": "recordings",
         "streams": streams,
         "conditions": curves,
         "differences": differences,
@@ -232,8 +229,10 @@ def check_conditions(conditions: Sequence[str]) -> None:
             raise ValueError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}")
 
 
-def check_books(books: Mapping[str, CodeSequence], window: int, conditions: Sequence[str]) -> None:
+def check_books(books: Mapping[str, CodeSequence], window: int | None, conditions: Sequence[str]) -> None:
     """Raise a ValueError where the protocol could say nothing."""
+    if window is None:
+        raise ValueError("long context: the model's attention has no window (`sliding_window` is null), so nothing lies beyond it")
     if not books:
         raise ValueError("long context: no recordings; check the folder or the manifest")
     check_conditions(conditions)

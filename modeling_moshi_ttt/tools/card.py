@@ -46,6 +46,7 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
     """Render README.md for a staged folder from what lies in it: configuration, run_config.json, results.json and pictures."""
     run, results, summary, details = (_optional(folder / name) for name in (RUN_CONFIG, RESULTS, SUMMARY, CARD_FACTS))
     config = read_json(folder / (BASE_CONFIG if kind == "adapter" else "config.json"))
+    window = config["sliding_window"]  # null: attention sees everything
     fresh = str(run.get("model", {}).get("path", "")).endswith(".json")
     rows = evaluation_rows(results)
     base = facts.base or details.get("base_model") or _hub_name(run.get("model", {}).get("path", ""))
@@ -71,8 +72,8 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
         processor=(folder / "processor_config.json").is_file(),
         ttt_layers=_spans(facts.ttt_layers),
         ttt_mixer="linear" if facts.ttt_mixer == "linear" else "two-layer",
-        window=config["sliding_window"],
-        window_seconds=round(config["sliding_window"] / FRAME_RATE, 1),
+        window=window,
+        window_seconds=None if window is None else round(window / FRAME_RATE, 1),
         facts=fact_rows(facts, config),
         training=training_rows(run, summary, details),
         description=details.get("description", ""),
