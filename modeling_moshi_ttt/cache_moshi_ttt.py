@@ -22,10 +22,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
 from .rows import Entry, check_entries, check_names, row_mask
+from .tokens_moshi_ttt import IGNORED
 from .ttt_state import TTTState, saved_entries
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 SMALLEST_RING = 16  # slots; a ring doubles until it holds the window
+NO_WINDOW = 2**62  # frames, where attention sees everything
 HISTORY = ("frames", "codes", "labels")
 
 
@@ -102,7 +104,7 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        return self._cache.sliding_window
+        return -1 if self._cache.sliding_window == NO_WINDOW else self._cache.sliding_window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise NotImplementedError("A Moshi-TTT cache is written by its model's forward alone.")
@@ -128,7 +130,7 @@ class MoshiTTTCache(Cache):
     def __init__(self, config: Any, batch_size: int, device: torch.device | str | None = None):
         if batch_size < 1:
             raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
-        self.sliding_window, self.ttt_layers = config.sliding_window, list(config.ttt_layers)
+        self.sliding_window, self.ttt_layers = config.sliding_window or NO_WINDOW, list(config.ttt_layers)
         self._heads = (config.num_key_value_heads, config.head_dim)
         self._inner = (config.ttt_num_heads, config.ttt_head_dim, 4 * config.ttt_head_dim if config.ttt_mixer == "mlp" else None)
         self._mini_batch_size = config.ttt_mini_batch_size
@@ -141,7 +143,7 @@ class MoshiTTTCache(Cache):
         device = self.initial_tokens.device
         zeros, none = torch.zeros(batch_size, dtype=torch.long, device=device), (None,) * len(self.layers)
         codes = self.initial_tokens.expand(batch_size, -1, -1)
-        return CacheState(zeros, zeros, codes, torch.full((batch_size, *self._label_shape), -100, device=device), none, none)
+        return CacheState(zeros, zeros, codes, torch.full((batch_size, *self._label_shape), IGNORED, device=device), none, none)
 
     @property
     def batch_size(self) -> int:
@@ -233,7 +235,7 @@ class MoshiTTTCache(Cache):
     def remember(self, codes: torch.Tensor, labels: torch.Tensor | None, lengths: torch.Tensor | None) -> None:
         """Keep the last aligned frames of `codes` `[B, 1 + K + K_user, T]` and `labels` `[B, K, T]` for the delay pattern."""
         if labels is None:
-            labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), -100, device=codes.device)
+            labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), IGNORED, device=codes.device)
         self.state = replace(self.state, codes=last_frames(codes, self.codes, lengths), labels=last_frames(labels, self.labels, lengths))
 
     def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
@@ -258,7 +260,7 @@ class MoshiTTTCache(Cache):
         self.state = replace(
             state,
             codes=torch.where(chosen[:, None, None], self.initial_tokens, self.codes),
-            labels=self.labels.masked_fill(chosen[:, None, None], -100),
+            labels=self.labels.masked_fill(chosen[:, None, None], IGNORED),
             ttt_states=tuple(None if ttt is None else replace(ttt, even_frames=None) for ttt in state.ttt_states),
             reset_mask=chosen if self.state.reset_mask is None else self.state.reset_mask | chosen,
         )

@@ -9,6 +9,7 @@ import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
 from ..delay_pattern import last_frames
+from ..tokens_moshi_ttt import IGNORED
 from .data import Batch
 from .run_config import Carry
 
@@ -60,7 +61,7 @@ class LaneMemory:
         weights = []
         for batch in batches:
             if shadow is not None and labels is not None:
-                labels = labels.masked_fill(batch.reset[:, None, None], -100)
+                labels = labels.masked_fill(batch.reset[:, None, None], IGNORED)
                 shadow.state = replace(shadow.state, labels=labels)
                 labels = last_frames(batch.audio_labels, labels, batch.attention_mask.sum(dim=1))
             inputs = batch.inputs()
