@@ -76,9 +76,9 @@ class MoshiTTTGenerationMixin:
         return logits[:, 0], outputs.last_hidden_state[:, 0]
 
     def start_rows(self: Any, past_key_values: MoshiTTTCache) -> None:
-        """Give the rows of a cache that were reset their initial fast weights now, and not at their next frame."""
+        """Give the rows of a cache that were reset their initial fast weights now, and not at their next frame (offloaded weights: then)."""
         state, layers = past_key_values.state, self.decoder.model.layers
-        if state.reset_mask is None:
+        if state.reset_mask is None or any(parameter.is_meta for parameter in self.parameters()):
             return
         with torch.no_grad():
             states = [

@@ -77,7 +77,12 @@ def test_a_state_of_another_stream_is_refused_and_changes_nothing(model):
         ({"calls": saved["calls"][:1]}, r"calls of the saved stream has shape \(1,\)"),
         ({"heard": saved["heard"][:, :2]}, r"heard of the saved stream has shape"),
         ({"said": saved["said"].float()}, "said of the saved stream has dtype torch.float32"),
-        ({"generator": saved["generator"][:16]}, "generator of the saved stream has shape"),
+        ({"seeds": -saved["seeds"]}, "`seeds` of the saved stream"),
+        ({"sick": ~saved["sick"]}, "`sick` of the saved stream"),
+        ({"calls": saved["calls"] + 1}, "`calls` of the saved stream are not the frames"),
+        ({"said": saved["said"] + 1000}, "`said` holds"),
+        ({name: saved[name] * float("nan")}, "layers.1.ttt.W1 of the saved cache is not finite"),
+        ({"past_key_values.key_positions": saved["past_key_values.key_positions"].flip(1)}, "key_positions of the saved cache"),
     ]
     for change, words in changes:
         with pytest.raises(ValueError, match=words):
@@ -174,7 +179,8 @@ def test_generate_takes_a_processors_batch(model):
         ({"moshi_audio_codes": torch.zeros(2, 3, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(2, 3, 4\).*must be \(1, 3, 4\)"),
         ({"moshi_audio_codes": torch.zeros(1, 2, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(1, 2, 4\)"),
         ({"input_ids": torch.zeros(1, 4)}, "`input_ids` has dtype torch.float32"),
-        ({"top_k": None}, "`top_k=None` must be 0"),
+        ({"top_k": 2.5}, "`top_k=2.5` must be a whole number"),
+        ({"temperature": [1.0, 2.0, 3.0]}, "`temperature=.*must be a number, or 1 of them"),
     ],
 )
 def test_bad_prompts_are_refused(model, changes, words):
