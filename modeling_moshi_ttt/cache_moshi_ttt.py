@@ -57,12 +57,15 @@ class CacheState:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CacheState:
         """The state with every tensor changed."""
-        return replace(
-            self,
-            **{name: change(getattr(self, name)) for name in (*HISTORY, "attention_start")},
+        return CacheState(
+            change(self.frames),
+            change(self.attention_start),
+            change(self.codes),
+            change(self.labels),
             key_values=tuple(None if past is None else (change(past[0]), change(past[1])) for past in self.key_values),
             ttt_states=tuple(None if state is None else state.map(change) for state in self.ttt_states),
             reset_mask=None if self.reset_mask is None else change(self.reset_mask),
+            max_frames=self.max_frames,
         )
 
 

@@ -36,7 +36,7 @@ class MoshiTTTGenerationMixin:
     """Streaming and generation for a model with `config`, `device`, `embed`, `decoder`, `depth_decoder` and `new_cache`."""
 
     def new_stream(
-        self,
+        self: Any,
         batch_size: int = 1,
         do_sample: Any = True,
         temperature: Any = 0.8,

@@ -1,14 +1,28 @@
-"""Rows of a batch by index or by mask, and the check of saved entries by name, shape and dtype."""
+"""What the codec's and the model's streams share: rows by index or by mask, the check of saved entries, and how a live call runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 # What a saved entry has to be: its shape and its dtype.
 Entry = tuple[tuple[int, ...], torch.dtype]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def without_gradients(function: F) -> F:
+    """Run without gradients, and outside of inference mode: what is kept there could not be changed in place later on."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def check_names(what: str, tensors: Iterable[str], wanted: Iterable[str]) -> None:
@@ -51,3 +65,15 @@ def row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device
     if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < batch_size):
         raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")
     return torch.zeros(batch_size, dtype=torch.bool, device=device).index_fill(0, rows, True)
+
+
+def active_rows(active: Any, batch_size: int, device: torch.device) -> Tensor:
+    """`[B]` bool from what a caller gives as `active`.
+
+    Raises:
+        ValueError: it is not bool, or of another length.
+    """
+    mask = torch.as_tensor(active)
+    if mask.dtype != torch.bool or tuple(mask.shape) != (batch_size,):
+        raise ValueError(f"`active` is {mask.dtype} {tuple(mask.shape)}; it must be bool ({batch_size},), one a row.")
+    return mask.to(device)

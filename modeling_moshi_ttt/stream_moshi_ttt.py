@@ -6,34 +6,21 @@ Shapes: B rows, K Moshi's codebooks, K_user the user's, M the largest delay.
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cache_moshi_ttt import MoshiTTTCache
 from .frames_moshi_ttt import check_tokens
-from .rows import Entry, check_entries, check_names, row_mask
+from .rows import Entry, active_rows, check_entries, check_names, row_mask, without_gradients
 from .sampling_moshi_ttt import SETTINGS, Sampling, make_seeds, noise_keys
 from .tokens_moshi_ttt import UNGENERATED, ZERO
 
 CACHE = "past_key_values."  # before the names of the cache's entries in a saved stream
 SAMPLING = "sampling."
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def without_gradients(function: F) -> F:
-    """Run without gradients, and outside of inference mode: what is kept there could not be changed in place later on."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return run  # type: ignore[return-value]
 
 
 class MoshiTTTFrame(NamedTuple):
@@ -142,7 +129,7 @@ class MoshiTTTStream:
         heard = torch.full_like(state.heard[..., 0], ZERO) if user_codes is None else user_codes
         check_tokens("user_codes", heard, tuple(state.heard.shape[:2]), ZERO, config.audio_vocab_size)
         forced = torch.full_like(state.said[..., 0], UNGENERATED) if forced is None else self._check_forced(forced)
-        active = None if active is None else row_mask(_as_mask(active), self.batch_size, self.device)
+        active = None if active is None else active_rows(active, self.batch_size, self.device)
         said, sick, cache = self._run(heard.to(self.device), forced.to(self.device), active)
         after = StreamState(
             calls=state.calls + 1,
@@ -305,10 +292,3 @@ class MoshiTTTStream:
         other.past_key_values.state = self.past_key_values.state.map(Tensor.clone)
         other.state = replace(self.state)
         return other
-
-
-def _as_mask(active: Any) -> Tensor:
-    mask = torch.as_tensor(active)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"`active` is {mask.dtype}; it must be bool, one a row.")
-    return mask

@@ -75,7 +75,8 @@ def test_a_sick_row_is_named_and_healed_by_a_reset(model):
     poison(stream, 1)
     talk(stream, user[..., 6:9])
     assert stream.step(user[..., 9]).valid.tolist() == [True, False, True]
-    assert list(stream.problems()) == [1] and "not finite" in stream.problems()[1]
+    assert list(stream.problems()) == [1]
+    assert "not finite" in stream.problems()[1]
     with pytest.raises(ValueError, match="row 1 is sick"):
         stream.row_state(1)
     stream.reset([1])
@@ -129,7 +130,9 @@ def test_a_conversation_moves_to_another_row_and_batch(model, heard):
         talk(others, user_codes(model, 3, company, 8))
         others.load_row(2, state)
         assert torch.equal(talk(others, user[..., heard:].expand(3, -1, -1))[2], expected)
-        assert equal(others.row_state(2), whole.row_state(0))
+        # Sums of a matrix product depend on the number of its rows in their last bits, and on nothing else of the others.
+        for name, tensor in whole.row_state(0).items():
+            assert torch.allclose(others.row_state(2)[name].double(), tensor.double(), atol=1e-11), name
 
 
 def test_states_that_are_not_of_this_model_change_nothing(model):
