@@ -58,15 +58,18 @@ def rotary_embedding(positions: torch.Tensor, config: MoshiTTTConfig, dtype: tor
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def visible_keys(positions: torch.Tensor, key_positions: torch.Tensor, window: int) -> torch.Tensor:
+def visible_keys(positions: torch.Tensor, key_positions: torch.Tensor, window: int | None) -> torch.Tensor:
     """`[B, 1, T, S + T]` bool: frame t sees keys of the last `window` frames up to itself; keys at position -1 are seen by nobody.
+    Without a window it sees all of them up to itself.
 
     Args:
         positions: `[B, T]` of the new frames.
         key_positions: `[B, S + T]` of the remembered frames and then the new ones.
     """
     distance = positions[:, :, None] - key_positions[:, None]  # [B, T, S + T]
-    visible = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None]
+    visible = (distance >= 0) & (key_positions >= 0)[:, None]
+    if window is not None:
+        visible = visible & (distance < window)
     # A frame of padding sees itself, so that no softmax runs over nothing.
     num_frames, num_keys = positions.shape[1], key_positions.shape[1]
     itself = torch.arange(num_keys, device=positions.device) == torch.arange(num_keys - num_frames, num_keys, device=positions.device)[:, None]

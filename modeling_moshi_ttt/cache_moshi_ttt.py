@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
+from .tokens_moshi_ttt import IGNORED
 from .ttt_state import Entry, TTTState, check_entries, check_names, row_mask, saved_entries
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
@@ -24,7 +25,7 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int):
+    def __init__(self, sliding_window: int | None):
         super().__init__()
         self.sliding_window = sliding_window
         self.ttt_state: TTTState | None = None
@@ -59,7 +60,7 @@ class MoshiTTTCacheLayer(CacheLayerMixin):
         return self.keys.shape[2] if self.is_initialized else 0
 
     def get_max_length(self) -> int:
-        return self.sliding_window
+        return -1 if self.sliding_window is None else self.sliding_window
 
     def forget_attention(self) -> None:
         self.keys = self.values = None
@@ -120,7 +121,7 @@ class MoshiTTTCache(Cache):
         self.frames = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.key_positions = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.codes = self.initial_tokens.expand(batch_size, -1, -1)
-        self.labels = torch.full((batch_size, config.num_codebooks, max(config.delays)), -100, device=device)
+        self.labels = torch.full((batch_size, config.num_codebooks, max(config.delays)), IGNORED, device=device)
         # Rows that start anew at their next frame, where the model gives them its initial fast weights.
         self.fresh: torch.Tensor | None = None
 
@@ -176,7 +177,7 @@ class MoshiTTTCache(Cache):
         """Keep the last aligned frames of `codes` `[B, 1 + K + K_user, T]` and `labels` `[B, K, T]` for the delay pattern."""
         self.codes = last_frames(codes, self.codes, lengths)
         if labels is None:
-            labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), -100, device=codes.device)
+            labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), IGNORED, device=codes.device)
         self.labels = last_frames(labels, self.labels, lengths)
 
     def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
@@ -198,7 +199,7 @@ class MoshiTTTCache(Cache):
             self.fresh = chosen if self.fresh is None else self.fresh | chosen
         self.frames = self.frames.masked_fill(chosen, 0)
         self.codes = torch.where(chosen[:, None, None], self.initial_tokens, self.codes)
-        self.labels = self.labels.masked_fill(chosen[:, None, None], -100)
+        self.labels = self.labels.masked_fill(chosen[:, None, None], IGNORED)
 
     def forget_attention(self) -> None:
         """Drop the attention window and keep the TTT memory, the positions and the delay history."""
@@ -278,7 +279,7 @@ class MoshiTTTCache(Cache):
     def _saved_entries(self, tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
         """Every entry that a cache of this model saves where its rows stand as in `tensors`."""
         rows, slots = self.batch_size, tensors["key_positions"].numel() // self.batch_size
-        if slots >= self.sliding_window:
+        if self.sliding_window is not None and slots >= self.sliding_window:
             raise ValueError(f"the saved cache keeps {slots} frames for attention; `sliding_window={self.sliding_window}` needs fewer.")
         row, integer = (rows,), torch.int64
         wanted: dict[str, Entry] = {"frames": (row, integer), "fresh": (row, torch.bool), "key_positions": ((rows, slots), integer)}
@@ -319,9 +320,9 @@ def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_laye
     past_key_values.check(batch_size, num_layers, ttt_layers)
 
 
-def window_slots(length: int, sliding_window: int) -> slice:
-    """The slots that the next frame can still see: the last `sliding_window - 1` of `length`."""
-    return slice(max(length - sliding_window + 1, 0), length)
+def window_slots(length: int, sliding_window: int | None) -> slice:
+    """The slots that the next frame can still see: the last `sliding_window - 1` of `length`, all of them without a window."""
+    return slice(0 if sliding_window is None else max(length - sliding_window + 1, 0), length)
 
 
 def _take(tensor: torch.Tensor, slots: torch.Tensor | slice) -> torch.Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import MoshiConfig, PreTrainedConfig
 
+from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids
+
 MIXERS = ("linear", "mlp")
 ROPES = ("mini_batch", "absolute", "none")
 IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
@@ -112,9 +114,11 @@ class MoshiTTTConfig(MoshiConfig):
             Mini-batches for which backward keeps one state of the fast weights; changes memory and time, never a number.
         ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`, `"reference"`.
         num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
+        sliding_window (`int`, *optional*, defaults to 3000):
+            Frames that attention sees, the newest among them. None: all of them, so that the memory of a stream grows with every frame.
         audio_delays (`list[int]`, *optional*):
             Delay in frames of each audio codebook, Moshi's first, then the user's; `[0, 1, 1, ...]` for either unless given. Text has none.
-        text_padding_ids (`list[int]`, defaults to `[3, 0]`): text ids that say "no word here" (padding, end of padding).
+        text_padding_ids (`list[int]`, defaults to `[3, 0]`): the two text ids that say "no word here": padding, and end of padding.
         text_padding_weight (`float`, defaults to 0.5): weight of those ids in the text loss.
         semantic_loss_weight (`float`, defaults to 100): weight of the first (semantic) codebook in the audio loss; the others weigh 1.
 
@@ -137,6 +141,7 @@ class MoshiTTTConfig(MoshiConfig):
     scan_checkpoint_group_size: int = 16
     ttt_implementation: str = "auto"
     num_user_codebooks: int | None = None
+    sliding_window: int | None = 3000
     audio_delays: list[int] | None = None
     text_padding_ids: list[int] | None = None
     text_padding_weight: float | int = 0.5
@@ -171,7 +176,7 @@ class MoshiTTTConfig(MoshiConfig):
         if self.num_user_codebooks is None:
             self.num_user_codebooks = self.num_codebooks
         if self.text_padding_ids is None:
-            self.text_padding_ids = [3, 0]
+            self.text_padding_ids = [*TEXT_PADDING_IDS]
         if self.audio_delays is None:
             self.audio_delays = [min(k, 1) for count in (self.num_codebooks, self.num_user_codebooks) for k in range(count)]
         self._check_codebooks()
@@ -198,6 +203,8 @@ class MoshiTTTConfig(MoshiConfig):
         for field in ("text_padding_weight", "semantic_loss_weight", "initializer_range", "attention_dropout"):
             if getattr(self, field) < 0:
                 raise ValueError(f"`{field}={getattr(self, field)}` must not be negative.")
+        if self.semantic_loss_weight == 0 and self.num_codebooks == 1:
+            raise ValueError("`semantic_loss_weight=0` leaves no codebook with a weight (`num_codebooks=1`), so no audio would be trained.")
         for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
@@ -253,7 +260,8 @@ class MoshiTTTConfig(MoshiConfig):
                 f"`num_codebooks={self.num_codebooks}` of Moshi's, then `num_user_codebooks={self.num_user_codebooks}` of the user's; "
                 "give as many, or None for `[0, 1, 1, ...]` of each."
             )
-        wrong = [token for token in self.text_padding_ids if not 0 <= token < self.vocab_size]
+        check_padding_ids(self.text_padding_ids)
+        wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
         if wrong:
             raise ValueError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
 

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .delay_pattern import delay
-
-ZERO = -1
-IGNORED = -100
+from .tokens_moshi_ttt import IGNORED, ZERO
 
 
 class AlignedFrames(NamedTuple):

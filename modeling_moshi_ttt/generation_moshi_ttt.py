@@ -11,10 +11,10 @@ from transformers.utils import ModelOutput
 
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
-from .frames_moshi_ttt import ZERO, check_tokens
+from .frames_moshi_ttt import check_tokens, initial_tokens
+from .tokens_moshi_ttt import UNGENERATED, ZERO
 from .ttt_state import Entry, check_entries, check_names, row_mask
 
-UNGENERATED = -2
 LABELS = ("text_labels", "audio_labels")  # of a processor's batch
 
 
@@ -78,8 +78,10 @@ class Sampling:
 class MoshiTTTStream:
     """A batch of live conversations with one model. All their memory is here and in `past_key_values`; the model keeps nothing.
 
-    As in Kyutai's LMGen, the first call runs on initial tokens alone: the user's codes it is given are not heard, and those of call s
-    are heard where training puts frame `s - 1`. The first M calls return no complete frame.
+    Time, as in Kyutai's LMGen, calls counted from 0: call 0 runs before anything is heard, so the user's codes it is given are dropped
+    (call [`step`] with nothing once, before the first sound); call s hears the user's frame `s - 1` and returns Moshi's frame `s - M`,
+    text and audio of the same instant. The first M calls return no complete frame, and M calls more bring the tail after the last one.
+    With Moshi's delays M is 1: the call that hears the user's frame t returns Moshi's frame t. [`hear`] does all this for a recording.
 
     Args:
         model: `MoshiTTTForConditionalGeneration`.
@@ -103,12 +105,14 @@ class MoshiTTTStream:
     def batch_size(self) -> int:
         return self._calls.shape[0]
 
-    def step(self, user_codes: torch.Tensor) -> MoshiTTTFrame:
-        """Hear one frame of the user, `[B, K_user]` codes or -1 for none, and return the newest complete frame, M calls back.
+    def step(self, user_codes: torch.Tensor | None = None) -> MoshiTTTFrame:
+        """Hear one frame of the user, `[B, K_user]` codes or -1 for none (all of them when None), and return the newest complete frame.
 
         Raises:
             ValueError: wrong shape, or codes out of range.
         """
+        if user_codes is None:
+            user_codes = torch.full_like(self._heard[..., 0], ZERO)
         return self._step(user_codes, torch.full_like(self._said[..., 0], UNGENERATED))
 
     @torch.no_grad()
@@ -211,6 +215,27 @@ class MoshiTTTGenerationMixin:
         return logits[:, 0], outputs.last_hidden_state[:, 0]
 
     @torch.no_grad()
+    def hear(self: Any, user_codes: torch.Tensor, **sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hear a whole recording of the user and answer every frame of it, each where training puts it.
+
+        Args:
+            user_codes: `[B, K_user, T]` codes, or -1 where nothing is heard.
+            sampling: as in [`new_stream`].
+
+        Returns:
+            Text `[B, T]` and Moshi's codes `[B, K, T]`: frame t was said when the user's frames before t had been heard.
+
+        Raises:
+            ValueError: no frames, wrong shapes, codes out of range, or sampling settings as in [`new_stream`].
+        """
+        rows, frames = user_codes.shape[0], user_codes.shape[-1]
+        check_tokens("user_codes", user_codes, (rows, self.config.num_user_codebooks, frames), ZERO, self.config.audio_vocab_size)
+        if frames == 0:
+            raise ValueError(f"`user_codes` has shape {tuple(user_codes.shape)}; give at least one frame.")
+        nothing_given = user_codes.new_empty(rows, 1 + self.config.num_codebooks, 0)
+        return _talk(self.new_stream(rows, **sampling), nothing_given, user_codes, frames)
+
+    @torch.no_grad()
     def generate(
         self: Any,
         input_ids: torch.Tensor | None = None,
@@ -220,7 +245,7 @@ class MoshiTTTGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         **sampling: Any,
     ) -> MoshiTTTGenerateOutput:
-        """Listen to the user's codes and answer: a loop over [`MoshiTTTStream.step`].
+        """Say a prompt, then go on while the user is heard; without a prompt, [`hear`].
 
         Args:
             input_ids: `[B, P]`, text of the first P frames, said as given; -1 for none, -2 where it is to be generated.
@@ -240,17 +265,30 @@ class MoshiTTTGenerationMixin:
             raise ValueError("`attention_mask` has padding, but rows generate together; call `generate` for rows of one length at a time.")
         text, moshi, user = _prompt(self.config, input_ids, moshi_audio_codes, user_audio_codes)
         frames = _frames_wanted(text.shape[-1], user.shape[-1], max_new_tokens)
-        own, depth = self.config.delays[: 1 + self.config.num_codebooks], max(self.config.delays)
-        prompt = torch.cat([text[:, None], moshi], dim=1)  # [B, 1 + K, P]
-        ahead = prompt.new_full((*prompt.shape[:2], frames + depth), UNGENERATED)
-        forced = delay(torch.cat([prompt, ahead], dim=-1), own, ahead[..., :depth])[..., : frames + depth]
-        # The first call hears nothing, so frame s - 1 of the user goes into call s.
-        heard = user.new_full((*user.shape[:2], frames + depth), ZERO)
-        count = min(user.shape[-1], frames + depth - 1)
-        heard[..., 1 : 1 + count] = user[..., :count]
-        stream = self.new_stream(prompt.shape[0], **{name: value for name, value in sampling.items() if name not in LABELS})
-        said = [stream._step(heard[..., s], forced[..., s]) for s in range(frames + depth)][depth:]
-        return MoshiTTTGenerateOutput(torch.stack([f.text for f in said], -1), torch.stack([f.audio_codes for f in said], -1))
+        stream = self.new_stream(text.shape[0], **{name: value for name, value in sampling.items() if name not in LABELS})
+        return MoshiTTTGenerateOutput(*_talk(stream, torch.cat([text[:, None], moshi], dim=1), user, frames))
+
+
+def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `frames` frames of a fresh stream, text `[B, T]` and audio codes `[B, K, T]`.
+
+    Args:
+        given: `[B, 1 + K, P]` tokens of the first P frames, said as they are; -2 where they are to be generated.
+        user: `[B, K_user, T']` what is heard from the first frame on; after its end nothing is.
+    """
+    config, depth = stream.model.config, max(stream.model.config.delays)
+    own, calls = 1 + config.num_codebooks, frames + depth
+    ahead = given.new_full((*given.shape[:2], calls), UNGENERATED)
+    # Before its first frame a late codebook says the initial token, as in training. (LMGen, and so `step`, choose one there; it is dropped,
+    # but a later codebook of a smaller delay would have been chosen after it.)
+    before = initial_tokens(config, given.device)[:own].expand(given.shape[0], -1, -1)
+    forced = delay(torch.cat([given, ahead], dim=-1), config.delays[:own], before)[..., :calls]
+    # The first call hears nothing, so frame s - 1 of the user goes into call s.
+    heard = user.new_full((*user.shape[:2], calls), ZERO)
+    count = min(user.shape[-1], calls - 1)
+    heard[..., 1 : 1 + count] = user[..., :count]
+    said = [stream._step(heard[..., s], forced[..., s]) for s in range(calls)][depth:]
+    return torch.stack([frame.text for frame in said], dim=-1), torch.stack([frame.audio_codes for frame in said], dim=-1)
 
 
 def _prompt(

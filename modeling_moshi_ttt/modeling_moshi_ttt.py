@@ -28,7 +28,7 @@ from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
-from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy
+from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
 from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState
 
@@ -272,7 +272,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         else:
             positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
             key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
-        plainly_causal = past is None and mask is None and num_frames <= window and implementation == "sdpa"
+        plainly_causal = past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
         visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
         rotary = rotary_embedding(positions, self.config, dtype)
         fresh = past.fresh if past is not None else None
@@ -311,13 +311,15 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         use_cache: return the memory after these frames; outside training `config.use_cache` when None.
         num_items_in_batch:
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
-            tensor of two (the sum of [`loss_weights`] of its parts), or as one number the frames of the whole.
+            tensor of two (the sum of [`loss_weights`] of its parts; 0 for a stream that is trained nowhere), or as one number the frames
+            of the whole.
         output_hidden_states: also return the hidden states before each layer and after the last; `config.output_hidden_states` when None.
         output_inner_losses: also return the TTT layers' inner losses.
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
 
     Raises:
-        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model.
+        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, a
+            `num_items_in_batch` of 0, below 0 or not finite.
         TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
 
@@ -388,11 +390,13 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
-        whole = self._whole_weights(num_items_in_batch)  # here, before any memory moves
         past = past_key_values
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
         steps = self._delay(frames, past)
+        weights = self._weights(steps)
+        # Here, before any memory moves.
+        whole = None if num_items_in_batch is None else whole_weights(num_items_in_batch, weights, self._frame_weights)
         logits, outputs = self.decoder(
             self.embed(steps.inputs),
             attention_mask=frames.mask,
@@ -401,7 +405,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             output_inner_losses=output_inner_losses,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
-        text_loss, audio_loss = self._losses(logits, audio_logits, steps, whole)
+        text_loss, audio_loss = self._losses(logits, audio_logits, steps, weights, whole)
         losses = [loss for loss in (text_loss, audio_loss) if loss is not None]
         # All at once, in the order of the fields: a plain tuple then begins with the loss.
         result = MoshiTTTOutput(
@@ -454,29 +458,29 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             None if audio is None else audio_weights(audio, config.semantic_loss_weight),
         )
 
+    @property
+    def _frame_weights(self) -> tuple[float, float]:
+        """What a frame weighs in the text loss, unless it is padding, and in the audio loss."""
+        return 1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1
+
     def _losses(
-        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, whole: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        audio_logits: torch.Tensor,
+        steps: DelayedSteps,
+        weights: tuple[torch.Tensor | None, torch.Tensor | None],
+        whole: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
         """Text and audio loss, divided by `whole` `[2]` where given; None where there are no labels."""
         losses: list[torch.Tensor | None] = []
         labels = (steps.text_labels, steps.audio_labels)
-        for i, (scores, targets, weights) in enumerate(zip((logits, audio_logits), labels, self._weights(steps))):
-            if targets is None or weights is None:
+        for i, (scores, targets, each) in enumerate(zip((logits, audio_logits), labels, weights)):
+            if targets is None or each is None:
                 losses.append(None)
                 continue
-            total, weight = weighted_cross_entropy(scores, targets, weights)
+            total, weight = weighted_cross_entropy(scores, targets, each)
             losses.append(mean_loss(total, weight if whole is None else whole[i].to(weight)))
         return losses
-
-    def _whole_weights(self, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
-        """`[2]`, what the (text, audio) loss sums are divided by: their weights in the whole batch, or what that many frames weigh."""
-        if num_items_in_batch is None:
-            return None
-        whole = torch.as_tensor(num_items_in_batch).flatten()
-        if whole.numel() not in (1, 2):
-            raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
-        weights = (1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1)
-        return whole if whole.numel() == 2 else torch.cat([whole * weight for weight in weights])
 
 
 def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:

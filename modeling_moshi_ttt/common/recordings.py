@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 from .files import inside, parse_json, read_text
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
-USER_SPEAKER = "SPEAKER_USER"
 Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.audio import audio_duration, read_audio
-from ..common.recordings import MAIN_SPEAKER, Recording
-from ..processing_moshi_ttt import text_stream
+from ..common.recordings import Recording
 from .scoring import CodeSequence
 
 PIECE_FRAMES = 125  # 10 s read and encoded at once
@@ -50,9 +49,7 @@ def encode_recording(processor: Any, recording: Recording, max_frames: int | Non
     codes = _encode(processor, _pieces(recording.path, processor), len(first), max_frames)
     text = None
     if recording.words is not None:
-        spoken = sorted((start, word) for word, (start, end), speaker in recording.words if speaker == MAIN_SPEAKER and start < end)
-        tokens = [(ids, start) for start, word in spoken if (ids := processor.encode_word(word))]
-        text = torch.tensor(text_stream(tokens, codes.shape[-1], processor.frame_rate))
+        text = torch.tensor(processor.text_frames(recording.words, codes.shape[-1]))
     return CodeSequence(codes[0], codes[1] if len(codes) == 2 else None, text)
 
 

@@ -22,7 +22,7 @@ from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import hub_errors, is_hub_name
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
+from ..processing_moshi_ttt import MoshiTTTProcessor
 from . import books, conversations, inner_loss, inputs, long_context, recall, zero_shot
 from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
@@ -56,7 +56,8 @@ class Subject:
         return digest.hexdigest()
 
     def load(self) -> tuple[Any, Any]:
-        """(model, processor)."""
+        """(model, processor); ValueError where they do not belong together."""
+        self._processor.check_model(self.model.config)
         return self.model, self._processor
 
     @cached_property
@@ -201,7 +202,7 @@ def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
 def _zero_shot(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
     model, processor = subject.load()
     weights = ScoreWeights(section.semantic_weight, section.acoustic_weight)
-    text: str | int = TEXT_PADDING if section.text == "padding" else "absent"
+    text: str | int = model.config.text_padding_ids[0] if section.text == "padding" else "absent"
     scorer = SpeechScorer(model, lambda waves: encode_waves(processor, waves), weights, section.user, text, settings.batch_size)
     header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text}
     tasks = {}

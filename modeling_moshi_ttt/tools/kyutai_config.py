@@ -140,7 +140,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConf
     if not isinstance(depth_feedforward, int):
         raise ValueError(f"depformer_dim_feedforward = {depth_feedforward!r}: one integer for all codebooks is needed")
     own = lm_kwargs["dep_q"]
-    context = lm_kwargs.get("context") or 3000
+    context = lm_kwargs.get("context")  # null, and Kyutai's default: attention without a window
     padding = [lm_kwargs.get("existing_text_padding_id", 3), lm_kwargs.get("existing_text_end_padding_id", 0)]
     depth = {
         "hidden_size": depth_dim,
@@ -158,7 +158,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConf
         num_attention_heads=lm_kwargs["num_heads"],
         ffn_dim=_gated_width(int(scale * dim), dim),
         audio_vocab_size=lm_kwargs["card"],
-        max_position_embeddings=context,
+        max_position_embeddings=context or 3000,
         sliding_window=context,
         rms_norm_eps=norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": float(lm_kwargs.get("max_period", 10000))},

@@ -8,6 +8,7 @@ import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
 from ..delay_pattern import last_frames
+from ..tokens_moshi_ttt import IGNORED
 from .data import Batch
 from .run_config import Carry
 
@@ -59,7 +60,7 @@ class LaneMemory:
         weights = []
         for batch in batches:
             if shadow is not None:
-                shadow.labels = shadow.labels.masked_fill(batch.reset[:, None, None], -100)
+                shadow.labels = shadow.labels.masked_fill(batch.reset[:, None, None], IGNORED)
             inputs = batch.inputs()
             labels = (batch.text_labels, batch.audio_labels, inputs["attention_mask"])
             weights.append(self.model.loss_weights(*labels, past_key_values=shadow))

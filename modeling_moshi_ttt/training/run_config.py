@@ -26,6 +26,8 @@ class ModelSettings:
     path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights.
     processor: where the processor is; None looks beside the weights.
     ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
+    text_padding_weight, semantic_loss_weight: of padding in the text loss and of the first codebook in the audio loss, words and the other
+        codebooks weighing 1; None keeps what the model's configuration says (Moshi's: 0.5 and 100).
     dtype: of the weights that rest; those that are trained are float32. bfloat16 makes the arithmetic bfloat16 as well, and float32 leaves it
         to the launcher's mixed_precision.
     matmul_precision: of float32 products (torch.set_float32_matmul_precision). "high" lets a GPU's tensor cores do them in TF32, several
@@ -35,9 +37,17 @@ class ModelSettings:
     path: str
     processor: str | None = None
     ttt: dict[str, Any] = field(default_factory=dict)
+    text_padding_weight: float | None = None
+    semantic_loss_weight: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmul_precision: Literal["highest", "high", "medium"] | None = None
     activation_checkpointing: bool = True
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of MoshiTTTConfig that the recipe sets."""
+        weights = {name: getattr(self, name) for name in ("text_padding_weight", "semantic_loss_weight")}
+        return self.ttt | {name: weight for name, weight in weights.items() if weight is not None}
 
 
 @dataclass
@@ -166,6 +176,7 @@ def _check(run: RunConfig) -> None:
         raise ValueError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
     share = (0, 1)
     check_numbers(run, evaluate_every=0, seed=SEEDS)
+    check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
     check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)

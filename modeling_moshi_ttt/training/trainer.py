@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..common.files import atomic_write, read_json, tensors_written
+from ..tokens_moshi_ttt import FRAME_RATE
 from . import modes
 from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
-from .data import FRAME_RATE, Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
+from .data import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 from .memory import LaneMemory
 from .noise import add_noise
 from .report import MetricsFile, peak_memory
@@ -153,7 +154,7 @@ class Trainer:
         data, total, parts = self.run.data, None, torch.zeros(2, dtype=torch.float64, device=whole.device)
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
-            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn))
+            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
             output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True)
             loss = data.text_weight * output.text_loss + output.audio_loss
             total = loss if total is None else total + loss
