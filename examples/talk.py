@@ -113,6 +113,7 @@ def main() -> int:
     check_place(arguments.model, "the model")
     model = AutoModel.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
+    processor.check_model(model.config)
     inputs = [frames_of(processor, recording) for recording in recordings]
     led = led_accuracy(model, inputs)
     print(f"led by the true past, {led:.1%} of the words' tokens come first")

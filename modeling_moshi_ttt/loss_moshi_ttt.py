@@ -65,7 +65,8 @@ def whole_weights(
     whole = torch.as_tensor(num_items_in_batch).flatten()
     if whole.numel() not in (1, 2):
         raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
-    if not (torch.compiler.is_compiling() or whole.device.type == "meta"):  # one read by the host, as for the range of tokens
+    on_meta = any(tensor is not None and tensor.is_meta for tensor in (whole, *parts))
+    if not (torch.compiler.is_compiling() or on_meta):  # one read by the host, as for the range of tokens
         trained = [whole.new_zeros(()).bool() if part is None else (part > 0).any().to(whole.device) for part in parts]
         needed = torch.stack(trained) | (whole.numel() == 1)
         if not bool((whole.isfinite() & torch.where(needed, whole > 0, whole >= 0)).all()):

@@ -229,8 +229,11 @@ def test_caches_of_other_kinds_are_refused_by_name(heard):
 def test_a_wrong_num_items_in_batch_moves_no_memory(heard):
     model, memory, frames = heard
     kept = copy_of(model, memory)
-    for wrong in (torch.ones(3), torch.ones(0)):
-        with pytest.raises(ValueError, match=f"`num_items_in_batch` holds {wrong.numel()} numbers"):
+    value = "`num_items_in_batch=.* must be finite and above 0 where anything is trained"
+    wrongs = [(torch.ones(n), f"`num_items_in_batch` holds {n} numbers") for n in (0, 3)]
+    wrongs += [(wrong, value) for wrong in (0, -2, float("nan"), float("inf"), torch.tensor(0), torch.tensor([0.0, 5.0]), torch.tensor([5.0, -1.0]))]
+    for wrong, words in wrongs:
+        with pytest.raises(ValueError, match=words):
             model(**with_labels(frames), past_key_values=kept, num_items_in_batch=wrong)
     assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in memory.state_dict().items())
 

@@ -102,7 +102,10 @@ def test_round_trip_and_overrides(tmp_path):
     [
         ({"num_hidden_layers": 1}, "ttt_layers.*layer 1.*num_hidden_layers=1"),
         ({"semantic_loss_weight": -1.0}, "semantic_loss_weight=-1.0"),
-        ({"text_padding_ids": [99]}, "text_padding_ids.*99"),
+        ({"text_padding_ids": [99, 0]}, "text_padding_ids.*99"),
+        ({"text_padding_ids": [3]}, r"`text_padding_ids=\[3\]` must hold two token ids"),
+        ({"text_padding_ids": [3, -1]}, r"`text_padding_ids=\[3, -1\]` must hold two token ids"),
+        ({"semantic_loss_weight": 0, "num_codebooks": 1}, "`semantic_loss_weight=0` leaves no codebook with a weight"),
         ({"scan_checkpoint_group_size": 0}, "scan_checkpoint_group_size=0"),
         ({"audio_delays": [0, 1]}, "audio_delays=\\[0, 1\\].*6 delays"),
         ({"num_codebooks": 5}, "audio_delays.*8 delays.*num_codebooks=5.*num_user_codebooks=3.*or None"),
@@ -167,3 +170,8 @@ def test_another_model_is_refused_before_its_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama'.*'moshi_ttt' and 'moshi'"):
         MoshiTTTConfig.from_pretrained(tmp_path)
+
+
+def test_attention_without_a_window_is_saved(tmp_path):
+    tiny_config(sliding_window=None).save_pretrained(tmp_path)
+    assert MoshiTTTConfig.from_pretrained(tmp_path).sliding_window is None

@@ -211,6 +211,19 @@ def test_configuration_there_and_back(golden, source):
     assert config_from_kyutai(written, ttt_layers="last:2").to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("lm_kwargs", [{**MOSHI_7B, "context": None}, {k: v for k, v in MOSHI_7B.items() if k != "context"}], ids=["null", "absent"])
+def test_a_context_of_null_is_attention_without_a_window(lm_kwargs):
+    config = config_from_kyutai(lm_kwargs)
+    assert config.sliding_window is None
+    assert kyutai_from_config(config)["context"] is None
+
+
+def test_padding_ids_are_kyutais_both_ways():
+    config = config_from_kyutai({**MOSHI_7B, "existing_text_padding_id": 5, "existing_text_end_padding_id": 6})
+    assert config.text_padding_ids == [5, 6]
+    assert config_from_kyutai(kyutai_from_config(config)).text_padding_ids == [5, 6]
+
+
 def test_moshiko_has_the_published_sizes():
     config = config_from_kyutai(MOSHIKO)
     depth = config.depth_decoder_config

@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_frames, tiny_model
 
+from modeling_moshi_ttt.delay_pattern import undelay
+
 
 def talk(stream, user: torch.Tensor) -> torch.Tensor:
     """`[B, 1 + K, T]` of what the stream answers to the user's codes `[B, K, T]`."""
@@ -33,6 +35,85 @@ def test_the_stream_is_the_forward_pass(model):
     delays = model.config.delays[1:4]
     for k, d in enumerate(delays):
         assert torch.equal(output.audio_logits[:, k, d + 1 :].argmax(-1), said[:, 1 + k, 1 : said.shape[-1] - d])
+
+
+DELAYS = ([0, 1, 1], [0, 0, 0], [0, 1, 3], [1, 3, 0])
+
+
+def delayed_model(delays):
+    return tiny_model(audio_delays=[*delays, *delays])
+
+
+@pytest.mark.parametrize("delays", DELAYS, ids=str)
+def test_hear_is_generate_and_the_training_forward(delays):
+    """Of its own output the training forward finds every token likeliest, the first frame's and the last's too."""
+    model, late = delayed_model(delays), max(delays)
+    user = user_codes(model, rows=2, frames=30)
+    text, codes = model.hear(user, do_sample=False)
+    generated = model.generate(user_audio_codes=user, do_sample=False)
+    assert torch.equal(text, generated.sequences)
+    assert torch.equal(codes, generated.audio_codes)
+    assert (text.shape, codes.shape) == ((2, 30), (2, 3, 30))  # as many frames out as in
+    # The forward predicts the last frames of a late codebook in steps after the end, in which nothing is heard.
+    after = torch.cat([user, torch.full((2, 3, late), -1)], dim=-1)
+    longer = model.hear(after, do_sample=False)
+    assert torch.equal(longer[0][:, :30], text)
+    assert torch.equal(longer[1][..., :30], codes)
+    output = model(*longer, after, use_cache=False)
+    assert torch.equal(output.logits.argmax(-1)[:, :30], text)
+    assert torch.equal(undelay(output.audio_logits.argmax(-1), delays, -1)[..., :30], codes)
+
+
+def test_hear_samples_as_generate_does(model):
+    user = user_codes(model, rows=2, frames=12)
+    sampling = {"temperature": 1.0, "text_temperature": 1.2, "top_k": 5, "text_top_k": 7}
+    text, codes = model.hear(user, generator=torch.Generator().manual_seed(3), **sampling)
+    output = model.generate(user_audio_codes=user, generator=torch.Generator().manual_seed(3), **sampling)
+    assert torch.equal(text, output.sequences)
+    assert torch.equal(codes, output.audio_codes)
+
+
+def test_every_frame_of_the_user_matters_from_the_next_one_on(model):
+    """The first one too; and none before it was heard."""
+    user = user_codes(model, rows=1, frames=12).clamp(min=0)
+    text, codes = model.hear(user, do_sample=False)
+    for t in (0, 5):
+        changed = user.clone()
+        changed[..., t] = (changed[..., t] + 1) % model.config.audio_vocab_size
+        other_text, other_codes = model.hear(changed, do_sample=False)
+        assert torch.equal(other_text[:, : t + 1], text[:, : t + 1])
+        assert torch.equal(other_codes[:, 0, : t + 1], codes[:, 0, : t + 1])
+        assert not (torch.equal(other_text, text) and torch.equal(other_codes, codes))
+
+
+@pytest.mark.parametrize("delays", DELAYS[:3], ids=str)
+def test_a_live_loop_gives_the_frames_that_hear_gives(delays):
+    """Call s hears the user's frame s - 1 and returns Moshi's frame s - M: one call before the first sound, M - 1 after the last."""
+    model, late = delayed_model(delays), max(delays)
+    user = user_codes(model, rows=2, frames=10)
+    heard = [None, *user.unbind(-1), *[None] * late][: 10 + late]
+    stream = model.new_stream(2, do_sample=False)
+    frames = [stream.step(codes) for codes in heard]
+    assert [bool(frame.valid.all()) for frame in frames] == [s >= late for s in range(10 + late)]
+    text, codes = model.hear(user, do_sample=False)
+    assert torch.equal(torch.stack([frame.text for frame in frames[late:]], dim=-1), text)
+    assert torch.equal(torch.stack([frame.audio_codes for frame in frames[late:]], dim=-1), codes)
+
+
+@pytest.mark.parametrize(
+    ("user", "sampling", "words"),
+    [
+        (torch.zeros(3, 4, dtype=torch.long), {}, r"`user_codes` has shape \(3, 4\)"),
+        (torch.zeros(1, 2, 4, dtype=torch.long), {}, r"`user_codes` has shape \(1, 2, 4\); .* must be \(1, 3, 4\)"),
+        (torch.zeros(1, 3, 0, dtype=torch.long), {}, "`user_codes` has shape .*; give at least one frame"),
+        (torch.full((1, 3, 4), 20), {}, "`user_codes` holds 20"),
+        (torch.zeros(1, 3, 4), {}, "`user_codes` has dtype torch.float32"),
+        (torch.zeros(1, 3, 4, dtype=torch.long), {"temperature": 0.0}, "`temperature=0.0`"),
+    ],
+)
+def test_a_recording_that_cannot_be_heard_is_refused(model, user, sampling, words):
+    with pytest.raises(ValueError, match=words):
+        model.hear(user, **sampling)
 
 
 def test_rows_are_conversations_of_their_own(model):

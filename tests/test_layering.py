@@ -120,3 +120,14 @@ def test_no_pickle_is_read_or_written():
             assert level or module.split(".")[0] not in {"pickle", "dill", "joblib"}, f"{identity(path)} imports {module}"
         for call in re.findall(r"torch\.load\([^)]*\)", path.read_text()):
             assert "weights_only=True" in call, f"{identity(path)}: {call}"
+
+
+def test_special_tokens_have_one_home():
+    """Their numbers and names stand in tokens_moshi_ttt.py alone; padding ids are a configuration's."""
+    homes = {"12.5": "tokens_moshi_ttt.py", "-100": "tokens_moshi_ttt.py", "'SPEAKER_MAIN'": "tokens_moshi_ttt.py", "'SPEAKER_USER'": "tokens_moshi_ttt.py"}
+    found: dict[str, set[str]] = {}
+    for path in [*FLAT, *SUB_FILES]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Constant, ast.UnaryOp)) and (text := ast.unparse(node)) in homes:
+                found.setdefault(text, set()).add(identity(path))
+    assert found == {text: {home} for text, home in homes.items()}

@@ -112,6 +112,35 @@ def test_num_items_in_batch_joins_micro_batches():
         model(**frames, num_items_in_batch=torch.ones(3))
 
 
+def test_a_stream_that_is_trained_nowhere_weighs_nothing():
+    """Recordings without words: the whole has no text weight, and the text loss is 0."""
+    model = tiny_model()
+    frames = with_labels(random_frames(model.config, rows=2, frames=6))
+    frames["input_ids"][:], frames["text_labels"][:] = -1, -100
+    weights = model.loss_weights(frames["text_labels"], frames["audio_labels"])
+    output = model(**frames, num_items_in_batch=weights)
+    assert (float(weights[0]), output.text_loss.item()) == (0.0, 0.0)
+    assert torch.equal(output.audio_loss, model(**frames).audio_loss)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_without_a_window_everything_is_seen(implementation):
+    """As with a window longer than the recording: in one pass, in pieces, and frame by frame."""
+    model, wide = (tiny_model(sliding_window=window, attn_implementation=implementation) for window in (None, 40))
+    frames = random_frames(model.config, rows=2, frames=30)
+    whole = model(**frames, use_cache=False).logits
+    assert torch.equal(whole, wide(**frames, use_cache=False).logits)
+    assert not torch.allclose(whole, tiny_model()(**frames, use_cache=False).logits)
+    memory = model.new_cache(2)
+    parts = [model(**cut(frames, start, stop), past_key_values=memory).logits for start, stop in ((0, 11), (11, 12), (12, 30))]
+    assert (torch.cat(parts, 1) - whole).abs().max() <= (1e-10 if implementation == "sdpa" else 1e-5)  # eager takes its softmax in float32
+    user = frames["user_audio_codes"]
+    assert torch.equal(model.hear(user, do_sample=False)[1], wide.hear(user, do_sample=False)[1])
+    resumed = model.new_cache(2)
+    resumed.load_state_dict(memory.state_dict())
+    assert resumed.layers[0].get_seq_length() == 30
+
+
 @pytest.mark.parametrize("mixer", ["linear", "mlp"])
 def test_a_batch_is_its_rows(mixer):
     model = tiny_model(ttt_mixer=mixer)

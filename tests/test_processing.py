@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor, EncodecFeatureExtractor, MimiConfig, MimiModel
 
+from modeling_moshi_ttt import MoshiTTTConfig
 from modeling_moshi_ttt.mimi_stream import MimiStream
-from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor, parse_word, resample, text_stream
+from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor, resample
+from modeling_moshi_ttt.tokens_moshi_ttt import parse_word, text_stream
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configuration" / "model" / "tiny"
@@ -100,6 +102,51 @@ def test_text_stream_properties(words, n_frames, keep):
             assert stream[t + 1] in (0, 3)
     if keep and n_frames == 70 and sum(len(tokens) for tokens, _ in words) < 5:
         assert [token for token in stream if token > 3] == [token for tokens, _ in words for token in tokens]
+
+
+def with_padding(ids) -> MoshiTTTProcessor:
+    """The tiny processor for a model with other ids of text padding."""
+    whole = MoshiTTTProcessor.from_pretrained(TINY)
+    return MoshiTTTProcessor(whole.feature_extractor, whole.tokenizer, whole.audio_tokenizer, text_padding_ids=ids)
+
+
+def test_padding_ids_are_the_models_everywhere(processor, tmp_path):
+    other = with_padding([5, 6])
+    words, usual = [("hello", 0.3, 0.9, "SPEAKER_MAIN"), ("there", 1.0, 1.4, "SPEAKER_MAIN")], {3: 5, 0: 6}
+    stream = processor.text_frames(words, 25)
+    expected = [usual.get(token, token) for token in stream]
+    assert other.text_frames(words, 25) == expected != stream
+    batch = other(noise(1, 2 * RATE), sampling_rate=RATE, words=words)
+    assert batch["input_ids"][0].tolist() == expected
+    assert other.words(torch.tensor(expected)) == processor.words(torch.tensor(stream)) != []
+    assert other.decode_text(torch.tensor(expected)) == processor.decode_text(torch.tensor(stream)) == "hello there"
+    other.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["text_padding_ids"] == [5, 6]
+    assert AutoProcessor.from_pretrained(tmp_path).text_padding_ids == [5, 6]
+
+
+def test_a_processor_saved_without_padding_ids_has_moshis(processor):
+    assert "text_padding_ids" not in json.loads((TINY / "processor_config.json").read_text())
+    assert processor.text_padding_ids == MoshiTTTConfig(hidden_size=32, num_attention_heads=2).text_padding_ids == [3, 0]
+
+
+def test_a_model_with_other_padding_ids_is_refused(processor):
+    config = MoshiTTTConfig(hidden_size=32, num_attention_heads=2, text_padding_ids=[5, 6])
+    with_padding([5, 6]).check_model(config)
+    with pytest.raises(ValueError, match=r"model's `text_padding_ids=\[5, 6\]` differ from the processor's `text_padding_ids=\[3, 0\]`"):
+        processor.check_model(config)
+
+
+def test_a_word_that_reads_as_padding_is_refused(processor):
+    (token,) = processor.encode_word("\u2581a".strip("\u2581"))[:1]
+    with pytest.raises(ValueError, match="'a', which reads as a special token"):
+        with_padding([token, 0]).encode_word("a")
+
+
+@pytest.mark.parametrize("ids", [[3], [3, 0, 1], [-1, 0], [3.0, 0], [True, 0], "30"])
+def test_padding_ids_that_cannot_be_are_refused(ids):
+    with pytest.raises(ValueError, match="`text_padding_ids=.*` must hold two token ids"):
+        with_padding(ids)
 
 
 # Sound

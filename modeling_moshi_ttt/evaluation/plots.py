@@ -66,7 +66,7 @@ def recall_figure(data: dict[str, Any]) -> Figure:
     """
     found = recall.panels(data)
     names = list(dict.fromkeys(name for name, _, _ in found))
-    counts, told = (sorted({key[i] for key in found}) for i in (1, 2))
+    counts, told = sorted({pairs for _, pairs, _ in found}), sorted({after for _, _, after in found})
     figure = Figure(figsize=(2.4 + 2.6 * len(counts), 0.4 + len(told) * (0.8 + 0.36 * len(names))), layout="constrained")
     grid = figure.subplots(len(told), len(counts), sharey=True, squeeze=False)
     for axes, (after, pairs) in zip(grid.flat, itertools.product(told, counts)):

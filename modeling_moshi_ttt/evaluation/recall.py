@@ -199,9 +199,9 @@ def panels(results: dict[str, Any]) -> dict[tuple[str, int, int], list[dict[str,
     """(model, pairs, told after) -> its cells, one for each distance."""
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for done in results["runs"]:
-        for cell in done["results"]:
+        for cell in done["results"]:  # earlier files have no `told_after`: pairs were told first
             found.setdefault((done["name"], cell["pairs"], cell.get("told_after", 0)), []).append(cell)
-    return dict(sorted(found.items(), key=lambda item: ([run["name"] for run in results["runs"]].index(item[0][0]), *item[0][1:])))
+    return found
 
 
 def label(results: dict[str, Any], cell: dict[str, Any]) -> str:

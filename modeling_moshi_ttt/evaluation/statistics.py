@@ -40,9 +40,9 @@ def paired_test(
     sample = np.asarray(differences, dtype=np.float64)  # [N]
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError(f"paired_test: differences must be finite and not empty, got {sample.tolist()[:5]}")
-    result = {"mean": float(sample.mean()), "interval": None, "p": None, "pairs": int(sample.size)}
-    if sample.size < 2:
-        return result
-    options = {"permutation_type": "samples", "n_resamples": resamples, "batch": max(1, 2**20 // sample.size)}
+    mean, pairs = float(sample.mean()), int(sample.size)
+    if pairs < 2:
+        return {"mean": mean, "interval": None, "p": None, "pairs": pairs}
+    options = {"permutation_type": "samples", "n_resamples": resamples, "batch": max(1, 2**20 // pairs)}
     test = stats.permutation_test((sample,), np.mean, rng=np.random.default_rng(seed), **options)
-    return result | {"interval": list(bootstrap_interval(sample, seed)), "p": float(test.pvalue)}
+    return {"mean": mean, "interval": list(bootstrap_interval(sample, seed)), "p": float(test.pvalue), "pairs": pairs}
