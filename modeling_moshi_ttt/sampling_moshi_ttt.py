@@ -36,24 +36,38 @@ class Sampling(NamedTuple):
     max_text_top_k: int
     some_sample: bool
 
-    def text(self, logits: Tensor, noise_keys: Tensor) -> Tensor:
-        """Text tokens `[B]` from logits `[B, V]` and `noise_keys` `[B]` as [`noise_keys`] gives them."""
-        return self._choose(logits, self.text_temperature, self.text_top_k, self.max_text_top_k, noise_keys)
+    def noise(self, seeds: Tensor, frame: Tensor, vocab_size: int, num_codebooks: int, card: int) -> tuple[Tensor, Tensor] | None:
+        """The noise of a frame: of the text `[B, k]`, and of each codebook `[B, K, k]`; None where no row samples.
 
-    def audio(self, logits: Tensor, noise_keys: Tensor) -> Tensor:
-        """Codes `[B]` of one codebook, likewise."""
-        return self._choose(logits, self.temperature, self.top_k, self.max_top_k, noise_keys)
-
-    def _choose(self, logits: Tensor, temperature: Tensor, top_k: Tensor, max_top_k: int, keys: Tensor) -> Tensor:
+        Args:
+            seeds, frame: `[B]` int64.
+            vocab_size, num_codebooks, card: how many entries there are to choose from, of the text and of each of so many codebooks.
+        """
         if not self.some_sample:
+            return None
+        streams = torch.arange(1 + num_codebooks, device=seeds.device)
+        keys = _mix(_mix(seeds + _STEP)[:, None] + frame[:, None] * 64 + streams)  # [B, 1 + K]
+        text, audio = min(self.max_text_top_k or vocab_size, vocab_size), min(self.max_top_k or card, card)
+        return gumbel(keys[:, 0], text), gumbel(keys[:, 1:], audio)
+
+    def text(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """Text tokens `[B]` from logits `[B, V]` and their noise `[B, k]`."""
+        return self._choose(logits, self.text_temperature, self.text_top_k, noise)
+
+    def audio(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """Codes `[B]` of one codebook, likewise."""
+        return self._choose(logits, self.temperature, self.top_k, noise)
+
+    def _choose(self, logits: Tensor, temperature: Tensor, top_k: Tensor, noise: Tensor | None) -> Tensor:
+        if noise is None:
             return logits.argmax(dim=-1)
-        entries = logits.shape[-1]
-        count = min(max_top_k or entries, entries)
+        count = noise.shape[-1]
         scores, ids = logits.float().topk(count, dim=-1)  # [B, k], the likeliest first
-        allowed = (torch.arange(count, device=ids.device) < top_k[:, None]) | (top_k == 0)[:, None]
         # The largest of score + Gumbel noise is a draw from the softmax of the scores.
-        noisy = (scores / temperature[:, None] + gumbel(keys, ids)).masked_fill(~allowed, float("-inf"))
-        chosen = torch.where(self.do_sample, noisy.argmax(dim=-1), 0)
+        noisy = torch.addcdiv(noise, scores, temperature[:, None])
+        last = torch.where(top_k == 0, count, top_k)[:, None]
+        noisy = noisy.masked_fill(torch.arange(count, device=ids.device) >= last, float("-inf"))
+        chosen = noisy.argmax(dim=-1) * self.do_sample
         return ids.gather(1, chosen[:, None])[:, 0]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,19 +133,9 @@ def make_seeds(seeds: Any, batch_size: int, device: torch.device, generator: tor
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
-def noise_keys(seeds: Tensor, frame: Tensor, stream: int) -> Tensor:
-    """`[B]` int64: what the noise of one token hangs on.
-
-    Args:
-        seeds, frame: `[B]`.
-        stream: 0 for the text, 1 + k for codebook k.
-    """
-    return _mix(_mix(seeds + _STEP) + frame * 64 + stream)
-
-
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise `[B, k]` float32 of the entries `ids` `[B, k]` under `keys` `[B]`."""
-    bits = _mix(keys[:, None] + (ids + 1) * _STEP)
+def gumbel(keys: Tensor, count: int) -> Tensor:
+    """Standard Gumbel noise `[..., count]` float32 under `keys` `[...]`, for the likeliest entry, the next one and so on."""
+    bits = _mix(keys[..., None] + torch.arange(1, count + 1, device=keys.device) * _STEP)
     uniform = ((bits >> 40 & 0xFFFFFF).float() + 0.5) / 2**24  # 24 bits, the mantissa of a float32
     return -(-uniform.log()).log()
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .cache_moshi_ttt import MoshiTTTCache
-from .frames_moshi_ttt import check_tokens
+from .frames_moshi_ttt import check_shape, check_tokens
 from .rows import Entry, active_rows, check_entries, check_names, row_mask, without_gradients
-from .sampling_moshi_ttt import SETTINGS, Sampling, make_seeds, noise_keys
+from .sampling_moshi_ttt import SETTINGS, Sampling, make_seeds
 from .tokens_moshi_ttt import UNGENERATED, ZERO
 
 CACHE = "past_key_values."  # before the names of the cache's entries in a saved stream
@@ -125,18 +125,17 @@ class MoshiTTTStream:
         Raises:
             ValueError: wrong shapes, or tokens out of range.
         """
-        state, config = self.state, self.model.config
-        heard = torch.full_like(state.heard[..., 0], ZERO) if user_codes is None else user_codes
-        check_tokens("user_codes", heard, tuple(state.heard.shape[:2]), ZERO, config.audio_vocab_size)
+        state = self.state
+        heard, out_of_range = self._check_heard(user_codes)
         forced = torch.full_like(state.said[..., 0], UNGENERATED) if forced is None else self._check_forced(forced)
         active = None if active is None else active_rows(active, self.batch_size, self.device)
-        said, sick, cache = self._run(heard.to(self.device), forced.to(self.device), active)
+        said, sick, cache = self._run(heard, forced.to(self.device), active)
         after = StreamState(
             calls=state.calls + 1,
             said=torch.cat([state.said[..., 1:], said[..., None]], dim=-1),
-            heard=torch.cat([state.heard[..., 1:], heard.to(state.heard)[..., None]], dim=-1),
+            heard=torch.cat([state.heard[..., 1:], heard[..., None]], dim=-1),
             seeds=state.seeds,
-            sick=state.sick | sick,
+            sick=state.sick | sick if out_of_range is None else state.sick | sick | out_of_range,
         )
         valid = (state.calls >= after.said.shape[-1] - 1) & ~after.sick
         if active is not None:
@@ -150,23 +149,25 @@ class MoshiTTTStream:
 
     def _run(self, heard: Tensor, forced: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor, MoshiTTTCache]:
         """The tokens `[B, 1 + K]` of this call, the rows `[B]` whose logits are not finite, and the cache after it."""
-        state, cache = self.state, self.past_key_values.draft()
+        state, cache, config = self.state, self.past_key_values.draft(), self.model.config
         logits, hidden_states = self.model.step_frame(self._inputs(heard), cache, active)
-        finite = [torch.isfinite(logits).all(dim=-1)]
-        chosen = self.sampling.text(logits, noise_keys(state.seeds, state.calls, 0))
-        text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], chosen)
+        card = config.audio_vocab_size
+        text_noise, audio_noise = self.sampling.noise(state.seeds, state.calls, config.vocab_size, config.num_codebooks, card) or (None, None)
+        largest = [logits.amax(dim=-1)]  # NaN where one of them is
+        text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], self.sampling.text(logits, text_noise))
 
         def choose(logits: Tensor, codebook: int) -> Tensor:
-            finite.append(torch.isfinite(logits).all(dim=-1))
-            return self.sampling.audio(logits, noise_keys(state.seeds, state.calls, 1 + codebook))
+            largest.append(logits.amax(dim=-1))
+            return self.sampling.audio(logits, None if audio_noise is None else audio_noise[:, codebook])
 
         audio = self.model.depth_decoder.decode(hidden_states, text, forced[:, 1:], choose)
-        return torch.cat([text[:, None], audio], dim=1), ~torch.stack(finite).all(dim=0), cache
+        sick = ~torch.isfinite(torch.stack(largest)).all(dim=0)
+        return torch.cat([text[:, None], audio], dim=1), sick, cache
 
     def _inputs(self, heard: Tensor) -> Tensor:
         """`[B, S]`: what this call's step runs on, initial tokens where a stream's delay has not passed."""
         state = self.state
-        history = torch.cat([state.heard[..., 1:], heard.to(state.heard)[..., None]], dim=-1)
+        history = torch.cat([state.heard[..., 1:], heard[..., None]], dim=-1)
         late = (history.shape[-1] - 1 - self._delays[self._own :]).expand(self.batch_size, -1)
         tokens = torch.cat([state.said[..., -1], history.gather(2, late[..., None])[..., 0]], dim=1)
         begun = state.calls[:, None] > self._delays
@@ -275,6 +276,21 @@ class MoshiTTTStream:
                 raise ValueError(f"`{name}` of the saved stream holds what no stream has; load what `state_dict()` gave, unchanged.")
         if not torch.equal(tensors["calls"], tensors.get(CACHE + "frames", tensors["calls"])):
             raise ValueError("`calls` of the saved stream are not the frames of its cache; load what `state_dict()` gave, unchanged.")
+
+    def _check_heard(self, user_codes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The user's codes `[B, K_user]` on the model's device, and the rows `[B]` where a code is out of range; None where none can be.
+
+        Codes on the host are refused there. To look at those on a device would have the host wait for it: such a row becomes sick instead.
+        """
+        shape, card = tuple(self.state.heard.shape[:2]), self.model.config.audio_vocab_size
+        if user_codes is None:
+            return torch.full_like(self.state.heard[..., 0], ZERO), None
+        if user_codes.device.type == "cpu":
+            check_tokens("user_codes", user_codes, shape, ZERO, card)
+            return user_codes.to(self.state.heard), None
+        check_shape("user_codes", user_codes, shape)
+        bad = ((user_codes < ZERO) | (user_codes >= card)).any(dim=1)
+        return user_codes.to(self.state.heard).masked_fill(bad[:, None], ZERO), bad
 
     def _check_forced(self, forced: Tensor) -> Tensor:
         rows, config = self.batch_size, self.model.config
