@@ -52,12 +52,14 @@ def codec(settings: dict[str, Any], inputs: Tensors) -> Tensors:
     sound, codes = inputs["sound"], inputs["codes"]
     drawn(mimi)
     with torch.no_grad():
+        latent = mimi.encode_to_latent(sound, quantize=False)
         for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
-            # Codebooks as wide as what they quantize, so that many of their entries are used.
-            width = part.input_proj(mimi.encode_to_latent(sound, quantize=False)).std()
+            # Codebooks spread over what they quantize, so that many of their entries are used.
+            residual = part.input_proj(latent).transpose(1, 2).flatten(0, 1)  # [B T, D]
             for layer in part.vq.layers:
-                layer._codebook.embedding_sum.normal_(std=float(width))
-                layer._codebook._embedding = None
+                chosen = torch.randint(len(residual), (layer._codebook.codebook_size,))
+                layer._codebook.embedding_sum.copy_(residual[chosen])
+                residual = residual - residual[torch.randperm(len(residual))]
         results = {f"weight.{name}": tensor.clone() for name, tensor in mimi.state_dict().items()}
         results |= {"codes": mimi.encode(sound), "sound": mimi.decode(codes)}
         size = mimi.frame_size
