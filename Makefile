@@ -45,6 +45,11 @@ peer:  ## Kyutai's own package into .venv-peer, for what is measured or checked 
 peer-check: $(READY) peer  ## model and codec beside Kyutai's own package, into benchmarks/PEER.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peer_check.py --table benchmarks/PEER.md
 
+mutants: $(READY)  ## change the code in small ways and see whether a test notices (hours; MUTANTS='*.frames_moshi_ttt.*' for a part)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/python tests/mutants.py
+
 evaluate-demo: $(READY)  ## every evaluation on the tiny model, with its report
 	$(BIN)/python examples/evaluate_demo.py
 
