@@ -86,6 +86,16 @@ def test_frames_move_to_the_left_of_padding_with_all_that_belongs_to_them():
     assert torch.equal(take_frames(found.codes[:, 0], found.order.argsort(dim=1), 1), frames["input_ids"])
 
 
+@pytest.mark.parametrize("mask", [[1, 0, 1], [0, 1, 1], [1, 1, 0, 1] * 50])
+def test_gaps_anywhere_close_and_the_order_stays(mask):
+    mask = torch.tensor([mask])
+    frames = random_frames(CONFIG, rows=1, frames=mask.shape[1])
+    found = align(CONFIG, **frames, attention_mask=mask)
+    assert torch.equal(found.codes[0, 0, : int(mask.sum())], frames["input_ids"][mask.bool()])
+    assert torch.equal(found.order.argsort(dim=1).argsort(dim=1), found.order)
+    assert (found.text_labels, found.audio_labels) == (None, None)
+
+
 def test_absent_streams_are_zero_tokens():
     user = torch.randint(0, 20, (2, 3, 5))
     codes = align(CONFIG, None, None, user).codes

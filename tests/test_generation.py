@@ -198,6 +198,26 @@ def test_sampling_stays_in_the_top_k_and_follows_its_generator(model):
     assert torch.equal(talk(model.new_stream(2, top_k=1, text_top_k=1), user), greedy)
 
 
+def test_the_colder_the_likelier(model):
+    user = user_codes(model, rows=2, frames=25)
+    greedy = talk(model.new_stream(2, do_sample=False), user)
+    for cold in (True, False):
+        temperature = 1e-4 if cold else 1e4
+        stream = model.new_stream(2, temperature=temperature, text_temperature=temperature, top_k=0, text_top_k=0)
+        assert torch.equal(talk(stream, user), greedy) == cold
+
+
+def test_a_prompt_alone_is_said_and_one_frame_is_a_talk(model):
+    prompt = {
+        "input_ids": torch.randint(0, model.config.vocab_size, (2, 3)),
+        "moshi_audio_codes": torch.randint(0, model.config.audio_vocab_size, (2, model.config.num_codebooks, 3)),
+    }
+    said = model.generate(**prompt, max_new_tokens=0)
+    assert torch.equal(said.sequences, prompt["input_ids"])
+    assert torch.equal(said.audio_codes, prompt["moshi_audio_codes"])
+    assert model.generate(user_audio_codes=user_codes(model, rows=2, frames=1)).sequences.shape == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
