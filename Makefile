@@ -6,7 +6,7 @@ READY = $(VENV)/.ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint bench peer evaluate-demo clean
+.PHONY: help install demo test soak lint bench peer peer-check mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,8 +39,16 @@ lint: $(READY)  ## style and types
 bench: $(READY)  ## the CPU benchmarks, as ratios against benchmarks/baseline.json
 	$(BIN)/python benchmarks/run.py
 
-peer:  ## Kyutai's own package into .venv-peer, for the benchmarks that stand beside it
+peer:  ## Kyutai's own package into .venv-peer, for what is measured or checked beside it
 	benchmarks/install_peer.sh
+
+peer-check: $(READY) peer  ## model and codec beside Kyutai's own package, into benchmarks/PEER.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peer_check.py --table benchmarks/PEER.md
+
+mutants: $(READY)  ## change the code in small ways and see whether a test notices (hours; MUTANTS='*.frames_moshi_ttt.*' for a part)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/python tests/mutants.py
 
 evaluate-demo: $(READY)  ## every evaluation on the tiny model, with its report
 	$(BIN)/python examples/evaluate_demo.py

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import cut, random_frames, tiny_model, with_labels
+from tiny import cut, random_frames, rows_of, tiny_model, with_labels
 from transformers import DynamicCache
 
 from modeling_moshi_ttt import MoshiTTTCache
@@ -65,6 +65,50 @@ def test_forgetting_attention_keeps_the_rest(heard):
     without = go_on(model, forgetful, frames)
     assert not torch.allclose(without, go_on(model, copy_of(model, memory), frames))
     assert not torch.allclose(without, go_on(model, model.new_cache(3), frames))
+
+
+def labelled_losses(model, windows, memory) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(**window, past_key_values=memory).audio_loss for window in windows]
+
+
+def test_labels_of_delayed_codebooks_wait_for_their_step():
+    """A window without labels trains nothing, however short it is, and takes nothing from those before it: their delayed codebooks come after."""
+    model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
+    frames = with_labels(random_frames(model.config, rows=2, frames=9))
+    windows = [cut(frames, *ends) for ends in ((0, 5), (5, 6), (6, 9))]
+    del windows[1]["audio_labels"]
+    found = labelled_losses(model, [windows[0]], memory := model.new_cache(2))
+    model(**windows[1], past_key_values=memory)
+    found += labelled_losses(model, [windows[2]], memory)
+    windows[1]["audio_labels"] = torch.full((2, 3, 1), -100)
+    wanted = labelled_losses(model, windows, model.new_cache(2))
+    assert torch.equal(torch.stack(found), torch.stack([wanted[0], wanted[2]]))
+
+
+def test_after_padding_only_the_frames_that_count_are_history():
+    model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
+    frames = with_labels(random_frames(model.config, rows=2, frames=9))
+    padded, rest = cut(frames, 0, 6), cut(frames, 4, 9)
+    memory, plain = model.new_cache(2), model.new_cache(2)
+    labelled_losses(model, [padded | {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)}], memory)
+    found = labelled_losses(model, [rest], memory)
+    wanted = labelled_losses(model, [cut(frames, 0, 4), rest], plain)
+    assert torch.allclose(found[0], wanted[1], atol=1e-6, rtol=0)
+    assert torch.equal(memory.codes, plain.codes)
+    assert torch.equal(memory.labels, plain.labels)
+
+
+def test_a_reset_row_has_no_labels_left_to_train():
+    model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
+    frames = with_labels(random_frames(model.config, rows=2, frames=5))
+    memory = model.new_cache(2)
+    labelled_losses(model, [frames], memory)
+    memory.reset([1])
+    anew, fresh = rows_of(frames, [1]), model.new_cache(1)
+    both = {name: torch.cat([torch.full_like(tensor, -1), tensor]) for name, tensor in anew.items()}
+    memory.labels[0] = -100  # the other row goes on, and is not to be trained here
+    assert torch.allclose(*labelled_losses(model, [both], memory), *labelled_losses(model, [anew], fresh), atol=1e-6, rtol=0)
 
 
 def test_resetting_every_row_is_a_new_memory(heard):

@@ -245,6 +245,8 @@ def test_moshiko_has_the_published_sizes():
         ({"norm": "layer_norm"}, "norm = 'layer_norm'"),
         ({"dep_q": 9}, "dep_q = 9"),
         ({"depformer_dim_feedforward": [1, 2, 3]}, "one integer"),
+        ({"model_type": "hibiki"}, "model_type = 'hibiki'"),
+        ({"dep_q": 6}, "dep_q = n_q = 6 .* begin anew after 3: .* predicts its user's codebooks too"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(golden, change, message):

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_frames, tiny_model
 
 from modeling_moshi_ttt.delay_pattern import undelay
+from modeling_moshi_ttt.generation_moshi_ttt import Sampling
 
 
 def talk(stream, user: torch.Tensor) -> torch.Tensor:
@@ -23,18 +24,19 @@ def user_codes(model, rows: int, frames: int, seed: int = 1) -> torch.Tensor:
     return random_frames(model.config, rows, frames, seed)["user_audio_codes"]
 
 
-def test_the_stream_is_the_forward_pass(model):
+@pytest.mark.parametrize("delays", [None, [0, 3, 2, 0, 1, 1]])
+def test_the_stream_is_the_forward_pass(delays):
     """What the stream says, teacher-forced through the model, is what the model finds likeliest."""
+    model = tiny_model(audio_delays=delays)
     user = user_codes(model, rows=2, frames=30)
     said = talk(model.new_stream(2, do_sample=False), user)
     depth = max(model.config.delays)
     said, heard = said[..., depth:], user[..., 1:]  # the first call hears nothing
     output = model(said[:, 0], said[:, 1:], heard[..., : said.shape[-1]], use_cache=False)
-    # -2 of the model's first delayed codes has no teacher-forced counterpart; text has no delay.
+    # What is said of frames before the first has no teacher-forced counterpart; text has no delay.
     assert torch.equal(output.logits.argmax(-1)[:, 1:], said[:, 0, 1:])
-    delays = model.config.delays[1:4]
-    for k, d in enumerate(delays):
-        assert torch.equal(output.audio_logits[:, k, d + 1 :].argmax(-1), said[:, 1 + k, 1 : said.shape[-1] - d])
+    for k, d in enumerate(model.config.delays[1:4]):
+        assert torch.equal(output.audio_logits[:, k, depth:].argmax(-1), said[:, 1 + k, depth - d : said.shape[-1] - d])
 
 
 DELAYS = ([0, 1, 1], [0, 0, 0], [0, 1, 3], [1, 3, 0])
@@ -283,6 +285,35 @@ def test_sampling_stays_in_the_top_k_and_follows_its_generator(model):
     assert not torch.equal(one, other)
     greedy = talk(model.new_stream(2, do_sample=False), user)
     assert torch.equal(talk(model.new_stream(2, top_k=1, text_top_k=1), user), greedy)
+
+
+@pytest.mark.parametrize(("limit", "reached"), [(0, 8), (3, 3), (8, 8)])
+def test_of_the_top_k_all_are_chosen_and_no_other(limit, reached):
+    logits = torch.linspace(0.0, 1.0, 8).flip(0).expand(2, -1)  # the likeliest first
+    sampling = Sampling(top_k=limit, text_top_k=limit)
+    for choose in (sampling.audio, sampling.text):
+        chosen = torch.cat([choose(logits) for _ in range(200)])
+        assert set(chosen.tolist()) == set(range(reached))
+
+
+def test_the_colder_the_likelier(model):
+    user = user_codes(model, rows=2, frames=25)
+    greedy = talk(model.new_stream(2, do_sample=False), user)
+    for cold in (True, False):
+        temperature = 1e-4 if cold else 1e4
+        stream = model.new_stream(2, temperature=temperature, text_temperature=temperature, top_k=0, text_top_k=0)
+        assert torch.equal(talk(stream, user), greedy) == cold
+
+
+def test_a_prompt_alone_is_said_and_one_frame_is_a_talk(model):
+    prompt = {
+        "input_ids": torch.randint(0, model.config.vocab_size, (2, 3)),
+        "moshi_audio_codes": torch.randint(0, model.config.audio_vocab_size, (2, model.config.num_codebooks, 3)),
+    }
+    said = model.generate(**prompt, max_new_tokens=0)
+    assert torch.equal(said.sequences, prompt["input_ids"])
+    assert torch.equal(said.audio_codes, prompt["moshi_audio_codes"])
+    assert model.generate(user_audio_codes=user_codes(model, rows=2, frames=1)).sequences.shape == (2, 1)
 
 
 @pytest.mark.parametrize(
