@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MoshiConfig, PreTrainedConfig
 
 MIXERS = ("linear", "mlp")
+INNER_NORMS = ("layer_norm", "none")
 ROPES = ("mini_batch", "absolute", "none")
 IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
 # Published inner learning rates, TTT paper section 2.7 (linear) and appendix (MLP).
@@ -127,6 +128,7 @@ class MoshiTTTConfig(MoshiConfig):
 
     ttt_layers: list[int] | str = "middle"
     ttt_mixer: str = "mlp"
+    ttt_inner_norm: str = "layer_norm"
     ttt_num_heads: int | None = None
     ttt_head_dim: int | None = None
     ttt_mini_batch_size: int = 16
@@ -210,6 +212,7 @@ class MoshiTTTConfig(MoshiConfig):
             raise ValueError(f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it.")
         choices = (
             ("ttt_mixer", self.ttt_mixer, MIXERS),
+            ("ttt_inner_norm", self.ttt_inner_norm, INNER_NORMS),
             ("ttt_rope", self.ttt_rope, ROPES),
             ("ttt_implementation", self.ttt_implementation, IMPLEMENTATIONS),
             ("hidden_act", self.hidden_act, tuple(ACT2FN)),
