@@ -54,7 +54,8 @@ def mini_batch(
     if inner_norm == "none":
         share = share / (share * (lr * c).cumsum(2)).clamp(min=1)
     # Forward for the queries, each reading its own weights; then the weights at the end.
-    y, after = q, []
+    y = q
+    after: list[Tensor] = []
     for (W, bias), x_k, gradient in zip(layers, x, g):
         y = F.gelu(y, approximate="tanh") if after else y
         attention = (share * (y @ x_k.mT + 1)).tril()  # [B, H, b, b]

@@ -191,11 +191,11 @@ def linear_backward(
             z += product(k, w, PRECISION)
             z_q += product(q, w, PRECISION)
             carried += product(k, tl.load(d_w1_ptr + f * D + wide), PRECISION)
-        k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
-        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - k
+        key = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - key
         grad, normal, scale, residual = inner_gradient(z, target, gamma, beta, eps, D, NORMED)
         if not NORMED:
-            c = tl.sum(k * k, 1) + 1.0
+            c = tl.sum(key * key, 1) + 1.0
             share = bounded_share(token_weight, lr, c, causal)
             last_share = tl.sum(tl.where(tokens == TOKENS - 1, share, 0.0), 0)
         reach = tl.where(causal, share[:, None] * lr[None, :], 0.0)
