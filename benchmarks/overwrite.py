@@ -3,7 +3,7 @@
 Both inner losses in one run, for every mixer, mini-batch size and inner learning rate, on the op alone with a layer's start values, D = 32, gate 1/2.
 "one frame": each value is told in the last frame of a mini-batch only, and the other frames write nothing.
 
-    python benchmarks/overwrite.py --out benchmarks/overwrite.json
+    python benchmarks/overwrite.py --out benchmarks/overwrite.json --figure docs/pictures/overwrite
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from modeling_moshi_ttt.configuration_moshi_ttt import INNER_NORMS, MIXERS, default_base_lr
+from modeling_moshi_ttt.evaluation.plots import save
 from modeling_moshi_ttt.ttt_layer import TTTMLP, TTTLinear
 from modeling_moshi_ttt.ttt_ops import TTTState, ttt_linear, ttt_mlp
 
@@ -82,10 +85,29 @@ def measure(mixer: str, b: int, seeds: int, one_frame: bool) -> list[dict[str, A
     return rows
 
 
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """One panel for each mixer and way of telling, at mini-batches of 16: medians over the seeds; at the upper edge, more than MOST."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for axes, (mixer, told) in zip(panels.flat, itertools.product(MIXERS, ("all frames", "one frame"))):
+        for inner_norm, marker in zip(INNER_NORMS, "os"):
+            found = [row for row in rows if (row["mixer"], row["told"], row["inner_norm"], row["mini_batch"]) == (mixer, told, inner_norm, 16)]
+            counts = [statistics.median(count or MOST for count in row["mini_batches"]) for row in found]
+            axes.loglog([row["base_lr"] for row in found], counts, marker=marker, label=f'ttt_inner_norm "{inner_norm}"')
+            axes.plot(*zip(*[(row["base_lr"], count) for row, count in zip(found, counts) if row["default"]]), "k*", markersize=12, zorder=3)
+        axes.set_title(f"TTT-{mixer}, each value told in {told} of a mini-batch", fontsize="medium")
+        axes.grid(alpha=0.3)
+    figure.supxlabel("ttt_base_lr (star: the default)")
+    figure.supylabel("mini-batches of 16 frames to turn an answer")
+    panels[0, 0].legend()
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="each draws keys, values and start weights anew")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--figure", type=Path, help="draw them to this path, .svg and .png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -101,9 +123,11 @@ def main() -> None:
             cells = [f"{row['base_lr']:g}{'*' * row['default']}: " + "/".join(str(n or "-") for n in row["mini_batches"]) for row in ours]
             print(f"{mixer:8}{ours[0]['told']:12}{b:3}  {inner_norm:12}" + "   ".join(cells), flush=True)
     if options.out:
-        facts = {"date": date.today().isoformat(), "torch": torch.__version__, "command": "python benchmarks/overwrite.py --out benchmarks/overwrite.json"}
+        facts = {"date": date.today().isoformat(), "torch": torch.__version__, "command": "python benchmarks/overwrite.py"}
         facts |= {"seeds": list(range(options.seeds)), "rows": 64, "head_dim": 32, "gate": GATE, "most": MOST}  # type: ignore[dict-item]
         options.out.write_text(json.dumps(facts | {"settings": rows}, indent=1) + "\n")
+    if options.figure:
+        save(draw(rows), options.figure)
 
 
 if __name__ == "__main__":

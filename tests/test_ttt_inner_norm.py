@@ -18,11 +18,11 @@ from modeling_moshi_ttt.ttt_layer import TTTMLP, TTTLinear
 from modeling_moshi_ttt.ttt_scan import scan_mini_batches
 from modeling_moshi_ttt.ttt_state import TTTInputs
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from overwrite import Memory, mini_batches_to_turn
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MIXERS = ["linear", "mlp"]
 
 
@@ -40,10 +40,10 @@ def test_scan_dual_form_and_decoding_equal_the_reference(mixer, rows, length, he
     assert largest_difference(run_all(mixer, values, backend="scan", group_size=2, inner_norm=inner_norm), theirs) <= 1e-11
 
     names = ("out", *(f"final_{name}" for name in WEIGHTS[mixer]))
-    out, after = ttt_dual(TTTInputs(*(values[name] for name in INPUTS)), start(mixer, values, rows).weights, inner_norm=inner_norm)
+    frozen, outputs = {name: x.detach() for name, x in values.items()}, []
+    out, after = ttt_dual(TTTInputs(*(frozen[name] for name in INPUTS)), start(mixer, frozen, rows).weights, inner_norm=inner_norm)
     assert largest_difference(dict(zip(names, (out, *after))), {name: theirs[name] for name in names}) <= 1e-11
 
-    frozen, outputs = {name: x.detach() for name, x in values.items()}, []
     state = start(mixer, frozen, rows)
     for t in range(length):
         out, state = run(mixer, frozen, state, slice(t, t + 1), inner_norm=inner_norm)
