@@ -125,7 +125,7 @@ def main() -> None:
     if options.out:
         facts = {"date": date.today().isoformat(), "torch": torch.__version__, "command": "python benchmarks/overwrite.py"}
         facts |= {"seeds": list(range(options.seeds)), "rows": 64, "head_dim": 32, "gate": GATE, "most": MOST}  # type: ignore[dict-item]
-        options.out.write_text(json.dumps(facts | {"settings": rows}, indent=1) + "\n")
+        options.out.write_text(json.dumps(facts | {"settings": rows}) + "\n")
     if options.figure:
         save(draw(rows), options.figure)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ttt_scan import normalise, normalise_backward
+from .ttt_functions import normalise, normalise_backward
 from .ttt_state import TTTInputs, TTTState
 
 Weights = tuple[Tensor, ...]

@@ -5,8 +5,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from ttt_cases import INPUTS, OPS, WEIGHTS, largest_difference, make_inputs, run, run_all, start
 
+from modeling_moshi_ttt.ttt_functions import Gelu
 from modeling_moshi_ttt.ttt_ops import TTTState
-from modeling_moshi_ttt.ttt_scan import Gelu, scan_mini_batches
+from modeling_moshi_ttt.ttt_scan import scan_mini_batches
 from modeling_moshi_ttt.ttt_state import TTTInputs
 
 MIXERS = ["linear", "mlp"]
