@@ -264,7 +264,7 @@ class MoshiTTTCache(Cache):
             state,
             codes=torch.where(chosen[:, None, None], self.initial_tokens, self.codes),
             labels=self.labels.masked_fill(chosen[:, None, None], IGNORED),
-            ttt_states=tuple(None if ttt is None else replace(ttt, even_frames=None) for ttt in state.ttt_states),
+            ttt_states=tuple(None if ttt is None else replace(ttt, lockstep_frames=None) for ttt in state.ttt_states),
             reset_mask=chosen if self.state.reset_mask is None else self.state.reset_mask | chosen,
         )
 

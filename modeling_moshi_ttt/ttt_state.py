@@ -56,7 +56,7 @@ class TTTState:
     # What decoding steps keep of the open mini-batch; made again from k, v and lr whenever it is missing.
     open_factors: Any = field(default=None, repr=False)
     # The number in `frames`, where all rows are known to have the same: asking a GPU for it would have the host wait for all work before.
-    even_frames: int | None = None
+    lockstep_frames: int | None = None
 
     @classmethod
     def initial(
@@ -75,7 +75,7 @@ class TTTState:
         weights = tuple(w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2) if w is not None)
         none = W1.new_zeros(batch_size, 0, heads, dim)
         fresh = cls.of(weights, none, none, none[..., 0], torch.zeros(batch_size, dtype=torch.int64, device=W1.device))
-        return replace(fresh, even_frames=0)
+        return replace(fresh, lockstep_frames=0)
 
     @classmethod
     def of(cls, weights: tuple[Tensor, ...], k: Tensor, v: Tensor, lr: Tensor, frames: Tensor, open_factors: Any = None) -> TTTState:
@@ -113,8 +113,8 @@ class TTTState:
         """Whether no row has an open mini-batch; read from the device only where the host does not know."""
         if self.mini_batch_size == 0:
             return True
-        if self.even_frames is not None:
-            return self.even_frames % self.mini_batch_size == 0
+        if self.lockstep_frames is not None:
+            return self.lockstep_frames % self.mini_batch_size == 0
         return not bool(self.position.any())
 
     def select(self, rows: Sequence[int] | Tensor) -> TTTState:
@@ -172,12 +172,14 @@ class TTTState:
             raise ValueError(f"W1 {tuple(W1.shape)} and k {tuple(k.shape)} of the saved TTT state must have 4 dimensions")
         rows, heads, dim, width = W1.shape
         check_entries("TTT state", tensors, saved_entries(rows, heads, dim, width if "W2" in names else None, k.shape[1]))
-        return cls.of(tuple(tensors[name] for name in names), *(tensors[name] for name in TOKEN_NAMES))
+        frames = tensors["frames"].tolist()
+        state = cls.of(tuple(tensors[name] for name in names), *(tensors[name] for name in TOKEN_NAMES))
+        return replace(state, lockstep_frames=frames[0] if len(set(frames)) == 1 else None)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
         """The state with every tensor changed; the decoding factors are dropped, to be made again from the tokens."""
         changed = TTTState.of(tuple(map(change, self.weights)), *(change(x) for x in (self.k, self.v, self.lr, self.frames)))
-        return replace(changed, even_frames=self.even_frames)
+        return replace(changed, lockstep_frames=self.lockstep_frames)
 
 
 def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None) -> tuple[int, int]:
