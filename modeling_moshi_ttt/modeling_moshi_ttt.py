@@ -336,11 +336,16 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; weights that are not finite are refused.
+        """As the parent's; weights that are not finite are refused, and an inner loss that the TTT layers were not trained with.
 
         Raises:
-            ValueError: a weight is NaN or infinite; the message names it.
+            ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the checkpoint's; the message names it.
         """
+        inner_norm = kwargs.get("ttt_inner_norm", getattr(kwargs.get("config"), "ttt_inner_norm", None))
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if inner_norm is not None and source is not None:
+            where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if name in kwargs}
+            MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, parameter in model.named_parameters():

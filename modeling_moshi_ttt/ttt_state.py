@@ -1,4 +1,4 @@
-"""The memory of a TTT layer between two calls.
+"""What the TTT ops take, and the memory of a TTT layer between two calls.
 
 Shape letters: B rows (streams), H heads, D head dimension, F hidden width of the MLP (4 D), b mini-batch size.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ TOKEN_NAMES = ("k", "v", "lr", "frames")
 
 # What a saved entry has to be: its shape and its dtype.
 Entry = tuple[tuple[int, ...], torch.dtype]
+
+
+class TTTInputs(NamedTuple):
+    """What an op takes beside its state; bodies that run whole mini-batches get their tokens as `[B, N, b, ...]` in place of `[B, T, ...]`."""
+
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, T, H, D]
+    v: Tensor  # [B, T, H, D]: target + k
+    lr: Tensor  # [B, T, H]
+    token_weight: Tensor  # [b]
+    norm_weight: Tensor  # [H, D]
+    norm_bias: Tensor  # [H, D]
 
 
 @dataclass(frozen=True, eq=False)

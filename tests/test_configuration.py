@@ -35,6 +35,7 @@ def test_layers_are_stored_as_a_list(layers, expected):
         ({"ttt_layers": "last:3"}, "ttt_layers='last:3'.*num_hidden_layers=2"),
         ({"ttt_mixer": "gru"}, "ttt_mixer='gru'.*'linear', 'mlp'"),
         ({"ttt_rope": "yarn"}, "ttt_rope='yarn'"),
+        ({"ttt_inner_norm": "rms"}, "ttt_inner_norm='rms'.*'layer_norm', 'none'"),
         ({"ttt_implementation": "cuda"}, "ttt_implementation='cuda'"),
         ({"ttt_mini_batch_size": 0}, "ttt_mini_batch_size=0.*at least 1"),
         ({"scan_checkpoint_group_size": 0}, "scan_checkpoint_group_size=0"),
@@ -127,6 +128,9 @@ def test_overrides_are_checked_as_in_the_constructor(changes, words, tmp_path):
         ({"num_attention_heads": 4}, {"head_dim": 8, "num_key_value_heads": 4, "ttt_num_heads": 2}),
         ({"hidden_size": 64}, {"head_dim": 32, "ttt_head_dim": 32}),
         ({"ttt_mixer": "linear"}, {"ttt_base_lr": 1.0}),
+        ({"ttt_inner_norm": "none"}, {"ttt_base_lr": 2.0}),
+        ({"ttt_inner_norm": "none", "ttt_mixer": "linear", "ttt_head_dim": 12}, {"ttt_base_lr": 6.0}),
+        ({"ttt_inner_norm": "none", "ttt_base_lr": 0.3}, {"ttt_base_lr": 0.3}),
         ({"ttt_mixer": "mlp"}, {"ttt_base_lr": 0.5}),  # as it was: nothing follows from it anew
         ({"output_hidden_states": True, "return_dict": False}, {"output_hidden_states": True, "return_dict": False}),
         ({"dtype": "float16"}, {}),

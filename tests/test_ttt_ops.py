@@ -11,6 +11,7 @@ from ttt_cases import OPS, WEIGHTS, largest_difference, make_inputs, run, run_al
 
 from modeling_moshi_ttt import ttt_ops
 from modeling_moshi_ttt.ttt_ops import TTTState
+from modeling_moshi_ttt.ttt_state import TTTInputs
 
 MIXERS = ["linear", "mlp"]
 BACKENDS = ["reference", "scan"]
@@ -315,7 +316,7 @@ def test_one_frame_on_a_gpu_is_decoded_in_torch(monkeypatch):
 
     def way(frames, backend="auto", learning=False):
         q = OnGPU(is_cuda=True, shape=(1, frames, 1, 32), requires_grad=learning)
-        return ttt_ops._choose_way(backend, ttt_ops._Inputs(*[q] * 7), state, state.weights, 4)
+        return ttt_ops._choose_way(backend, TTTInputs(*[q] * 7), state, state.weights, 4)
 
     assert [way(1), way(2), way(1, "triton"), way(1, learning=True)] == ["decode", "triton", "triton", "triton"]
 
