@@ -452,7 +452,8 @@ def ring_positions(frames: torch.Tensor, start: torch.Tensor, capacity: int) -> 
 
 def write_frame(ring: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
     """The ring `[B, H, C, D]` with the keys or values of one frame `[B, H, 1, D]` in slot `[B]` of each row; in place where it can be."""
-    if ring.dtype != new.dtype or (ring.is_inference() and not torch.is_inference_mode_enabled()):
+    frozen = not torch.compiler.is_compiling() and ring.is_inference() and not torch.is_inference_mode_enabled()
+    if ring.dtype != new.dtype or frozen:
         ring = ring.to(new.dtype, copy=True)
     return ring.scatter_(2, slot[:, None, None, None].expand_as(new), new)
 
