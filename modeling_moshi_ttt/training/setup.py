@@ -65,7 +65,8 @@ def check_start(path: str) -> None:
 
 
 def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
-    """The model with its weights, or with fresh ones (the same for the same seed) where the path is a config.json.
+    """The model with its weights. Fresh ones are the same for the same seed in every process: all of them where the path is a
+    config.json, and the TTT layers that a checkpoint lacks.
 
     Raises:
         ValueError, FileNotFoundError: an unknown field in model.ttt, or one that the configuration refuses; no whole model at model.path.
@@ -75,8 +76,8 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
         raise ValueError(f"model.ttt holds {unknown[0]!r}, which is no TTT setting of MoshiTTTConfig; they begin with 'ttt_'.")
     check_start(settings.path)
     dtype = getattr(torch, settings.dtype)
+    set_seed(seed)
     if settings.path.endswith(".json"):
-        set_seed(seed)
         config = MoshiTTTConfig.from_json_file(settings.path)
         if settings.ttt:
             config = MoshiTTTConfig.from_dict(config.to_dict(), **settings.ttt)
