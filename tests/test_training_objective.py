@@ -58,8 +58,11 @@ def test_the_best_checkpoint_is_the_best_by_the_objective(tmp_path):
 
 
 def test_losses_over_no_words_are_null_everywhere(tmp_path):
-    trainer = trainer_for(tmp_path, speechless=range(4), held_speechless=range(2))
+    trainer, tracked = trainer_for(tmp_path, speechless=range(4), held_speechless=range(2)), []
+    trainer.run.trackers, trainer.accelerator.log = ["made up"], lambda numbers, step: tracked.append(numbers)
     trainer.fit()
+    assert len(tracked) == 6
+    assert not any("text" in name for numbers in tracked for name in numbers)  # trackers take numbers alone
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"text_loss": null' in lines
     for record in records(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training.run_config import OptimSettings
 from modeling_moshi_ttt.training.schedule import beta1, rate_factor, set_rates
@@ -42,3 +43,19 @@ def test_other_schedules_keep_beta1_and_adafactor_has_none():
     set_rates(adafactor.param_groups, [2.0], 5, OptimSettings(steps=20, warmup=0.5))
     assert adafactor.param_groups[0]["lr"] == 2.0 * rate_factor(5, OptimSettings(steps=20, warmup=0.5))
     assert "betas" not in adafactor.param_groups[0]
+
+
+def test_the_optimizer_steps_with_the_rates_and_beta1_of_each_step(tmp_path):
+    model = make_model()
+    trainer = make_trainer(make_run(tmp_path, optim={"steps": 6, "warmup": 0.5}), make_recordings(tmp_path / "codes", [20] * 4, model.config), model)
+    taken, step = [], trainer.optimizer.step
+
+    def recorded(*args, **kwargs):
+        taken.append([(group["lr"], group["betas"]) for group in trainer.optimizer.param_groups])
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = recorded
+    trainer.fit()
+    settings = trainer.run.optim
+    assert taken == [[(rate * rate_factor(s, settings), (beta1(s, settings), 0.95)) for rate in trainer.rates] for s in range(6)]
+    assert len({group[0][1] for group in taken}) > 3
