@@ -148,8 +148,9 @@ class Trainer:
         self.progress.step += 1
         self.progress.place = step.state
         self._count(finite, micro_batches)
-        text, audio = (loss if weight > 0 else None for loss, weight in zip(totals.tolist(), whole.tolist()))
-        frames, took = float(totals[2]), time.perf_counter() - begin
+        *losses, frames = totals.tolist()
+        text, audio = (loss if weight > 0 else None for loss, weight in zip(losses, whole.tolist()))
+        took = time.perf_counter() - begin
         return {
             "step": self.progress.step,
             "loss": objective(text, audio, self.run.data.text_weight),
