@@ -306,6 +306,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         user_audio_codes: `[B, K_user, T]` the user's codes, or -1. All -1 when None.
         text_labels: `[B, T]`; -100 or -1 is not trained. Usually `input_ids` itself.
         audio_labels: `[B, K, T]`; -100 or -1 is not trained. Usually `moshi_audio_codes` itself.
+            Within a frame the depth decoder is teacher-forced with the labels, and with the inputs where there are none: what differs
+            between the two (noise on the inputs) changes only what the model hears of the past.
         attention_mask: `[B, T]`, 1 for frames that are there. The others change no memory and are not trained.
         past_key_values: the memory of the streams; it is brought up to date in place.
         use_cache: return the memory after these frames; outside training `config.use_cache` when None.

@@ -120,6 +120,20 @@ def test_resetting_every_row_is_a_new_memory(heard):
         assert torch.equal(go_on(model, emptied, frames), fresh)
 
 
+def test_resets_before_the_next_frame_add_up(heard):
+    """Two rows reset one after another start anew as two reset at once, the third goes on."""
+    model, memory, frames = heard
+    together, in_turn = copy_of(model, memory), copy_of(model, memory)
+    together.reset([0, 2])
+    for row in (0, 2):
+        in_turn.reset([row])
+    expected, found = go_on(model, together, frames), go_on(model, in_turn, frames)
+    assert torch.equal(found, expected)
+    fresh = go_on(model, model.new_cache(3), frames)
+    assert torch.allclose(found[[0, 2]], fresh[[0, 2]], atol=1e-12)
+    assert torch.allclose(found[1], go_on(model, copy_of(model, memory), frames)[1], atol=1e-12)
+
+
 def test_it_keeps_a_window_and_no_more(heard):
     model, memory, frames = heard
     window = model.config.sliding_window

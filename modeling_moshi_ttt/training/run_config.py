@@ -10,6 +10,7 @@ from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, t
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
+BETA1 = 0.9
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -73,8 +74,9 @@ class DataSettings:
     window_seconds: length of one window. carry: what a batch row takes on from window to window ("none": shuffled windows).
     tbptt_windows: windows through which gradients flow before the state is cut from its past.
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
-    own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay.
-    text_weight: what the text loss counts beside the audio loss.
+    own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
+        with them what the depth decoder is given within a frame.
+    text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint.
     on_bad_files: stop with a list of them, or skip them. allow_outside: accept absolute paths and '..' in manifests.
     require_words: a recording without words is a bad file. workers: processes that read ahead; 0 reads in the training process.
     """
@@ -105,6 +107,8 @@ class OptimSettings:
     optimizer: "adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix, next
         to nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. Not
         with FSDP.
+    schedule: "onecycle" is moshi-finetune's, torch's OneCycleLR with its defaults: rates rise from 1/25 and fall to 1/250000, and AdamW's
+        beta1 falls from 0.95 to 0.85 meanwhile and rises back, in place of the first of `betas`. "cosine" and "constant" keep beta1.
     clip: largest norm of all gradients together. warmup: share of the steps in which rates rise. max_bad_steps: not finite in a row.
     """
 
@@ -113,7 +117,7 @@ class OptimSettings:
     lr: float = 2e-6
     ttt_lr: float | None = None
     gate_lr: float | None = None
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[float] = field(default_factory=lambda: [BETA1, 0.95])
     weight_decay: float = 0.1
     clip: float = 1.0
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
@@ -186,6 +190,11 @@ def _check(run: RunConfig) -> None:
         check_numbers(run.lora, "lora.", rank=1, dropout=(0, 1 - 1e-9), scaling=ABOVE_ZERO)
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
         raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
+    if run.optim.schedule == "onecycle" and run.optim.betas[0] != BETA1:
+        raise ValueError(
+            f"optim.betas is {run.optim.betas!r}, but under optim.schedule 'onecycle' beta1 goes from 0.95 to 0.85 and back; "
+            f"leave it at {BETA1}, or choose the schedule cosine or constant."
+        )
     check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
         raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")

@@ -81,14 +81,15 @@ def model_config(settings: ModelSettings) -> MoshiTTTConfig:
 
 
 def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
-    """The model with its weights, or with fresh ones (the same for the same seed) where the path is a config.json.
+    """The model with its weights. Fresh ones are the same for the same seed in every process: all of them where the path is a
+    config.json, and the TTT layers that a checkpoint lacks.
 
     Raises:
         ValueError, FileNotFoundError: as in `model_config`; weights that cannot be loaded.
     """
     config, dtype = model_config(settings), getattr(torch, settings.dtype)
+    set_seed(seed)
     if settings.path.endswith(".json"):
-        set_seed(seed)
         model = MoshiTTTForConditionalGeneration(config).to(dtype)
     else:
         try:
