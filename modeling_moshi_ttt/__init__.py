@@ -18,6 +18,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .cache_moshi_ttt import MoshiTTTCache
+    from .common.packaged import packaged
     from .generation_moshi_ttt import MoshiTTTFrame, MoshiTTTStream
     from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTOutput, MoshiTTTPreTrainedModel
     from .processing_moshi_ttt import MoshiTTTProcessor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "cache_moshi_ttt": ("MoshiTTTCache",),
+    "common.packaged": ("packaged",),
     "generation_moshi_ttt": ("MoshiTTTFrame", "MoshiTTTStream"),
     "modeling_moshi_ttt": ("MoshiTTTForConditionalGeneration", "MoshiTTTModel", "MoshiTTTOutput", "MoshiTTTPreTrainedModel"),
     "processing_moshi_ttt": ("MoshiTTTProcessor",),
@@ -102,6 +104,7 @@ __all__ = [
     "TTTLinear",
     "TTTState",
     "__version__",
+    "packaged",
     "ttt_linear",
     "ttt_mlp",
 ]

@@ -10,7 +10,7 @@ import pytest
 import modeling_moshi_ttt
 
 PACKAGE = Path(modeling_moshi_ttt.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parents[1]
 NAME = "modeling_moshi_ttt"
 HOME_ONLY = {"__init__.py", "version.py"}
 FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.name not in HOME_ONLY)

@@ -24,8 +24,8 @@ COLUMNS = {
 class ModelSettings:
     """The model that is trained.
 
-    path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights.
-    processor: where the processor is; None looks beside the weights.
+    path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights; "tiny" is a packaged one.
+    processor: where the processor is, or "tiny" for the packaged one; None looks beside the weights.
     ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
     text_padding_weight, semantic_loss_weight: of padding in the text loss and of the first codebook in the audio loss, words and the other
         codebooks weighing 1; None keeps what the model's configuration says (Moshi's: 0.5 and 100).
@@ -67,7 +67,7 @@ class DataSettings:
     """Where recordings come from and how they are cut.
 
     train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .tar shard or .parquet of sounds, a folder of these, or
-        hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub.
+        hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub; "dialogues/train" is a packaged one.
     columns: names of parquet columns that are not the usual ones, as in {path: file, alignments: words}; the roles are audio, path,
         alignments and speakers.
     cache: folder of the Mimi codes, encoded once, and of what was downloaded or unpacked; None keeps it in the run folder.
@@ -162,8 +162,8 @@ class RunConfig:
 
 
 def load_run_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and its overrides; ValueError names what is wrong."""
-    return load_settings(RunConfig, path, overrides)
+    """Read a recipe, by path or bare name, and its overrides; ValueError names what is wrong."""
+    return load_settings(RunConfig, path, overrides, kind="train")
 
 
 def check_columns(columns: dict[str, str]) -> None:
