@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from transformers import BatchFeature, MimiModel, ProcessorMixin
 
 from .mimi_stream import MimiStream, check_codes
+from .versions_moshi_ttt import check_transformers
+
+check_transformers()  # a processor may load without the model's configuration
 
 END_OF_PADDING = 0  # stands right before a word
 TEXT_PADDING = 3  # nobody speaks, or the word's tokens are all said
