@@ -1,4 +1,4 @@
-# Everything here sets itself up: `make demo` and `make test` work on a fresh machine with Python >= 3.10 and make.
+# Everything here sets itself up: `make demo` and `make test` work on a fresh machine with Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +7,7 @@ INSTALLED = $(VENV)-package
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint package test-package bench peer peer-check mutants evaluate-demo clean
+.PHONY: help install demo test test-versions soak lint package test-package bench peer peer-check mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,10 @@ test: $(READY)  ## lint, types and the whole test suite (slow soaks left out)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow" -n 2 --dist worksteal
+
+# Other Pythons: make test-versions ENVIRONMENTS="lowest newest:python3.13"
+test-versions:  ## the quick core of the suite with the lowest and the newest libraries allowed
+	$(PYTHON) tests/version_matrix.py $(ENVIRONMENTS)
 
 soak: $(READY)  ## the slow tests
 	$(PYTEST) -m slow
@@ -70,4 +74,4 @@ evaluate-demo: $(READY)  ## every evaluation on the tiny model, with its report
 	$(BIN)/python examples/evaluate_demo.py
 
 clean:  ## remove what was built
-	rm -rf $(VENV) $(INSTALLED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INSTALLED) .versions-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

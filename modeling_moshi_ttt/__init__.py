@@ -10,11 +10,12 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .configuration_moshi_ttt import MoshiTTTConfig  # first: it says so where this transformers is too old for what follows
+from .version import __version__
+
+# isort: split
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING, MODEL_MAPPING
-
-from .configuration_moshi_ttt import MoshiTTTConfig
-from .version import __version__
 
 if TYPE_CHECKING:
     from .cache_moshi_ttt import MoshiTTTCache

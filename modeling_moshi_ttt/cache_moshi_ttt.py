@@ -320,6 +320,17 @@ def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_laye
     past_key_values.check(batch_size, num_layers, ttt_layers)
 
 
+def given_cache(cache: Any, past_key_values: Any) -> Any:
+    """The memory that a caller gave by either name: `cache` is transformers' from 5.24 on.
+
+    Raises:
+        ValueError: two different ones.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument and hold different memories; give one of them.")
+    return past_key_values if cache is None else cache
+
+
 def window_slots(length: int, sliding_window: int | None) -> slice:
     """The slots that the next frame can still see: the last `sliding_window - 1` of `length`, all of them without a window."""
     return slice(0 if sliding_window is None else max(length - sliding_window + 1, 0), length)

@@ -4,8 +4,12 @@ import math
 import re
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import MoshiConfig, PreTrainedConfig
+from .versions_moshi_ttt import check_transformers
+
+check_transformers()  # before anything is imported that another transformers may lack
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
 from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids
 
@@ -144,6 +148,7 @@ class MoshiTTTConfig(MoshiConfig):
 
     model_type = "moshi_ttt"
     _auto_class = "AutoConfig"  # saved checkpoints carry this file
+    keys_to_ignore_at_inference = ["cache"]  # `Trainer` gathers no memories
 
     ttt_layers: list[int] | str = "middle"
     ttt_mixer: str = "mlp"

@@ -23,7 +23,7 @@ from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiG
 from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache
+from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
@@ -227,16 +227,18 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         past_key_values: MoshiTTTCache | None = None,
         output_hidden_states: bool | None = None,
         output_inner_losses: bool = False,
+        cache: MoshiTTTCache | None = None,
     ) -> MoshiTTTModelOutput:
         """Run frames through all layers.
 
         Args:
             inputs_embeds: `[B, T, E]`.
             attention_mask: `[B, T]`, ones then zeros in each row: padding stands on the right.
-            past_key_values: the memory that goes in; it is brought up to date.
+            past_key_values, cache: the memory that goes in, by either name; it is brought up to date.
             output_hidden_states: also return the input of every layer; `config.output_hidden_states` when None.
             output_inner_losses: also return the inner losses of every TTT layer.
         """
+        past_key_values = given_cache(cache, past_key_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         mask = None if attention_mask is None else attention_mask.bool()
@@ -309,7 +311,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             Within a frame the depth decoder is teacher-forced with the labels, and with the inputs where there are none: what differs
             between the two (noise on the inputs) changes only what the model hears of the past.
         attention_mask: `[B, T]`, 1 for frames that are there. The others change no memory and are not trained.
-        past_key_values: the memory of the streams; it is brought up to date in place.
+        past_key_values, cache: the memory of the streams, by either name; it is brought up to date in place.
         use_cache: return the memory after these frames; outside training `config.use_cache` when None.
         num_items_in_batch:
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
@@ -320,7 +322,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
 
     Raises:
-        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, a
+        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, or two memories, a
             `num_items_in_batch` of 0, below 0 or not finite.
         TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
@@ -394,10 +396,11 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         output_hidden_states: bool | None = None,
         output_inner_losses: bool = False,
         return_dict: bool | None = None,
+        cache: MoshiTTTCache | None = None,
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
-        past = past_key_values
+        past = given_cache(cache, past_key_values)
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
         steps = self._delay(frames, past)

@@ -17,6 +17,9 @@ from transformers import BatchFeature, MimiModel, ProcessorMixin
 
 from .mimi_stream import MimiStream, check_codes
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
+from .versions_moshi_ttt import check_transformers
+
+check_transformers()  # a processor may load without the model's configuration
 
 
 def resample(audio: Tensor, from_rate: int, to_rate: int, half_width: int = 32) -> Tensor:

@@ -37,6 +37,17 @@ def test_saved_and_loaded_it_goes_on_exactly(heard):
     assert not torch.allclose(go_on(model, copy_of(model, memory), frames), other)
 
 
+@torch.no_grad()
+def test_it_goes_in_by_either_name_and_by_one_at_a_time(heard):
+    model, memory, frames = heard
+    expected = go_on(model, copy_of(model, memory), frames)
+    assert torch.equal(model(**frames, cache=copy_of(model, memory)).audio_logits, expected)
+    both = copy_of(model, memory)
+    assert torch.equal(model(**frames, cache=both, past_key_values=both).audio_logits, expected)
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        model(**frames, cache=copy_of(model, memory), past_key_values=copy_of(model, memory))
+
+
 def test_rows_are_reordered_with_all_they_remember(heard):
     model, memory, frames = heard
     order = torch.tensor([2, 0, 0])

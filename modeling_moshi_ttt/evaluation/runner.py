@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
         begin = time.perf_counter()
         part = RUNNERS[name](subject, section, settings, show_progress)
         results["tasks"][name] = part | {"settings": key, "seconds": round(time.perf_counter() - begin, 1)}
-        results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        results["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return write_report(results, settings.output)
 

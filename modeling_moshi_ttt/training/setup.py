@@ -102,9 +102,7 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
             reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
             raise ValueError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
     if settings.activation_checkpointing:
-        # transformers 5.2x renames it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        model.activation_checkpointing_enable()
     return model
 
 
