@@ -25,7 +25,7 @@ MAY_IMPORT = {
 SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglob("*.py"))
 # The layers of the flat files, lowest first: a file may import from its own layer and from lower ones.
 LAYERS = [
-    {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt"}
+    {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt", "resampling"}
     | {"ttt_reference", "ttt_state", "ttt_scan", "ttt_decode"},
     {"ttt_kernels", "ttt_kernels_device", "ttt_kernels_linear", "ttt_kernels_mlp"},
     {"ttt_ops"},
