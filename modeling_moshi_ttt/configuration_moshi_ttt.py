@@ -11,7 +11,7 @@ check_transformers()  # before anything is imported that another transformers ma
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
-from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids
+from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
 INNER_NORMS = ("layer_norm", "none")

@@ -26,7 +26,7 @@ SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglo
 # The layers of the flat files, lowest first: a file may import from its own layer and from lower ones.
 LAYERS = [
     {"versions_moshi_ttt"},
-    {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt"}
+    {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt", "resampling"}
     | {"tokens_moshi_ttt", "ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_decode"},
     {"ttt_kernels", "ttt_kernels_device", "ttt_kernels_linear", "ttt_kernels_mlp"},
     {"ttt_ops"},

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.adapters import check_loadable, checked_config, is_adapter, load_base
+from ..common.audio import READING
 from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import hub_errors, is_hub_name
 from ..common.recordings import Recording
@@ -204,7 +205,7 @@ def _zero_shot(subject: Subject, section: Any, settings: EvaluateSettings, show_
     weights = ScoreWeights(section.semantic_weight, section.acoustic_weight)
     text: str | int = model.config.text_padding_ids[0] if section.text == "padding" else "absent"
     scorer = SpeechScorer(model, lambda waves: encode_waves(processor, waves), weights, section.user, text, settings.batch_size)
-    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text}
+    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text, "reading": READING}
     tasks = {}
     for task in section.tasks:
         pairs = zero_shot.read_task(task.task, task.folder, task.split, task.parts)
