@@ -207,12 +207,17 @@ class MoshiTTTGenerationMixin:
         Raises:
             ValueError: a temperature not above 0, a negative top_k, an empty batch.
         """
+        _gather_for_streams(self)
         return MoshiTTTStream(self, batch_size, Sampling(do_sample, temperature, text_temperature, top_k, text_top_k, generator))
 
     def step_frame(self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the temporal transformer on delayed tokens `[B, S]`: text logits `[B, V]` and hidden states `[B, E]`."""
         logits, outputs = self.decoder(self.embed(tokens[..., None]), past_key_values=past_key_values)
         return logits[:, 0], outputs.last_hidden_state[:, 0]
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> dict[str, Any]:
+        """The inputs as they are: [`generate`] steps a stream, and PEFT's generation looks for this method."""
+        return {"input_ids": input_ids, **inputs}
 
     @torch.no_grad()
     def hear(self: Any, user_codes: torch.Tensor, **sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,6 +294,18 @@ def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frame
     heard[..., 1 : 1 + count] = user[..., :count]
     said = [stream._step(heard[..., s], forced[..., s]) for s in range(calls)][depth:]
     return torch.stack([frame.text for frame in said], dim=-1), torch.stack([frame.audio_codes for frame in said], dim=-1)
+
+
+def _gather_for_streams(model: Any) -> None:
+    """Under FSDP2, let the methods that a stream calls gather their module's weights, as `forward` does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # not in every build of torch
+
+    for module in model.modules():
+        for method in ("step_frame", "decode", "step"):
+            if isinstance(module, FSDPModule) and hasattr(module, method) and method not in vars(module):
+                register_fsdp_forward_method(module, method)
 
 
 def _prompt(

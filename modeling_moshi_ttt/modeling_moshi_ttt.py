@@ -53,12 +53,14 @@ class MoshiTTTModelOutput(_OutputWithCache):
         last_hidden_state: `[B, T, E]`, normalised.
         cache: the streams' memory after these frames; also `past_key_values`.
         hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
+        attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
         inner_losses: the inner losses of each TTT layer by its number, when asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
     cache: MoshiTTTCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
 
 
@@ -71,7 +73,7 @@ class MoshiTTTOutput(_OutputWithCache):
         text_loss, audio_loss: weighted mean cross-entropies in nats.
         logits: `[B, T, V]`; step t predicts text frame t.
         audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
-        last_hidden_state, cache, hidden_states, inner_losses: as in [`MoshiTTTModelOutput`].
+        last_hidden_state, cache, hidden_states, attentions, inner_losses: as in [`MoshiTTTModelOutput`].
     """
 
     loss: torch.Tensor | None = None
@@ -82,16 +84,18 @@ class MoshiTTTOutput(_OutputWithCache):
     last_hidden_state: torch.Tensor | None = None
     cache: MoshiTTTCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
 
 
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, all its keys and values, and what became of its TTT memory."""
+    """A layer's output `[B, T, E]`, all its keys and values, what became of its TTT memory, and its attention weights where they are at hand."""
 
     hidden_states: torch.Tensor
     key_values: KeyValues
     ttt_state: TTTState | None
     inner_losses: TTTInnerLosses | None
+    attentions: torch.Tensor | None
 
 
 class TTTGate(nn.Module):
@@ -135,7 +139,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         output_inner_losses: bool = False,
     ) -> LayerOutput:
         """`[B, T, E]` -> `[B, T, E]`, with the layer's memory in and out by argument."""
-        attended, key_values = self.self_attn(self.input_layernorm(hidden_states), frames, past)
+        attended, key_values, attentions = self.self_attn(self.input_layernorm(hidden_states), frames, past)
         hidden_states = hidden_states + attended
         inner_losses = None
         if self.ttt is not None:
@@ -144,7 +148,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses)
+        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses, attentions)
 
 
 class MoshiTTTPreTrainedModel(PreTrainedModel):
@@ -163,10 +167,36 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MoshiTTTDecoderLayer", "DepthDecoderLayer"]
     # A plain Moshi checkpoint carries Mimi, which here belongs to the processor.
     _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\."]
+    # Names in a checkpoint of a larger model that holds this one -> names here, as regular expressions.
+    _names_in_whole: dict[str, str] = {}
 
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
         config.check()  # fields can be set after the configuration was made
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, from a checkpoint of this model or of a whole that holds it.
+
+        Raises:
+            ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the one that the TTT layers were trained with.
+        """
+        inner_norm = kwargs.get("ttt_inner_norm", getattr(kwargs.get("config"), "ttt_inner_norm", None))
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if inner_norm is not None and source is not None:
+            where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if name in kwargs}
+            MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
+        if cls._names_in_whole:
+            kwargs.setdefault("key_mapping", cls._names_in_whole)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if cls._names_in_whole:
+            model._weight_conversions = []  # saved under its own names
+        for name, parameter in model.named_parameters():
+            plain = type(parameter.data) is torch.Tensor and parameter.device.type != "meta"  # quantized weights are integers inside
+            if plain and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
+        return loaded
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
@@ -212,6 +242,9 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
 class MoshiTTTModel(MoshiTTTPreTrainedModel):
     """The temporal transformer: embedded steps in, hidden states out."""
 
+    _names_in_whole = {r"^(decoder\.)?model\.": ""}
+    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\.", r"lm_head\."]
+
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)
@@ -226,6 +259,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: MoshiTTTCache | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_inner_losses: bool = False,
         cache: MoshiTTTCache | None = None,
     ) -> MoshiTTTModelOutput:
@@ -236,38 +270,52 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             attention_mask: `[B, T]`, ones then zeros in each row: padding stands on the right.
             past_key_values, cache: the memory that goes in, by either name; it is brought up to date.
             output_hidden_states: also return the input of every layer; `config.output_hidden_states` when None.
+            output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
             output_inner_losses: also return the inner losses of every TTT layer.
         """
         past_key_values = given_cache(cache, past_key_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        # Only eager attention has weights to give.
+        implementation = "eager" if output_attentions else self.config._attn_implementation
         mask = None if attention_mask is None else attention_mask.bool()
         lengths = None if mask is None else mask.sum(dim=1)
-        frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values)
-        hidden_states, seen, outputs = inputs_embeds, [inputs_embeds], []
+        frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values, implementation)
+        hidden_states, seen, outputs, attentions = inputs_embeds, [inputs_embeds], [], []
         for i, layer in enumerate(self.layers):
             memory = past_key_values.layers[i] if past_key_values is not None else None
             past, state = (memory.past, memory.ttt_state) if memory is not None else (None, None)
             output = layer(hidden_states, frames=frames, past=past, ttt_state=state, output_inner_losses=output_inner_losses)
             hidden_states = output.hidden_states
             seen.append(hidden_states)
-            # Without a memory nobody reads keys, values and states again.
-            outputs.append(output if memory is not None else LayerOutput(hidden_states, None, None, output.inner_losses))
+            if output_attentions:
+                attentions.append(output.attentions)
+            # Nobody reads attention weights again, nor, without a memory, keys, values and states.
+            kept = {"attentions": None} if memory is not None else {"attentions": None, "key_values": None, "ttt_state": None}
+            outputs.append(output._replace(**kept))
         if past_key_values is not None:
             past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
         return MoshiTTTModelOutput(
             last_hidden_state=self.norm(hidden_states),
             cache=past_key_values,
             hidden_states=tuple(seen) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
 
     def _frames(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None, past: MoshiTTTCache | None
+        self,
+        inputs_embeds: torch.Tensor,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        past: MoshiTTTCache | None,
+        implementation: str | None,
     ) -> tuple[Frames, torch.Tensor]:
         """What the layers need to know of these frames, and the positions of all keys `[B, S + T]`."""
         rows, num_frames, _ = inputs_embeds.shape
-        window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
+        window, dtype = self.config.sliding_window, inputs_embeds.dtype
         if past is not None:
             check_cache(past, rows, len(self.layers), self.config.ttt_layers)
             positions, key_positions = past.window(num_frames, lengths)
@@ -278,11 +326,15 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
         rotary = rotary_embedding(positions, self.config, dtype)
         fresh = past.fresh if past is not None else None
-        return Frames(rotary, visible, positions.expand(rows, -1), mask, fresh), key_positions
+        return Frames(implementation, rotary, visible, positions.expand(rows, -1), mask, fresh), key_positions
 
 
 class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
     """The temporal transformer with its text head, as transformers nests them."""
+
+    _names_in_whole = {r"^decoder\.": ""}
+    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\."]
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
@@ -318,16 +370,20 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             tensor of two (the sum of [`loss_weights`] of its parts; 0 for a stream that is trained nowhere), or as one number the frames
             of the whole.
         output_hidden_states: also return the hidden states before each layer and after the last; `config.output_hidden_states` when None.
+        output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
         output_inner_losses: also return the TTT layers' inner losses.
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
+        others: what PEFT's task types pass beside these (`labels`, `inputs_embeds`, ...); None, or it is refused.
 
     Raises:
         ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, or two memories, a
-            `num_items_in_batch` of 0, below 0 or not finite.
+            `num_items_in_batch` of 0, below 0 or not finite, an unknown argument.
         TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
 
     _auto_class = "AutoModel"  # saved checkpoints carry the code
+    base_model_prefix = "decoder"
+    _fsdp_plan = {"embed_tokens.*": "free_full_weight", "depth_decoder": "free_full_weight"}
     # The loss is a mean already; `Trainer` then divides by the accumulation steps as it should.
     accepts_loss_kwargs = False
 
@@ -337,26 +393,6 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         self.decoder = MoshiTTTForCausalLM(config)
         self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)  # type: ignore[arg-type]
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; weights that are not finite are refused, and an inner loss that the TTT layers were not trained with.
-
-        Raises:
-            ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the checkpoint's; the message names it.
-        """
-        inner_norm = kwargs.get("ttt_inner_norm", getattr(kwargs.get("config"), "ttt_inner_norm", None))
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if inner_norm is not None and source is not None:
-            where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if name in kwargs}
-            MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, parameter in model.named_parameters():
-            plain = type(parameter.data) is torch.Tensor and parameter.device.type != "meta"  # quantized weights are integers inside
-            if plain and not bool(torch.isfinite(parameter).all()):
-                raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
-        return loaded
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.model.embed_tokens
@@ -394,11 +430,14 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_inner_losses: bool = False,
         return_dict: bool | None = None,
         cache: MoshiTTTCache | None = None,
+        **others: Any,
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
+        _refuse(others)
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
         past = given_cache(cache, past_key_values)
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
@@ -412,6 +451,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             attention_mask=frames.mask,
             past_key_values=past,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             output_inner_losses=output_inner_losses,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
@@ -493,6 +533,14 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         return losses
 
 
+def _refuse(others: dict[str, Any]) -> None:
+    """Raise a ValueError that names the first argument that is given and unknown."""
+    for name, value in others.items():
+        if value is not None:
+            cure = "give `text_labels` and `audio_labels`" if name == "labels" else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
+            raise ValueError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")
+
+
 def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
     """Bring outputs of packed frames back to where the caller's frames stood."""
     result.logits = take_frames(result.logits, order, 1)
@@ -500,3 +548,7 @@ def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
     result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
     if result.hidden_states is not None:
         result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
+    if result.attentions is not None:
+        frames = order.shape[1]  # the keys of remembered frames, before those of these frames, stay where they are
+        by_query = (take_frames(weights, order, 2) for weights in result.attentions)
+        result.attentions = tuple(torch.cat([w[..., :-frames], take_frames(w[..., -frames:], order, 3)], dim=3) for w in by_query)
