@@ -134,7 +134,7 @@ def measure_streaming(model: MoshiTTTForConditionalGeneration, frames: int) -> d
 
 
 def measure_training(model: MoshiTTTForConditionalGeneration, sizes: list[tuple[float, int]], rank: int, repeats: int) -> list[dict[str, Any]]:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     adapted = modes.apply(model, "lora+ttt", lora=modes.lora_config(LoraSettings(rank=rank), model)).train()
     rows = []
     for seconds, number in sizes:

@@ -7,16 +7,18 @@ D head width, E width.
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.moshi.modeling_moshi import MoshiAttention, apply_rotary_pos_emb, eager_attention_forward
 
-from .cache_moshi_ttt import KeyValues, write_frame
 from .configuration_moshi_ttt import MoshiTTTConfig
+from .rings import KeyValues, write_frame
 
 
 class Frames(NamedTuple):
     """What every layer needs to know of the frames passing through: positions, visibility, and which rows start anew."""
 
+    implementation: str | None  # of attention
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [B or 1, T, D]
     visible: torch.Tensor | None  # [B or 1, 1, T, S], as the attention implementation takes it; None: plainly causal
     positions: torch.Tensor  # [B, T]
@@ -25,16 +27,34 @@ class Frames(NamedTuple):
     slot: torch.Tensor | None  # [B] where a single frame without gradients is written into the rings; None: all keys are joined
 
 
+class MoshiTTTProjection(nn.Module):
+    """A linear map under the name that transformers' `MoshiLinear` gives it."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def extra_repr(self) -> str:
+        """What PEFT shows of a module that it cannot adapt."""
+        return r"in LoRA's `target_modules` name its `linear`, as in r'decoder\..*\.self_attn\.(q|v)_proj\.linear'"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
 class MoshiTTTAttention(MoshiAttention):
     """Moshi's attention; the past goes in and the new keys and values come out by argument, so that it can be recomputed in backward."""
 
     def __init__(self, config: MoshiTTTConfig, layer_idx: int):
         super().__init__(config, layer_idx, use_rope=False)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, MoshiTTTProjection(getattr(self, name).linear))
 
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, frames: Frames, past: KeyValues | None
-    ) -> tuple[torch.Tensor, KeyValues]:
-        """`[B, T, E]` -> `[B, T, E]`, and the new keys and values `[B, H, T, D]`; or the rings with them, where `frames.slot` is given."""
+    ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None]:
+        """`[B, T, E]` -> `[B, T, E]`; the new keys and values `[B, H, T, D]`, or the rings with them where `frames.slot` is given; and what eager
+        attention gives of its weights, `[B, H, T, S]`."""
         q, k, v = (  # [B, H, T, D]
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -45,10 +65,10 @@ class MoshiTTTAttention(MoshiAttention):
         elif past is not None:
             # A loaded memory may be of another dtype than this model.
             k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(frames.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        attended, _ = attend(self, q, k, v, frames.visible, dropout=dropout, scaling=self.scaling)  # [B, T, H, D]
-        return self.o_proj(attended.flatten(2)), new
+        attended, weights = attend(self, q, k, v, frames.visible, dropout=dropout, scaling=self.scaling)  # [B, T, H, D]
+        return self.o_proj(attended.flatten(2)), new, weights
 
 
 def rotary_embedding(positions: torch.Tensor, config: MoshiTTTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

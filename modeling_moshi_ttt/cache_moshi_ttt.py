@@ -21,12 +21,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
 from .frames_moshi_ttt import initial_tokens
+from .rings import KeyValues, in_order, in_ring, pad_ring, put_row, ring_positions, ring_size, store_frames
 from .rows import Entry, check_entries, check_names, row_mask
 from .tokens_moshi_ttt import IGNORED
 from .ttt_state import TTTState, saved_entries
 
-KeyValues = tuple[torch.Tensor, torch.Tensor]
-SMALLEST_RING = 16  # slots; a ring doubles until it holds the window
 NO_WINDOW = 2**62  # frames, where attention sees everything
 HISTORY = ("frames", "codes", "labels")
 
@@ -202,8 +201,8 @@ class MoshiTTTCache(Cache):
         capacity = self.capacity
         if not capacity or state.max_frames < capacity or capacity == self.sliding_window:
             return
-        wanted = _ring_size(state.max_frames, self.sliding_window)
-        grown = tuple(None if past is None else (_pad(past[0], wanted), _pad(past[1], wanted)) for past in state.key_values)
+        wanted = ring_size(state.max_frames, self.sliding_window)
+        grown = tuple(None if past is None else (pad_ring(past[0], wanted), pad_ring(past[1], wanted)) for past in state.key_values)
         self.state = replace(state, key_values=grown)
 
     def key_positions(self) -> torch.Tensor:
@@ -227,7 +226,7 @@ class MoshiTTTCache(Cache):
         else:
             capacity = max(self.capacity, min(self.sliding_window, longest))
             positions = ring_positions(frames, state.attention_start, capacity)  # [B, C]
-            key_values = tuple(_store(past, output.key_values, positions, state.frames) for past, output in zip(state.key_values, outputs))
+            key_values = tuple(store_frames(past, output.key_values, positions, state.frames) for past, output in zip(state.key_values, outputs))
         # Where all rows have heard a frame none of them starts anew any more; otherwise only the device knows which.
         reset_mask = None if state.reset_mask is None or lengths is None else state.reset_mask & (frames == 0)
         ttt_states = tuple(output.ttt_state for output in outputs)
@@ -326,7 +325,7 @@ class MoshiTTTCache(Cache):
         tensors["key_positions"] = positions.masked_fill(~seen, -1)
         for i, (past, ttt) in enumerate(zip(state.key_values, state.ttt_states)):
             for name, ring in zip(("keys", "values"), past or ()):
-                tensors[f"layers.{i}.{name}"] = _in_order(ring.detach(), positions, seen)
+                tensors[f"layers.{i}.{name}"] = in_order(ring.detach(), positions, seen)
             ttt_tensors = {} if ttt is None else ttt.tensors()
             tensors |= {f"layers.{i}.ttt.{name}": tensor.detach().contiguous().clone() for name, tensor in ttt_tensors.items()}
         return tensors
@@ -352,14 +351,14 @@ class MoshiTTTCache(Cache):
         tensors = {name: tensor.to(self.frames.device, copy=True) for name, tensor in tensors.items()}
         frames, positions = tensors["frames"], tensors["key_positions"]
         max_frames = int(frames.max())
-        capacity = _ring_size(max_frames, self.sliding_window)
+        capacity = ring_size(max_frames, self.sliding_window)
         key_values: list[KeyValues | None] = []
         ttt_states: list[TTTState | None] = []
         for i in range(len(self.layers)):
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             has_keys = "keys" in own
-            key_values.append((_in_ring(own["keys"], positions, capacity), _in_ring(own["values"], positions, capacity)) if has_keys else None)
+            key_values.append((in_ring(own["keys"], positions, capacity), in_ring(own["values"], positions, capacity)) if has_keys else None)
             ttt = {name.removeprefix("ttt."): tensor for name, tensor in own.items() if name.startswith("ttt.")}
             ttt_states.append(TTTState.from_tensors(ttt) if ttt else None)
         reset_mask = tensors["fresh"] if bool(tensors["fresh"].any()) else None
@@ -379,7 +378,7 @@ class MoshiTTTCache(Cache):
         one.load_state_dict(tensors)
         ours, theirs, index = self.state, one.state, torch.tensor([row], device=self.frames.device)
         capacity = max(self.capacity, one.capacity)
-        rings = tuple(_put_ring(own, new, index, self.batch_size, capacity) for own, new in zip(ours.key_values, theirs.key_values))
+        rings = tuple(put_row(own, new, index, self.batch_size, capacity) for own, new in zip(ours.key_values, theirs.key_values))
         waiting = torch.zeros(self.batch_size, dtype=torch.bool, device=index.device) if ours.reset_mask is None else ours.reset_mask
         if any(own is None and new is not None for own, new in zip(ours.ttt_states, theirs.ttt_states)):
             waiting = torch.ones_like(waiting)  # the other rows have no fast weights yet
@@ -440,69 +439,15 @@ def check_cache(past_key_values: Any, batch_size: int, num_layers: int, ttt_laye
     past_key_values.check(batch_size, num_layers, ttt_layers)
 
 
-# --- rings ----------------------------------------------------------------------------------------------------------------------------
+def given_cache(cache: Any, past_key_values: Any) -> Any:
+    """The memory that a caller gave by either name: `cache` is transformers' from 5.24 on.
 
-
-def ring_positions(frames: torch.Tensor, start: torch.Tensor, capacity: int) -> torch.Tensor:
-    """`[B, C]`: the last position below `frames` `[B]` that has each slot, or -1 where it lies before `start` `[B]`."""
-    last = frames[:, None] - 1
-    positions = last - (last - torch.arange(capacity, device=frames.device)) % capacity
-    return positions.masked_fill(positions < start[:, None], -1)
-
-
-def write_frame(ring: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """The ring `[B, H, C, D]` with the keys or values of one frame `[B, H, 1, D]` in slot `[B]` of each row; in place where it can be."""
-    frozen = not torch.compiler.is_compiling() and ring.is_inference() and not torch.is_inference_mode_enabled()
-    if ring.dtype != new.dtype or frozen:
-        ring = ring.to(new.dtype, copy=True)
-    return ring.scatter_(2, slot[:, None, None, None].expand_as(new), new)
-
-
-def _ring_size(max_frames: int, window: int) -> int:
-    """Slots so that the frame after `max_frames` has one."""
-    return min(window, 1 << max(SMALLEST_RING - 1, max_frames).bit_length())
-
-
-def _pad(ring: torch.Tensor, capacity: int) -> torch.Tensor:
-    """More slots behind those of a ring that has not turned yet."""
-    return torch.nn.functional.pad(ring, (0, 0, 0, capacity - ring.shape[2]))
-
-
-def _store(past: KeyValues | None, new: KeyValues, positions: torch.Tensor, frames: torch.Tensor) -> KeyValues:
-    """Rings of `positions` `[B, C]` with new keys and values `[B, H, T, D]` of the positions from `frames` `[B]` on."""
-    index = (positions - frames[:, None])[:, None, :, None]  # [B, 1, C, 1]
-    rings = []
-    for old, x in zip(past or (None, None), new):
-        taken = x.gather(2, index.clamp(0, x.shape[2] - 1).expand(-1, x.shape[1], -1, x.shape[3]))
-        rest = 0.0 if old is None else _pad(old, positions.shape[1]).to(x.dtype)
-        rings.append(torch.where(index >= 0, taken, rest))
-    return rings[0], rings[1]
-
-
-def _in_order(ring: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """`[B, H, S, D]` of these positions `[B, S]`, zeros where they are not seen."""
-    slots = (positions % ring.shape[2])[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
-    return ring.gather(2, slots).masked_fill(~seen[:, None, :, None], 0)
-
-
-def _in_ring(kept: torch.Tensor, positions: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The way back: `[B, H, S, D]` of positions `[B, S]` (-1: none) into a ring `[B, H, C, D]`."""
-    slots = torch.where(positions >= 0, positions % capacity, capacity)[:, None, :, None].expand_as(kept)
-    ring = kept.new_zeros(*kept.shape[:2], capacity + 1, kept.shape[3])  # the last slot takes what is not seen
-    return ring.scatter_(2, slots, kept)[:, :, :capacity].contiguous()
-
-
-def _put_ring(own: KeyValues | None, new: KeyValues | None, index: torch.Tensor, rows: int, capacity: int) -> KeyValues | None:
-    """Rings of `rows` rows and `capacity` slots with those of one row at `index` `[1]`."""
-    some = own or new
-    if some is None:
-        return None
-    rings = []
-    for i, x in enumerate(some):
-        into = _pad(own[i], capacity) if own else x.new_zeros(rows, x.shape[1], capacity, x.shape[3])
-        row = _pad(new[i], capacity) if new else into.new_zeros(1, *into.shape[1:])
-        rings.append(into.index_copy(0, index, row.to(into.dtype)))
-    return rings[0], rings[1]
+    Raises:
+        ValueError: two different ones.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument and hold different memories; give one of them.")
+    return past_key_values if cache is None else cache
 
 
 def _put_ttt(own: TTTState | None, new: TTTState | None, index: torch.Tensor, rows: int) -> TTTState | None:

@@ -4,10 +4,14 @@ import math
 import re
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import MoshiConfig, PreTrainedConfig
+from .versions_moshi_ttt import check_transformers
 
-from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids
+check_transformers()  # before anything is imported that another transformers may lack
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
+
+from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
 INNER_NORMS = ("layer_norm", "none")
@@ -144,7 +148,15 @@ class MoshiTTTConfig(MoshiConfig):
 
     model_type = "moshi_ttt"
     _auto_class = "AutoConfig"  # saved checkpoints carry this file
+    # Of the temporal transformer; the models around it add their own parts.
+    base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", "norm": "keep_full_weight"}
+    # What `Trainer` does not gather in evaluation: predictions are (logits, audio_logits).
+    keys_to_ignore_at_inference = [
+        "text_loss", "audio_loss", "last_hidden_state", "cache", "hidden_states", "attentions", "inner_losses",
+    ]  # fmt: skip
 
+    # Every frame has 1 + K labels. It makes `Trainer` say that it leaves out `label_smoothing_factor`, which the losses here do not take.
+    problem_type: str | None = "multi_label_classification"  # type: ignore[assignment]
     ttt_layers: list[int] | str = "middle"
     ttt_mixer: str = "mlp"
     ttt_inner_norm: str = "layer_norm"
@@ -227,6 +239,12 @@ class MoshiTTTConfig(MoshiConfig):
                 raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
 
     def _check_choices(self) -> None:
+        for prefix, config in (("", self), ("depth_decoder_config.", self.depth_decoder_config)):
+            if getattr(config, "tie_word_embeddings", False):
+                raise ValueError(
+                    f"`{prefix}tie_word_embeddings=True` cannot be: the text embeddings have a row more (the initial token) than there are logits; "
+                    "set it to False."
+                )
         from transformers.activations import ACT2FN  # brings triton, which importing this file must not
 
         depth = self.depth_decoder_config

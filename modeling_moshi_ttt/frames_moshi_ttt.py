@@ -25,7 +25,7 @@ class DelayedSteps(NamedTuple):
     """What goes into each step, and what comes out of it."""
 
     inputs: torch.Tensor  # [B, S, T]
-    outputs: torch.Tensor  # [B, 1 + K, T] text and Moshi's codes as the step should give them
+    outputs: torch.Tensor  # [B, 1 + K, T] text and Moshi's codes as the step should give them: labels, the codes where there are none
     text_labels: torch.Tensor | None  # [B, T]
     audio_labels: torch.Tensor | None  # [B, K, T]
 
@@ -74,6 +74,9 @@ def delay_frames(
 ) -> DelayedSteps:
     """Apply the delay pattern.
 
+    What a step should give, and the depth decoder is teacher-forced with, are its labels: codes may differ from them, as where training
+    puts noise on what the model hears. A token without a label (-100 or -1) is the one heard.
+
     Args:
         code_history: `[B, S, M + 1]` the frames before these; None at the start of the recordings.
         label_history: `[B, K, M]` the audio labels before these; None likewise.
@@ -89,10 +92,16 @@ def delay_frames(
         if label_history is None:
             label_history = audio_labels.new_full((*audio_labels.shape[:2], max(config.delays)), IGNORED)
         audio_labels = delay(audio_labels, config.delays[1:own], label_history)
+    outputs = torch.cat([_or_else(text_labels, outputs[:, 0])[:, None], _or_else(audio_labels, outputs[:, 1:])], dim=1)
     if frames.mask is not None:  # a step of padding predicts nothing
         text_labels = None if text_labels is None else text_labels.masked_fill(~frames.mask, IGNORED)
         audio_labels = None if audio_labels is None else audio_labels.masked_fill(~frames.mask[:, None], IGNORED)
     return DelayedSteps(inputs, outputs, text_labels, audio_labels)
+
+
+def _or_else(labels: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """The labels, and `tokens` of the same shape where there are none."""
+    return tokens if labels is None else torch.where(labels >= 0, labels, tokens)
 
 
 def take_frames(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:

@@ -60,6 +60,7 @@ class MoshiTTTGenerationMixin:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size={batch_size}` must be a whole number of 1 or more.")
+        _gather_for_streams(self)
         settings = {"do_sample": do_sample, "temperature": temperature, "text_temperature": text_temperature}
         sampling = make_sampling(batch_size, self.new_cache(1).frames.device, **settings, top_k=top_k, text_top_k=text_top_k)
         return MoshiTTTStream(self, batch_size, sampling, seeds, generator)
@@ -85,6 +86,10 @@ class MoshiTTTGenerationMixin:
                 None if ttt is None else ttt.reset(state.reset_mask, layer.ttt.initial_state(1)) for ttt, layer in zip(state.ttt_states, layers)
             ]
         past_key_values.state = replace(state, ttt_states=tuple(states), reset_mask=None)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> dict[str, Any]:
+        """The inputs as they are: [`generate`] steps a stream, and PEFT's generation looks for this method."""
+        return {"input_ids": input_ids, **inputs}
 
     @torch.no_grad()
     def hear(self: Any, user_codes: torch.Tensor, **sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,6 +166,18 @@ def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frame
     heard[..., 1 : 1 + count] = user[..., :count]
     said = [stream.step(heard[..., s], forced=forced[..., s]) for s in range(calls)][depth:]
     return torch.stack([frame.text for frame in said], dim=-1), torch.stack([frame.audio_codes for frame in said], dim=-1)
+
+
+def _gather_for_streams(model: Any) -> None:
+    """Under FSDP2, let the methods that a stream calls gather their module's weights, as `forward` does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # not in every build of torch
+
+    for module in model.modules():
+        for method in ("step_frame", "decode", "step"):
+            if isinstance(module, FSDPModule) and hasattr(module, method) and method not in vars(module):
+                register_fsdp_forward_method(module, method)  # type: ignore[arg-type]
 
 
 def _prompt(

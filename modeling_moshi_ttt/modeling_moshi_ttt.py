@@ -10,7 +10,6 @@ Leaf modules and parameter names are transformers' Moshi's (models/moshi), so it
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,78 +19,31 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiGatingMLP, MoshiRMSNorm
-from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache, ring_positions
+from .cache_moshi_ttt import MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
-from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
+from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
+from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
+from .rings import KeyValues, ring_positions
 from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState
 
 TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
 
 
-class _OutputWithCache(ModelOutput):
-    """An output whose field `cache`, transformers' name from 5.24 on, can be read as `past_key_values` as well."""
-
-    cache: MoshiTTTCache | None
-
-    @property
-    def past_key_values(self) -> MoshiTTTCache | None:
-        return self.cache
-
-
-@dataclass
-class MoshiTTTModelOutput(_OutputWithCache):
-    """What the temporal transformer gives.
-
-    Args:
-        last_hidden_state: `[B, T, E]`, normalised.
-        cache: the streams' memory after these frames; also `past_key_values`.
-        hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
-        inner_losses: the inner losses of each TTT layer by its number, when asked for.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    cache: MoshiTTTCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, TTTInnerLosses] | None = None
-
-
-@dataclass
-class MoshiTTTOutput(_OutputWithCache):
-    """What Moshi-TTT gives.
-
-    Args:
-        loss: `text_loss + audio_loss`, of those whose labels were given.
-        text_loss, audio_loss: weighted mean cross-entropies in nats.
-        logits: `[B, T, V]`; step t predicts text frame t.
-        audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
-        last_hidden_state, cache, hidden_states, inner_losses: as in [`MoshiTTTModelOutput`].
-    """
-
-    loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    audio_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    audio_logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    cache: MoshiTTTCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, TTTInnerLosses] | None = None
-
-
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), and what became of its TTT memory."""
+    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, and its attention weights
+    where they are at hand."""
 
     hidden_states: torch.Tensor
     key_values: KeyValues | None
     ttt_state: TTTState | None
     inner_losses: TTTInnerLosses | None
+    attentions: torch.Tensor | None
 
 
 class TTTGate(nn.Module):
@@ -135,7 +87,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         output_inner_losses: bool = False,
     ) -> LayerOutput:
         """`[B, T, E]` -> `[B, T, E]`, with the layer's memory in and out by argument."""
-        attended, key_values = self.self_attn(self.input_layernorm(hidden_states), frames, past)
+        attended, key_values, attentions = self.self_attn(self.input_layernorm(hidden_states), frames, past)
         hidden_states = hidden_states + attended
         inner_losses = None
         if self.ttt is not None:
@@ -144,7 +96,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses)
+        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses, attentions)
 
 
 class MoshiTTTPreTrainedModel(PreTrainedModel):
@@ -163,10 +115,36 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MoshiTTTDecoderLayer", "DepthDecoderLayer"]
     # A plain Moshi checkpoint carries Mimi, which here belongs to the processor.
     _keys_to_ignore_on_load_unexpected = [r"^audio_encoder\."]
+    # Names in a checkpoint of a larger model that holds this one -> names here, as regular expressions.
+    _names_in_whole: dict[str, str] = {}
 
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
         config.check()  # fields can be set after the configuration was made
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, from a checkpoint of this model or of a whole that holds it.
+
+        Raises:
+            ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the one that the TTT layers were trained with.
+        """
+        inner_norm = kwargs.get("ttt_inner_norm", getattr(kwargs.get("config"), "ttt_inner_norm", None))
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if inner_norm is not None and source is not None:
+            where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if name in kwargs}
+            MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
+        if cls._names_in_whole:
+            kwargs.setdefault("key_mapping", cls._names_in_whole)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if cls._names_in_whole:
+            model._weight_conversions = []  # saved under its own names
+        for name, parameter in model.named_parameters():
+            plain = type(parameter.data) is torch.Tensor and parameter.device.type != "meta"  # quantized weights are integers inside
+            if plain and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
+        return loaded
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
@@ -212,6 +190,9 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
 class MoshiTTTModel(MoshiTTTPreTrainedModel):
     """The temporal transformer: embedded steps in, hidden states out."""
 
+    _names_in_whole = {r"^(decoder\.)?model\.": ""}
+    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\.", r"lm_head\."]
+
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)
@@ -226,31 +207,42 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: MoshiTTTCache | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_inner_losses: bool = False,
+        cache: MoshiTTTCache | None = None,
     ) -> MoshiTTTModelOutput:
         """Run frames through all layers.
 
         Args:
             inputs_embeds: `[B, T, E]`.
             attention_mask: `[B, T]`, ones then zeros in each row: padding stands on the right.
-            past_key_values: the memory that goes in; it is brought up to date.
+            past_key_values, cache: the memory that goes in, by either name; it is brought up to date.
             output_hidden_states: also return the input of every layer; `config.output_hidden_states` when None.
+            output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
             output_inner_losses: also return the inner losses of every TTT layer.
         """
+        past_key_values = given_cache(cache, past_key_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        # Only eager attention has weights to give.
+        implementation = "eager" if output_attentions else self.config._attn_implementation
         mask = None if attention_mask is None else attention_mask.bool()
         lengths = None if mask is None else mask.sum(dim=1)
         past = past_key_values
-        frames = self._frames(inputs_embeds, mask, past)
-        hidden_states, seen, outputs = inputs_embeds, [inputs_embeds], []
+        frames = self._frames(inputs_embeds, mask, past, implementation)
+        hidden_states, seen, outputs, attentions = inputs_embeds, [inputs_embeds], [], []
         for i, layer in enumerate(self.layers):
             key_values, state = (past.state.key_values[i], past.state.ttt_states[i]) if past is not None else (None, None)
             output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, output_inner_losses=output_inner_losses)
             hidden_states = output.hidden_states
             seen.append(hidden_states)
-            # Without a memory nobody reads keys, values and states again.
-            outputs.append(output if past is not None else LayerOutput(hidden_states, None, None, output.inner_losses))
+            if output_attentions:
+                attentions.append(output.attentions)
+            # Nobody reads attention weights again, nor, without a memory, keys, values and states.
+            unread = {"attentions": None} if past is not None else {"attentions": None, "key_values": None, "ttt_state": None}
+            outputs.append(output._replace(**unread))
         last_hidden_state = self.norm(hidden_states)
         if past is not None:
             lengths = None if mask is None else mask.sum(dim=1)
@@ -259,13 +251,16 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             last_hidden_state=last_hidden_state,
             cache=past_key_values,
             hidden_states=tuple(seen) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
 
-    def _frames(self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: MoshiTTTCache | None) -> Frames:
+    def _frames(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: MoshiTTTCache | None, implementation: str | None
+    ) -> Frames:
         """What the layers need to know of these frames."""
         rows, num_frames, _ = inputs_embeds.shape
-        window, implementation, dtype = self.config.sliding_window, self.config._attn_implementation, inputs_embeds.dtype
+        window, dtype = self.config.sliding_window, inputs_embeds.dtype
         positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None and past is None else rows, -1)
         slot, reset_mask = None, None
         if past is not None:
@@ -282,11 +277,15 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             visible = visible_keys(positions, key_positions, window)
         plainly_causal = past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
         shown = None if plainly_causal else as_implemented(visible, implementation, dtype)
-        return Frames(rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
+        return Frames(implementation, rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
 
 
 class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
     """The temporal transformer with its text head, as transformers nests them."""
+
+    _names_in_whole = {r"^decoder\.": ""}
+    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\."]
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
@@ -312,24 +311,30 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         user_audio_codes: `[B, K_user, T]` the user's codes, or -1. All -1 when None.
         text_labels: `[B, T]`; -100 or -1 is not trained. Usually `input_ids` itself.
         audio_labels: `[B, K, T]`; -100 or -1 is not trained. Usually `moshi_audio_codes` itself.
+            Within a frame the depth decoder is teacher-forced with the labels, and with the inputs where there are none: what differs
+            between the two (noise on the inputs) changes only what the model hears of the past.
         attention_mask: `[B, T]`, 1 for frames that are there. The others change no memory and are not trained.
-        past_key_values: the memory of the streams; it is brought up to date in place.
+        past_key_values, cache: the memory of the streams, by either name; it is brought up to date in place.
         use_cache: return the memory after these frames; outside training `config.use_cache` when None.
         num_items_in_batch:
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
             tensor of two (the sum of [`loss_weights`] of its parts; 0 for a stream that is trained nowhere), or as one number the frames
             of the whole.
         output_hidden_states: also return the hidden states before each layer and after the last; `config.output_hidden_states` when None.
+        output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
         output_inner_losses: also return the TTT layers' inner losses.
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
+        others: what PEFT's task types pass beside these (`labels`, `inputs_embeds`, ...); None, or it is refused.
 
     Raises:
-        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, a
-            `num_items_in_batch` of 0, below 0 or not finite.
+        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, or two memories, a
+            `num_items_in_batch` of 0, below 0 or not finite, an unknown argument.
         TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
 
     _auto_class = "AutoModel"  # saved checkpoints carry the code
+    base_model_prefix = "decoder"
+    _fsdp_plan = {"embed_tokens.*": "free_full_weight", "depth_decoder": "free_full_weight"}
     # The loss is a mean already; `Trainer` then divides by the accumulation steps as it should.
     accepts_loss_kwargs = False
 
@@ -339,26 +344,6 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         self.decoder = MoshiTTTForCausalLM(config)
         self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)  # type: ignore[arg-type]
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; weights that are not finite are refused, and an inner loss that the TTT layers were not trained with.
-
-        Raises:
-            ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the checkpoint's; the message names it.
-        """
-        inner_norm = kwargs.get("ttt_inner_norm", getattr(kwargs.get("config"), "ttt_inner_norm", None))
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if inner_norm is not None and source is not None:
-            where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if name in kwargs}
-            MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, parameter in model.named_parameters():
-            plain = type(parameter.data) is torch.Tensor and parameter.device.type != "meta"  # quantized weights are integers inside
-            if plain and not bool(torch.isfinite(parameter).all()):
-                raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
-        return loaded
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.model.embed_tokens
@@ -396,12 +381,16 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_inner_losses: bool = False,
         return_dict: bool | None = None,
+        cache: MoshiTTTCache | None = None,
+        **others: Any,
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
+        _refuse(others)
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
-        past = past_key_values
+        past = given_cache(cache, past_key_values)
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
         steps = self._delay(frames, past)
@@ -414,6 +403,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             attention_mask=frames.mask,
             past_key_values=draft,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             output_inner_losses=output_inner_losses,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
@@ -429,7 +419,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             **{**outputs, "cache": past},
         )
         if frames.order is not None:
-            _put_back(result, frames.order.argsort(dim=1))
+            put_back(result, frames.order.argsort(dim=1))
         if past is not None and draft is not None:
             draft.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
             past.state = draft.state  # last, so that an error before it leaves the memory as it was
@@ -496,10 +486,9 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         return losses
 
 
-def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
-    """Bring outputs of packed frames back to where the caller's frames stood."""
-    result.logits = take_frames(result.logits, order, 1)
-    result.audio_logits = take_frames(result.audio_logits, order, 2)
-    result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
-    if result.hidden_states is not None:
-        result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
+def _refuse(others: dict[str, Any]) -> None:
+    """Raise a ValueError that names the first argument that is given and unknown."""
+    for name, value in others.items():
+        if value is not None:
+            cure = "give `text_labels` and `audio_labels`" if name == "labels" else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
+            raise ValueError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")

@@ -16,30 +16,11 @@ from torch.nn import functional as F
 from transformers import BatchFeature, MimiModel, ProcessorMixin
 
 from .mimi_stream import MimiStream, check_codes
+from .resampling import resample
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
+from .versions_moshi_ttt import check_transformers
 
-
-def resample(audio: Tensor, from_rate: int, to_rate: int, half_width: int = 32) -> Tensor:
-    """Band-limited change of rate of float audio [..., n] -> [..., ceil(n · to / from)].
-
-    A sinc under a Kaiser window, cut at 0.97 of the lower Nyquist frequency, as one strided convolution with a filter for each phase.
-    """
-    if from_rate < 1 or to_rate < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
-        raise ValueError(f"rates are {from_rate} and {to_rate}; they must be whole numbers of Hz, at least 1.")
-    if from_rate == to_rate:
-        return audio
-    common = math.gcd(int(from_rate), int(to_rate))
-    down, up = int(from_rate) // common, int(to_rate) // common
-    cut = 0.97 * min(down, up)
-    width = math.ceil(half_width * down / cut)
-    phases = torch.arange(0, -up, -1, dtype=torch.float64)[:, None] / up
-    times = (phases + torch.arange(-width, width + down, dtype=torch.float64) / down) * cut  # [up, taps]
-    window = torch.special.i0(9.0 * (1 - (times / half_width).clamp(-1, 1) ** 2).sqrt()) / torch.special.i0(torch.tensor(9.0))
-    filters = torch.sinc(times) * window * (times.abs() <= half_width) * cut / down
-    flat = F.pad(audio.reshape(-1, 1, audio.shape[-1]), (width, width + down))
-    out = F.conv1d(flat, filters[:, None].to(audio), stride=down)  # [rows, up, n / down]
-    out = out.transpose(1, 2).reshape(flat.shape[0], -1)[:, : math.ceil(audio.shape[-1] * up / down)]
-    return out.reshape(*audio.shape[:-1], -1)
+check_transformers()  # a processor may load without the model's configuration
 
 
 class MoshiTTTProcessor(ProcessorMixin):

@@ -37,6 +37,17 @@ def test_saved_and_loaded_it_goes_on_exactly(heard):
     assert not torch.allclose(go_on(model, copy_of(model, memory), frames), other)
 
 
+@torch.no_grad()
+def test_it_goes_in_by_either_name_and_by_one_at_a_time(heard):
+    model, memory, frames = heard
+    expected = go_on(model, copy_of(model, memory), frames)
+    assert torch.equal(model(**frames, cache=copy_of(model, memory)).audio_logits, expected)
+    both = copy_of(model, memory)
+    assert torch.equal(model(**frames, cache=both, past_key_values=both).audio_logits, expected)
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        model(**frames, cache=copy_of(model, memory), past_key_values=copy_of(model, memory))
+
+
 def test_rows_are_reordered_with_all_they_remember(heard):
     model, memory, frames = heard
     order = torch.tensor([2, 0, 0])
@@ -118,6 +129,20 @@ def test_resetting_every_row_is_a_new_memory(heard):
         emptied = copy_of(model, memory)
         emptied.reset(rows)
         assert torch.equal(go_on(model, emptied, frames), fresh)
+
+
+def test_resets_before_the_next_frame_add_up(heard):
+    """Two rows reset one after another start anew as two reset at once, the third goes on."""
+    model, memory, frames = heard
+    together, in_turn = copy_of(model, memory), copy_of(model, memory)
+    together.reset([0, 2])
+    for row in (0, 2):
+        in_turn.reset([row])
+    expected, found = go_on(model, together, frames), go_on(model, in_turn, frames)
+    assert torch.equal(found, expected)
+    fresh = go_on(model, model.new_cache(3), frames)
+    assert torch.allclose(found[[0, 2]], fresh[[0, 2]], atol=1e-12)
+    assert torch.allclose(found[1], go_on(model, copy_of(model, memory), frames)[1], atol=1e-12)
 
 
 def test_it_keeps_a_window_and_no_more(heard):

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import CHECKPOINTING, cut, random_frames, recompute, rows_of, tiny_config, tiny_model, with_labels
+from tiny import cut, random_frames, rows_of, tiny_config, tiny_model, with_labels
 from transformers import MoshiConfig
 from transformers.models.moshi.modeling_moshi import MoshiForConditionalGeneration
 
@@ -220,7 +220,7 @@ def test_recomputation_changes_no_number(mixer):
         for checkpointing in (False, True):
             model = tiny_model(ttt_mixer=mixer, ttt_mini_batch_size=1, scan_checkpoint_group_size=group, ttt_layers=[1]).train()
             if checkpointing:
-                recompute(model)
+                model.activation_checkpointing_enable()
             frames = frames or with_labels(random_frames(model.config, rows=1, frames=188))
             results[group, checkpointing] = gradients_of(model, frames)
     loss, gradients = results.pop((16, False))
@@ -237,7 +237,7 @@ def test_checkpointing_carries_a_memory():
     for checkpointing in (False, True):
         model = tiny_model().train()
         if checkpointing:
-            recompute(model)
+            model.activation_checkpointing_enable()
         frames = frames or with_labels(random_frames(model.config, rows=2, frames=22))
         memory = model.new_cache(2)
         for start, stop in ((0, 9), (9, 22)):
@@ -252,7 +252,7 @@ def test_checkpointing_carries_a_memory():
     assert all((gradients[0][name] - gradients[1][name]).abs().max() <= 1e-10 for name in gradients[0])
 
 
-@pytest.mark.parametrize("enable", CHECKPOINTING)
+@pytest.mark.parametrize("enable", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_reentrant_checkpointing_is_refused(enable):
     model = tiny_model().train()

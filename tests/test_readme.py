@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from version_matrix import SHOWN, lower_bounds
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.evaluation import recall
 from modeling_moshi_ttt.tools.cli import COMMANDS
+from modeling_moshi_ttt.versions_moshi_ttt import TRANSFORMERS, release
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -102,6 +104,24 @@ def test_the_table_of_recall_is_of_the_pictures_numbers():
         name = run["name"].replace("mlp", "MLP").replace("b =", "mini-batch")
         means = " | ".join(f"{sum(values) / len(values):.0%}" for values in found.values())
         assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in README
+
+
+def version_rows() -> list[dict[str, str]]:
+    header = next(line for line in README.splitlines() if line.startswith("| libraries | Python |"))
+    table = README[README.index(header) :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_the_table_of_versions_shows_both_ends_of_the_range():
+    rows = version_rows()
+    assert {row["libraries"] for row in rows} == {"lowest", "newest"}
+    for row in rows:
+        assert re.fullmatch(r"\d+ passed(, \d+ (skipped|deselected|warnings?))*", row["quick core"]), row
+        if row["libraries"] == "lowest":
+            assert {name: release(row[name]) for name in SHOWN} == {name: release(lower_bounds()[name]) for name in SHOWN}
+    newest = max(release(row["transformers"]) for row in rows)
+    assert newest[1] + 1 == release(TRANSFORMERS[1])[1]
 
 
 def test_named_commands_targets_and_files_exist():

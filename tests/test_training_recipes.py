@@ -139,6 +139,7 @@ def test_slurm_script_launches_one_launcher_a_node(tmp_path):
         ("seed=-1", r"seed is -1, it must be between 0 and"),
         ("data.tbptt_windows=2", r"tbptt_windows is > 1 but data\.carry is 'none'"),
         ("optim.betas=[0.9]", r"optim\.betas is \[0.9\], it must be two"),
+        ("optim.betas=[0.8, 0.95]", r"optim\.betas is \[0\.8, 0\.95\], but under optim\.schedule 'onecycle'.*choose the schedule cosine"),
         ("data.evaluation=null", r"evaluate_every is set but data\.evaluation is missing"),
         ("optim.steps=fast", r"optim\.steps is 'fast'"),
         ("trackers=[tensorbord]", "trackers holds 'tensorbord'"),

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,7 +117,7 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str
         if not any(_stands(run, settings.seconds) for run in earlier):
             new = _run_variant(variant, settings, show_progress)
             results["runs"] = [run for run in results["runs"] if run not in earlier] + [new]
-            results["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+            results["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
             atomic_write(target, json.dumps(results, indent=1) + "\n")
     with kept_shape(target):
         save(draw(results), settings.output / "recall")

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.adapters import check_loadable, checked_config, is_adapter, load_base
+from ..common.audio import READING
 from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import hub_errors, is_hub_name
 from ..common.recordings import Recording
@@ -145,7 +146,7 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
         begin = time.perf_counter()
         part = RUNNERS[name](subject, section, settings, show_progress)
         results["tasks"][name] = part | {"settings": key, "seconds": round(time.perf_counter() - begin, 1)}
-        results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        results["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return write_report(results, settings.output)
 
@@ -204,7 +205,7 @@ def _zero_shot(subject: Subject, section: Any, settings: EvaluateSettings, show_
     weights = ScoreWeights(section.semantic_weight, section.acoustic_weight)
     text: str | int = model.config.text_padding_ids[0] if section.text == "padding" else "absent"
     scorer = SpeechScorer(model, lambda waves: encode_waves(processor, waves), weights, section.user, text, settings.batch_size)
-    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text}
+    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text, "reading": READING}
     tasks = {}
     for task in section.tasks:
         pairs = zero_shot.read_task(task.task, task.folder, task.split, task.parts)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from ..delay_pattern import delay, undelay
+from ..resampling import resample
 from ..tokens_moshi_ttt import ZERO
 
 
@@ -230,12 +230,6 @@ class SpeechScorer:
         ends = [wavs.shape[1]] * len(wavs) if lens is None else [int(end) for end in lens]
         if len(ends) != len(wavs) or not all(0 < end <= wavs.shape[1] for end in ends):
             raise ValueError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
-        waves = [self._resample(wave[:end].float().cpu().numpy()) for wave, end in zip(wavs, ends)]
+        waves = [resample(wave[:end].float().cpu(), self.sample_rate, 24000).numpy() for wave, end in zip(wavs, ends)]
         scores = [found.score(self.weights, mean_nll) for found in self.score_waves(waves)]
         return torch.tensor(scores, device=wavs.device)
-
-    def _resample(self, wave: np.ndarray) -> np.ndarray:
-        if self.sample_rate == 24000:
-            return wave
-        common = math.gcd(24000, self.sample_rate)
-        return resample_poly(wave, 24000 // common, self.sample_rate // common).astype(np.float32)

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..common.adapters import BASE_CONFIG
 from ..common.files import atomic_write, read_json, read_log
+from ..common.packaged import resolve
 from ..tokens_moshi_ttt import FRAME_RATE
 from .verify import Facts, human_size
 
@@ -47,7 +48,7 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
     run, results, summary, details = (_optional(folder / name) for name in (RUN_CONFIG, RESULTS, SUMMARY, CARD_FACTS))
     config = read_json(folder / (BASE_CONFIG if kind == "adapter" else "config.json"))
     window = config["sliding_window"]  # null: attention sees everything
-    fresh = str(run.get("model", {}).get("path", "")).endswith(".json")
+    fresh = resolve("model", str(run.get("model", {}).get("path", ""))).endswith(".json")
     rows = evaluation_rows(results)
     base = facts.base or details.get("base_model") or _hub_name(run.get("model", {}).get("path", ""))
     data = ModelCardData(

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..common.audio import read_audio
+from ..common.audio import READING, read_audio
 from ..common.files import atomic_write, sha256
 from ..common.recordings import Recording
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER, ZERO, parse_word
@@ -25,8 +25,8 @@ CUT_TOLERANCE = 0.2
 
 
 def codec_fingerprint(processor: Any) -> str:
-    """Sixteen hexadecimal digits that change when the codec's weights or its frame layout change."""
-    digest = hashlib.sha256(LAYOUT.encode())
+    """Sixteen hexadecimal digits that change when the codec's weights, its frame layout or the way of reading sounds change."""
+    digest = hashlib.sha256(f"{LAYOUT} {READING}".encode())
     codec = processor.codec
     for name, tensor in sorted(codec.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -13,7 +13,7 @@ import dataclasses
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("sources", help='what to prepare: "path:weight,path:weight"')
-    parser.add_argument("--processor", required=True, help="folder or Hub name of the processor with its codec")
+    parser.add_argument("--processor", required=True, help="folder or Hub name of the processor with its codec, or tiny")
     parser.add_argument("--cache", required=True, help="folder that the codes go to")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad files out instead of stopping at the end")
     parser.add_argument("--allow-outside", action="store_true", help="accept absolute paths and '..' in manifests")

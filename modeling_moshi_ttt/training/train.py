@@ -1,33 +1,51 @@
-"""`moshi-ttt train`: a recipe, and what to change of it; the same as `accelerate launch examples/finetune.py`."""
+"""`moshi-ttt train`: a recipe, and what to change of it; one process, or those of an accelerate configuration with --launch."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..common.adapters import write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
+from ..common.packaged import known, names, resolve
 from ..common.settings import describe
 from .run_config import RunConfig, load_run_config
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("recipe", help="a YAML file such as configuration/train/demo.yaml")
+    parser.add_argument("recipe", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
+    parser.add_argument(
+        "--launch", metavar="CONFIG", help=f"start the processes of an accelerate configuration: a YAML file, or one of {', '.join(names('accelerate'))}"
+    )
     parser.epilog = describe(RunConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step was reached."""
+    config = load_run_config(args.recipe, args.overrides)
+    if args.launch:
+        return launch(args.launch, [args.recipe, *args.overrides])
     try:
-        train(load_run_config(args.recipe, args.overrides))
+        train(config)
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
     return 0
+
+
+def launch(launch_file: str, arguments: list[str]) -> int:
+    """`moshi-ttt train` with these arguments in every process of an accelerate configuration; the launcher's exit code."""
+    path = resolve("accelerate", launch_file)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {known('accelerate', launch_file)}")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
+    return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.tools.cli", "train", *arguments], check=False).returncode
 
 
 def train(config: RunConfig) -> Path:
