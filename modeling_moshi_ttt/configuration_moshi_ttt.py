@@ -156,7 +156,7 @@ class MoshiTTTConfig(MoshiConfig):
     ]  # fmt: skip
 
     # Every frame has 1 + K labels. It makes `Trainer` say that it leaves out `label_smoothing_factor`, which the losses here do not take.
-    problem_type: str | None = "multi_label_classification"
+    problem_type: str | None = "multi_label_classification"  # type: ignore[assignment]
     ttt_layers: list[int] | str = "middle"
     ttt_mixer: str = "mlp"
     ttt_inner_norm: str = "layer_norm"

@@ -60,7 +60,7 @@ def align(
             check_tokens(name, labels, shape, IGNORED, card)
     if attention_mask is None:
         return AlignedFrames(codes, text_labels, audio_labels, None, None)
-    _check_shape("attention_mask", attention_mask, (rows, frames))
+    check_shape("attention_mask", attention_mask, (rows, frames))
     mask = attention_mask.bool()
     if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         return AlignedFrames(codes, text_labels, audio_labels, mask, None)
@@ -136,11 +136,12 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
 
 def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], lowest: int, card: int) -> None:
     """Raises a ValueError that names the tokens where they have not this shape, are no ids, or not from `lowest` to `card - 1`."""
-    _check_shape(name, tokens, shape)
+    check_shape(name, tokens, shape)
     _check_range(name, tokens, lowest, card)
 
 
-def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError that names the tensor where it has not this shape."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape}.")
 
@@ -150,6 +151,7 @@ def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> Non
         raise ValueError(f"`{name}` has dtype {tokens.dtype}; token ids are int64.")
     if torch.compiler.is_compiling() or tokens.device.type == "meta" or tokens.numel() == 0:
         return
-    low, high = int(tokens.min()), int(tokens.max())
+    numbers = tokens.detach().numpy() if tokens.device.type == "cpu" else tokens  # as numpy they are on the host already
+    low, high = int(numbers.min()), int(numbers.max())
     if low < lowest or high >= card:
         raise ValueError(f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none.")

@@ -10,7 +10,6 @@ Leaf modules and parameter names are transformers' Moshi's (models/moshi), so it
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,79 +19,28 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiGatingMLP, MoshiRMSNorm
-from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache, given_cache
+from .cache_moshi_ttt import MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
-from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
+from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
+from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
+from .rings import KeyValues, ring_positions
 from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState
 
 TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
 
 
-class _OutputWithCache(ModelOutput):
-    """An output whose field `cache`, transformers' name from 5.24 on, can be read as `past_key_values` as well."""
-
-    cache: MoshiTTTCache | None
-
-    @property
-    def past_key_values(self) -> MoshiTTTCache | None:
-        return self.cache
-
-
-@dataclass
-class MoshiTTTModelOutput(_OutputWithCache):
-    """What the temporal transformer gives.
-
-    Args:
-        last_hidden_state: `[B, T, E]`, normalised.
-        cache: the streams' memory after these frames; also `past_key_values`.
-        hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
-        attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
-        inner_losses: the inner losses of each TTT layer by its number, when asked for.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    cache: MoshiTTTCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, TTTInnerLosses] | None = None
-
-
-@dataclass
-class MoshiTTTOutput(_OutputWithCache):
-    """What Moshi-TTT gives.
-
-    Args:
-        loss: `text_loss + audio_loss`, of those whose labels were given.
-        text_loss, audio_loss: weighted mean cross-entropies in nats.
-        logits: `[B, T, V]`; step t predicts text frame t.
-        audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
-        last_hidden_state, cache, hidden_states, attentions, inner_losses: as in [`MoshiTTTModelOutput`].
-    """
-
-    loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    audio_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    audio_logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    cache: MoshiTTTCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, TTTInnerLosses] | None = None
-
-
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, all its keys and values, what became of its TTT memory, and its attention weights where they are at hand."""
+    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, and its attention weights
+    where they are at hand."""
 
     hidden_states: torch.Tensor
-    key_values: KeyValues
+    key_values: KeyValues | None
     ttt_state: TTTState | None
     inner_losses: TTTInnerLosses | None
     attentions: torch.Tensor | None
@@ -143,7 +91,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         inner_losses = None
         if self.ttt is not None:
-            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.fresh)
+            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.reset_mask)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
@@ -282,23 +230,25 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         implementation = "eager" if output_attentions else self.config._attn_implementation
         mask = None if attention_mask is None else attention_mask.bool()
         lengths = None if mask is None else mask.sum(dim=1)
-        frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values, implementation)
+        past = past_key_values
+        frames = self._frames(inputs_embeds, mask, past, implementation)
         hidden_states, seen, outputs, attentions = inputs_embeds, [inputs_embeds], [], []
         for i, layer in enumerate(self.layers):
-            memory = past_key_values.layers[i] if past_key_values is not None else None
-            past, state = (memory.past, memory.ttt_state) if memory is not None else (None, None)
-            output = layer(hidden_states, frames=frames, past=past, ttt_state=state, output_inner_losses=output_inner_losses)
+            key_values, state = (past.state.key_values[i], past.state.ttt_states[i]) if past is not None else (None, None)
+            output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, output_inner_losses=output_inner_losses)
             hidden_states = output.hidden_states
             seen.append(hidden_states)
             if output_attentions:
                 attentions.append(output.attentions)
             # Nobody reads attention weights again, nor, without a memory, keys, values and states.
-            kept = {"attentions": None} if memory is not None else {"attentions": None, "key_values": None, "ttt_state": None}
-            outputs.append(output._replace(**kept))
-        if past_key_values is not None:
-            past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
+            unread = {"attentions": None} if past is not None else {"attentions": None, "key_values": None, "ttt_state": None}
+            outputs.append(output._replace(**unread))
+        last_hidden_state = self.norm(hidden_states)
+        if past is not None:
+            lengths = None if mask is None else mask.sum(dim=1)
+            past.advance(outputs, inputs_embeds.shape[1], lengths, in_place=frames.slot is not None)
         return MoshiTTTModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=last_hidden_state,
             cache=past_key_values,
             hidden_states=tuple(seen) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -306,27 +256,28 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         )
 
     def _frames(
-        self,
-        inputs_embeds: torch.Tensor,
-        mask: torch.Tensor | None,
-        lengths: torch.Tensor | None,
-        past: MoshiTTTCache | None,
-        implementation: str | None,
-    ) -> tuple[Frames, torch.Tensor]:
-        """What the layers need to know of these frames, and the positions of all keys `[B, S + T]`."""
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: MoshiTTTCache | None, implementation: str | None
+    ) -> Frames:
+        """What the layers need to know of these frames."""
         rows, num_frames, _ = inputs_embeds.shape
         window, dtype = self.config.sliding_window, inputs_embeds.dtype
+        positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None and past is None else rows, -1)
+        slot, reset_mask = None, None
         if past is not None:
             check_cache(past, rows, len(self.layers), self.config.ttt_layers)
-            positions, key_positions = past.window(num_frames, lengths)
+            past.make_room()
+            positions, reset_mask = past.frames[:, None] + positions, past.state.reset_mask
+        key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
+        if past is not None and past.capacity and num_frames == 1 and not torch.is_grad_enabled():
+            slot = past.frames % past.capacity
+            visible = ring_positions(past.frames + 1, past.state.attention_start, past.capacity)[:, None, None] >= 0
         else:
-            positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
-            key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
+            if past is not None:
+                key_positions = torch.cat([past.key_positions(), key_positions], dim=1)
+            visible = visible_keys(positions, key_positions, window)
         plainly_causal = past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
-        visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
-        rotary = rotary_embedding(positions, self.config, dtype)
-        fresh = past.fresh if past is not None else None
-        return Frames(implementation, rotary, visible, positions.expand(rows, -1), mask, fresh), key_positions
+        shown = None if plainly_causal else as_implemented(visible, implementation, dtype)
+        return Frames(implementation, rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
 
 
 class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
@@ -446,10 +397,11 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         weights = self._weights(steps)
         # Here, before any memory moves.
         whole = None if num_items_in_batch is None else whole_weights(num_items_in_batch, weights, self._frame_weights)
+        draft = None if past is None else past.draft()
         logits, outputs = self.decoder(
             self.embed(steps.inputs),
             attention_mask=frames.mask,
-            past_key_values=past,
+            past_key_values=draft,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_inner_losses=output_inner_losses,
@@ -464,12 +416,13 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             audio_loss=audio_loss,
             logits=logits,
             audio_logits=audio_logits,
-            **outputs,
+            **{**outputs, "cache": past},
         )
-        if past is not None:
-            past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
         if frames.order is not None:
-            _put_back(result, frames.order.argsort(dim=1))
+            put_back(result, frames.order.argsort(dim=1))
+        if past is not None and draft is not None:
+            draft.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
+            past.state = draft.state  # last, so that an error before it leaves the memory as it was
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def loss_weights(
@@ -539,16 +492,3 @@ def _refuse(others: dict[str, Any]) -> None:
         if value is not None:
             cure = "give `text_labels` and `audio_labels`" if name == "labels" else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
             raise ValueError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")
-
-
-def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
-    """Bring outputs of packed frames back to where the caller's frames stood."""
-    result.logits = take_frames(result.logits, order, 1)
-    result.audio_logits = take_frames(result.audio_logits, order, 2)
-    result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
-    if result.hidden_states is not None:
-        result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
-    if result.attentions is not None:
-        frames = order.shape[1]  # the keys of remembered frames, before those of these frames, stay where they are
-        by_query = (take_frames(weights, order, 2) for weights in result.attentions)
-        result.attentions = tuple(torch.cat([w[..., :-frames], take_frames(w[..., -frames:], order, 3)], dim=3) for w in by_query)

@@ -125,7 +125,7 @@ def _run(mixer: str, inputs: TTTInputs, state: TTTState, mask: Tensor | None, op
 
 def _compute(inputs: TTTInputs, state: TTTState, mask: Tensor | None, options: _Options) -> tuple[Tensor, TTTState]:
     b, group_size, backend, eps, inner_norm = options
-    even = None if mask is not None or state.even_frames is None else state.even_frames + inputs.q.shape[1]
+    even = None if mask is not None or state.lockstep_frames is None else state.lockstep_frames + inputs.q.shape[1]
     dtype = torch.float64 if torch.float64 in [x.dtype for x in (*inputs, state.W1)] else torch.float32
     weights = tuple(w if w.dtype == dtype else w.to(dtype) for w in state.weights)
     way = _choose_way(backend, inputs, state, weights, b)
@@ -135,14 +135,14 @@ def _compute(inputs: TTTInputs, state: TTTState, mask: Tensor | None, options: _
             out, after = ttt_reference(exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps, inner_norm=inner_norm)
         else:
             out, after = decode_step(exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps, inner_norm=inner_norm)
-        return out.to(inputs.q.dtype), dataclasses.replace(after, even_frames=even)
+        return out.to(inputs.q.dtype), dataclasses.replace(after, lockstep_frames=even)
     aligned = _align(inputs, state, mask, b)
     number = aligned.q.shape[1]
     complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
     whole = inputs._replace(q=aligned.q, k=aligned.k, v=aligned.v, lr=aligned.lr)
     body = scan_mini_batches if way == "scan" else _triton_body()
     out, weights = body(whole, weights, complete, group_size=min(group_size, number), eps=eps, inner_norm=inner_norm)
-    return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), even_frames=even)
+    return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), lockstep_frames=even)
 
 
 def _align(inputs: TTTInputs, state: TTTState, mask: Tensor | None, b: int) -> _Aligned:
@@ -204,7 +204,7 @@ def _state_after(weights: tuple[Tensor, ...], aligned: _Aligned) -> TTTState:
 def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:
     if state.W1.dtype == state.k.dtype == dtype:
         return state
-    return state._map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    return state.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 # --- choice of body -------------------------------------------------------------------------------------------------------------------

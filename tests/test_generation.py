@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_frames, tiny_model
 
 from modeling_moshi_ttt.delay_pattern import undelay
-from modeling_moshi_ttt.generation_moshi_ttt import Sampling
+from modeling_moshi_ttt.sampling_moshi_ttt import make_sampling
 
 
 def talk(stream, user: torch.Tensor) -> torch.Tensor:
@@ -160,7 +160,12 @@ def test_a_state_of_another_stream_is_refused_and_changes_nothing(model):
         ({"calls": saved["calls"][:1]}, r"calls of the saved stream has shape \(1,\)"),
         ({"heard": saved["heard"][:, :2]}, r"heard of the saved stream has shape"),
         ({"said": saved["said"].float()}, "said of the saved stream has dtype torch.float32"),
-        ({"generator": saved["generator"][:16]}, "generator of the saved stream has shape"),
+        ({"seeds": -saved["seeds"]}, "`seeds` of the saved stream"),
+        ({"sick": ~saved["sick"]}, "`sick` of the saved stream"),
+        ({"calls": saved["calls"] + 1}, "`calls` of the saved stream are not the frames"),
+        ({"said": saved["said"] + 1000}, "`said` holds"),
+        ({name: saved[name] * float("nan")}, "layers.1.ttt.W1 of the saved cache is not finite"),
+        ({"past_key_values.key_positions": saved["past_key_values.key_positions"].flip(1)}, "key_positions of the saved cache"),
     ]
     for change, words in changes:
         with pytest.raises(ValueError, match=words):
@@ -257,7 +262,8 @@ def test_generate_takes_a_processors_batch(model):
         ({"moshi_audio_codes": torch.zeros(2, 3, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(2, 3, 4\).*must be \(1, 3, 4\)"),
         ({"moshi_audio_codes": torch.zeros(1, 2, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(1, 2, 4\)"),
         ({"input_ids": torch.zeros(1, 4)}, "`input_ids` has dtype torch.float32"),
-        ({"top_k": None}, "`top_k=None` must be 0"),
+        ({"top_k": 2.5}, "`top_k=2.5` must be a whole number"),
+        ({"temperature": [1.0, 2.0, 3.0]}, "`temperature=.*must be a number, or 1 of them"),
     ],
 )
 def test_bad_prompts_are_refused(model, changes, words):
@@ -283,11 +289,25 @@ def test_sampling_stays_in_the_top_k_and_follows_its_generator(model):
 
 @pytest.mark.parametrize(("limit", "reached"), [(0, 8), (3, 3), (8, 8)])
 def test_of_the_top_k_all_are_chosen_and_no_other(limit, reached):
-    logits = torch.linspace(0.0, 1.0, 8).flip(0).expand(2, -1)  # the likeliest first
-    sampling = Sampling(top_k=limit, text_top_k=limit)
-    for choose in (sampling.audio, sampling.text):
-        chosen = torch.cat([choose(logits) for _ in range(200)])
+    logits = torch.linspace(0.0, 1.0, 8).flip(0).expand(300, -1)  # the likeliest first
+    one = {"do_sample": True, "temperature": 1.0, "text_temperature": 1.0}
+    sampling = make_sampling(300, torch.device("cpu"), **one, top_k=limit, text_top_k=limit)
+    text, audio = sampling.noise(torch.arange(300), torch.zeros(300, dtype=torch.long), 8, 2, 8)
+    for chosen in (sampling.text(logits, text), sampling.audio(logits, audio[:, 0]), sampling.audio(logits, audio[:, 1])):
         assert set(chosen.tolist()) == set(range(reached))
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    """Of 20,000 draws each entry's share is its probability, within four standard errors; no two streams share their noise."""
+    rows, logits = 20_000, torch.tensor([2.0, 1.0, 0.0, -1.0])
+    settings = {"do_sample": True, "temperature": 0.7, "text_temperature": 1.0, "top_k": 0, "text_top_k": 0}
+    sampling = make_sampling(rows, torch.device("cpu"), **settings)
+    text, audio = sampling.noise(torch.arange(rows), torch.arange(rows) % 7, 4, 2, 4)
+    for chosen, temperature in ((sampling.text(logits.expand(rows, -1), text), 1.0), (sampling.audio(logits.expand(rows, -1), audio[:, 1]), 0.7)):
+        shares, expected = torch.bincount(chosen, minlength=4) / rows, (logits / temperature).softmax(0)
+        assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / rows).sqrt()).all()
+    correlation = torch.corrcoef(torch.stack([text.flatten(), audio[:, 0].flatten(), audio[:, 1].flatten()]))
+    assert (correlation - torch.eye(3)).abs().max() < 0.02
 
 
 def test_the_colder_the_likelier(model):

@@ -25,13 +25,15 @@ MAY_IMPORT = {
 SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglob("*.py"))
 # The layers of the flat files, lowest first: a file may import from its own layer and from lower ones.
 LAYERS = [
-    {"versions_moshi_ttt"},
+    {"versions_moshi_ttt", "rings", "rows", "sampling_moshi_ttt", "tokens_moshi_ttt"},
     {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt", "resampling"}
-    | {"tokens_moshi_ttt", "ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_decode"},
+    | {"ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_decode"},
     {"ttt_kernels", "ttt_kernels_device", "ttt_kernels_linear", "ttt_kernels_mlp"},
     {"ttt_ops"},
     {"ttt_layer", "cache_moshi_ttt"},
-    {"generation_moshi_ttt", "depth_decoder", "attention_moshi_ttt"},
+    {"outputs_moshi_ttt"},
+    {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt"},
+    {"generation_moshi_ttt"},
     {"modeling_moshi_ttt"},
 ]
 

@@ -1,5 +1,6 @@
 """The processor: words to the text stream, sound to codes and back, whole and live, and its errors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -333,8 +334,7 @@ def test_the_memory_of_a_stream_does_not_grow():
     stream = MimiStream(mimi(), 1)
 
     def size() -> int:
-        states = (stream._encoder, stream._decoder)
-        return sum(x.numel() for s in states for x in (*s.tails.values(), *s.keys, *s.values, s.key_positions))
+        return sum(x.numel() for x in stream.state_dict().values())
 
     sizes = set()
     for seed in range(3):
@@ -342,6 +342,50 @@ def test_the_memory_of_a_stream_does_not_grow():
         stream.decode_frames(codes)
         sizes.add(size())
     assert len(sizes) == 1
+
+
+def test_rows_of_an_audio_stream_are_values():
+    """A row that pauses keeps its state; one moves to another stream and row; a sick row can be left out; frames of -2 are silence."""
+    codec = mimi()
+    sound = torch.from_numpy(noise(2, 12 * FRAME)).split(FRAME, dim=-1)
+    alone, two, other = MimiStream(codec, 1), MimiStream(codec, 2), MimiStream(codec, 3)
+    codes = [alone.encode(piece[:1]) for piece in sound]
+    spoken = [alone.decode(code) for code in codes]
+    nobody = torch.full_like(codes[0], -2)
+    for t, piece in enumerate(sound[:6]):
+        assert torch.equal(two.encode(piece)[0], codes[t][0])
+        assert (two.decode(torch.cat([codes[t], nobody]))[0] - spoken[t][0]).abs().max() <= 1e-5
+    before = two.row_state(0)
+    sick = torch.stack([torch.full((FRAME,), torch.nan), sound[6][1]])
+    assert two.encode(sick, [False, True])[0].tolist() == [-1] * codes[0].shape[1]
+    assert not two.decode(torch.cat([nobody, codes[6]]))[0].any()
+    assert not two.decode(torch.cat([codes[6], codes[6]]), [False, True])[0].any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in two.row_state(0).items())
+    other.encode(torch.cat([sound[0], sound[0][:1]]))
+    other.load_row(2, before)
+    for t in range(6, 12):
+        assert torch.equal(other.encode(sound[t][:1].expand(3, -1))[2], codes[t][0])
+    mixed = torch.stack([nobody, codes[6], codes[7], nobody], dim=-1)
+    two.load_row(1, before)
+    expected = torch.cat([torch.zeros(1, FRAME), spoken[6], spoken[7], torch.zeros(1, FRAME)], dim=-1)
+    assert (two.decode_frames(mixed.expand(2, -1, -1))[0] - expected[0]).abs().max() <= 1e-5
+
+
+def test_a_saved_audio_stream_goes_on_and_foreign_states_are_refused():
+    codec, sound = mimi(), torch.from_numpy(noise(2, 4 * FRAME))
+    stream, resumed = MimiStream(codec, 2), MimiStream(codec, 2)
+    stream.decode_frames(stream.encode_frames(sound))
+    saved = stream.state_dict()
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.encode_frames(sound), stream.encode_frames(sound))
+    twin = copy.deepcopy(stream)
+    assert torch.equal(twin.encode_frames(sound), stream.encode_frames(sound))
+    held = resumed.state_dict()
+    name = next(iter(saved))
+    for bad in (saved | {name: saved[name][:1]}, saved | {name: saved[name] * torch.nan}, saved | {"tone": saved[name]}, {}):
+        with pytest.raises(ValueError, match="audio stream"):
+            resumed.load_state_dict(bad)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in resumed.state_dict().items())
 
 
 def test_streaming_does_not_write_to_the_codec():
@@ -507,7 +551,8 @@ def test_bad_frames_and_ids_are_named(processor):
         (torch.zeros(2, 1919), r"shape \(2, 1919\)"),
         (torch.zeros(1, FRAME), r"must be \[2, 1920\]"),
         (torch.zeros(2, FRAME, dtype=torch.int16), "divide"),
-        (torch.full((2, FRAME), torch.nan), "NaN"),
+        (torch.full((2, FRAME), torch.nan), "not finite"),
+        (torch.tensor([[0.0], [300.0]]).expand(2, FRAME), r"row \[1\] is not finite or beyond ±10"),
     ]:
         with pytest.raises(ValueError, match=message):
             stream.encode(frame)
@@ -515,7 +560,7 @@ def test_bad_frames_and_ids_are_named(processor):
         stream.decode(torch.zeros(1, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="one frame is"):
         stream.decode(torch.zeros(2, 8, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="`batch_size=0`"):
         processor.new_audio_stream(0)
     with pytest.raises(ValueError, match="ids hold 512"):
         processor.decode_text([512])
