@@ -1,4 +1,4 @@
-# Everything here sets itself up: `make demo` and `make test` work on a fresh machine with Python >= 3.10 and make.
+# Everything here sets itself up: `make demo` and `make test` work on a fresh machine with Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +7,7 @@ INSTALLED = $(VENV)-package
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint package test-package bench peer evaluate-demo clean
+.PHONY: help install demo test test-versions soak lint package test-package bench peer peer-check mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,10 @@ test: $(READY)  ## lint, types and the whole test suite (slow soaks left out)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow" -n 2 --dist worksteal
+
+# Other Pythons: make test-versions ENVIRONMENTS="lowest newest:python3.13"
+test-versions:  ## the quick core of the suite with the lowest and the newest libraries allowed
+	$(PYTHON) tests/version_matrix.py $(ENVIRONMENTS)
 
 soak: $(READY)  ## the slow tests
 	$(PYTEST) -m slow
@@ -55,11 +59,19 @@ test-package: package  ## the whole test suite and the demonstration, on the ins
 bench: $(READY)  ## the CPU benchmarks, as ratios against benchmarks/baseline.json
 	$(BIN)/python benchmarks/run.py
 
-peer:  ## Kyutai's own package into .venv-peer, for the benchmarks that stand beside it
+peer:  ## Kyutai's own package into .venv-peer, for what is measured or checked beside it
 	benchmarks/install_peer.sh
+
+peer-check: $(READY) peer  ## model and codec beside Kyutai's own package, into benchmarks/PEER.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peer_check.py --table benchmarks/PEER.md
+
+mutants: $(READY)  ## change the code in small ways and see whether a test notices (hours; MUTANTS='*.frames_moshi_ttt.*' for a part)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(MUTANTS)
+	$(BIN)/python tests/mutants.py
 
 evaluate-demo: $(READY)  ## every evaluation on the tiny model, with its report
 	$(BIN)/python examples/evaluate_demo.py
 
 clean:  ## remove what was built
-	rm -rf $(VENV) $(INSTALLED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INSTALLED) .versions-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,16 +7,18 @@ Shapes: N frames (batch times time), K codebooks, E depth width, H heads, D head
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import MoshiDepthConfig
+from transformers import MoshiDepthConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiRMSNorm
 
-Sampler = Callable[[torch.Tensor], torch.Tensor]
+Sampler = Callable[[torch.Tensor, int], torch.Tensor]
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -25,8 +27,18 @@ def embed_or_zero(table: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return table(tokens.clamp(min=0)) * (tokens >= 0).unsqueeze(-1)
 
 
+# What PEFT shows of a module that it cannot adapt.
+LORA_HINT = (
+    "a weight [codebooks, out, in]: name it in LoRA's `target_parameters`, with `lora_dropout=0`; for the temporal transformer alone "
+    r"write `target_modules=r'decoder\..*\.self_attn\.(q|v)_proj\.linear'`"
+)
+
+
 class DepthLinear(MoshiFlexibleLinear):
     """One bias-free linear map per codebook, with the parameter of transformers' `MoshiFlexibleLinear`."""
+
+    def extra_repr(self) -> str:
+        return LORA_HINT
 
     def forward(self, x: torch.Tensor, codebook: int | None = None) -> torch.Tensor:
         """`[K, N, in]` -> `[K, N, out]` with all K maps, or `[N, in]` -> `[N, out]` with the map of one codebook."""
@@ -113,16 +125,24 @@ class DepthDecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x), codebook), present
 
 
-class MoshiTTTDepthDecoder(nn.Module):
+class MoshiTTTDepthDecoder(PreTrainedModel):
     """Predicts Moshi's K codes of a frame from the hidden state of that frame, its text token and the codes already chosen.
 
     Args:
         config: `MoshiDepthConfig`; parameter names are transformers' `MoshiDepthDecoder`'s.
     """
 
+    config: MoshiDepthConfig
+    config_class = MoshiDepthConfig
+    base_model_prefix = "depth_decoder"
+    main_input_name = "hidden_states"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DepthDecoderLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|decoder|whole)\."]
+
     def __init__(self, config: MoshiDepthConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.text_embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)
         # The last codebook is never an input.
         self.embed_tokens = nn.ModuleList(
@@ -131,6 +151,30 @@ class MoshiTTTDepthDecoder(nn.Module):
         self.input_projections = DepthLinear(config.input_size, config.hidden_size, config.num_codebooks)
         self.layers = nn.ModuleList(DepthDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.lm_heads = DepthLinear(config.hidden_size, config.audio_vocab_size, config.num_codebooks)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, from a checkpoint of its own or of the whole model, whose `embed_tokens` are other tables than these."""
+        hub = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token", "local_files_only") if name in kwargs}
+        saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        if saved.get("model_type") != MoshiDepthConfig.model_type:
+            kwargs.setdefault("key_mapping", {r"^embed_tokens\.": "whole.embed_tokens.", r"^depth_decoder\.": ""})
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = []  # saved under its own names
+        return loaded
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # any, since attention over the codebooks is SDPA's whatever the temporal transformer runs
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MoshiFlexibleLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
 
     def _embed(self, tokens: torch.Tensor, codebook: int) -> torch.Tensor:
         """The token before `codebook`: the text token before the first, else the code before it. `[N]` -> `[N, E]`."""
@@ -161,7 +205,7 @@ class MoshiTTTDepthDecoder(nn.Module):
             hidden_states: `[B, input_size]`.
             text_tokens: `[B]`, the frame's text.
             forced: `[B, K]`; a code, or -1 for none, is taken as it is; below that it is sampled.
-            sample: `[B, card]` logits -> `[B]` codes.
+            sample: `[B, card]` logits and the codebook's number -> `[B]` codes.
 
         Returns:
             `[B, K]` codes.
@@ -172,7 +216,7 @@ class MoshiTTTDepthDecoder(nn.Module):
             x = self._embed(token, codebook) + self.input_projections(hidden_states, codebook)
             for i, layer in enumerate(self.layers):
                 x, past[i] = layer.step(x, codebook, past[i])  # type: ignore[operator]
-            sampled = sample(self.lm_heads(x, codebook))
+            sampled = sample(self.lm_heads(x, codebook), codebook)
             token = torch.where(forced[:, codebook] >= -1, forced[:, codebook], sampled)
             chosen.append(token)
         return torch.stack(chosen, dim=1)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from tree import ROOT, project_files
+from version_matrix import SHOWN, lower_bounds
 
 import modeling_moshi_ttt
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.evaluation import recall
 from modeling_moshi_ttt.tools.cli import COMMANDS
+from modeling_moshi_ttt.versions_moshi_ttt import TRANSFORMERS, release
 
 PACKAGE = Path(modeling_moshi_ttt.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -85,12 +88,14 @@ def test_every_command_of_the_road_runs_and_says_what_is_shown(tmp_path):
 
 
 def test_the_table_of_recall_is_of_the_pictures_numbers():
-    """At every distance: chance without TTT, 97% of four pairs and 90% of eight with it, in ten minutes."""
+    """At every distance beyond the reach of attention: chance without TTT, 97% of four pairs and 90% of eight with it, in ten minutes."""
     measured = json.loads((ROOT / "docs" / "pictures" / "recall.json").read_text())
     assert (measured["window"], measured["settings"]["distances"]) == (16, [24, 32, 48, 64, 96])
     assert {run["name"] for run in measured["runs"][1:]} == {f"TTT-{mixer}, b = {b}" for mixer in ("linear", "mlp") for b in (1, 4, 16)}
     for run in measured["runs"]:
-        found = {pairs: [cell["accuracy"] for cell in run["results"] if cell["pairs"] == pairs] for pairs in (4, 8)}
+        beyond = [cell for cell in run["results"] if not recall.share_within_reach(cell["pairs"], cell["distance"], measured["window"])]
+        assert {cell["distance"] for cell in beyond} == {32, 48, 64, 96}
+        found = {pairs: [cell["accuracy"] for cell in beyond if cell["pairs"] == pairs] for pairs in (4, 8)}
         assert run["training"]["seconds"] <= 600
         if run["name"] == "window attention alone":
             assert max(found[4] + found[8]) <= 0.04
@@ -100,6 +105,24 @@ def test_the_table_of_recall_is_of_the_pictures_numbers():
         name = run["name"].replace("mlp", "MLP").replace("b =", "mini-batch")
         means = " | ".join(f"{sum(values) / len(values):.0%}" for values in found.values())
         assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in README
+
+
+def version_rows() -> list[dict[str, str]]:
+    header = next(line for line in README.splitlines() if line.startswith("| libraries | Python |"))
+    table = README[README.index(header) :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_the_table_of_versions_shows_both_ends_of_the_range():
+    rows = version_rows()
+    assert {row["libraries"] for row in rows} == {"lowest", "newest"}
+    for row in rows:
+        assert re.fullmatch(r"\d+ passed(, \d+ (skipped|deselected|warnings?))*", row["quick core"]), row
+        if row["libraries"] == "lowest":
+            assert {name: release(row[name]) for name in SHOWN} == {name: release(lower_bounds()[name]) for name in SHOWN}
+    newest = max(release(row["transformers"]) for row in rows)
+    assert newest[1] + 1 == release(TRANSFORMERS[1])[1]
 
 
 def test_named_commands_targets_and_files_exist():

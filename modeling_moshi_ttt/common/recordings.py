@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 from .files import inside, parse_json, read_text
 from .packaged import resolve
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
-USER_SPEAKER = "SPEAKER_USER"
 Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from ..common.files import atomic_write, inside
+from . import recall
 from .kept import kept_shape
 from .plots import DPI, FIGURES, draw, save
 from .zero_resource import FREQUENCY_BANDS, comparison_table
@@ -90,7 +91,7 @@ def long_context_section(part: dict[str, Any]) -> Section:
         for stream, test in streams.items():
             p = "–" if test["p"] is None else "< 0.0001" if test["p"] < 1e-4 else f"{test['p']:.4f}"
             rows.append([f"{condition} − TTT, {stream}", f"{test['mean']:.4f}", _interval(test["interval"], digits=4), p, test["pairs"]])
-    note = f"Loss beyond the window of {part['window']} frames, in nats; positive: TTT is better. Paired over {part['unit']}."
+    note = f"Loss beyond the window of {part['window']} frames, in nats; positive: TTT is better. Paired over {part['unit']}; one alone has no interval."
     return {"head": ["", "difference", "95% interval", "p", "pairs"], "rows": rows, "note": note}
 
 
@@ -119,6 +120,17 @@ def dialogue_section(part: dict[str, Any]) -> Section:
     }
 
 
+def recall_section(part: dict[str, Any]) -> Section:
+    """Accuracy of every model at every distance, with what attention reaches by itself in the note."""
+    found = recall.panels(part)
+    labels = list(dict.fromkeys(recall.label(part, cell) for cells in found.values() for cell in cells))
+    rows = []
+    for (name, pairs, told_after), cells in found.items():
+        shown = {recall.label(part, cell): _percent(100 * cell["accuracy"]) for cell in cells}
+        rows.append([name, pairs, told_after, *[shown.get(label, "") for label in labels]])
+    return {"head": ["", "pairs", "told after", *labels], "rows": rows, "note": recall.note(part)}
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
@@ -128,4 +140,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], Section]] = {
     "long_context": long_context_section,
     "inner_loss": inner_loss_section,
     "dialogue": dialogue_section,
+    "recall": recall_section,
 }

@@ -67,8 +67,8 @@ def check_start(path: str) -> None:
     raw_config(path, "model.path")
 
 
-def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
-    """The model with its weights, or with fresh ones (the same for the same seed) where the path is a config.json.
+def model_config(settings: ModelSettings) -> MoshiTTTConfig:
+    """The configuration that the model will have; no weights are read.
 
     Raises:
         ValueError, FileNotFoundError: an unknown field in model.ttt, or one that the configuration refuses; no whole model at model.path.
@@ -77,23 +77,32 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     if unknown:
         raise ValueError(f"model.ttt holds {unknown[0]!r}, which is no TTT setting of MoshiTTTConfig; they begin with 'ttt_'.")
     check_start(settings.path)
-    dtype, path = getattr(torch, settings.dtype), resolve("model", settings.path)
+    path = resolve("model", settings.path)
     if path.endswith(".json"):
-        set_seed(seed)
         config = MoshiTTTConfig.from_json_file(path)
-        if settings.ttt:
-            config = MoshiTTTConfig.from_dict(config.to_dict(), **settings.ttt)
+        return MoshiTTTConfig.from_dict(config.to_dict(), **settings.config_changes) if settings.config_changes else config
+    return MoshiTTTConfig.from_pretrained(path, **settings.config_changes)
+
+
+def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
+    """The model with its weights. Fresh ones are the same for the same seed in every process: all of them where the path is a
+    config.json, and the TTT layers that a checkpoint lacks.
+
+    Raises:
+        ValueError, FileNotFoundError: as in `model_config`; weights that cannot be loaded.
+    """
+    config, dtype, path = model_config(settings), getattr(torch, settings.dtype), resolve("model", settings.path)
+    set_seed(seed)
+    if path.endswith(".json"):
         model = MoshiTTTForConditionalGeneration(config).to(dtype)
     else:
         try:
-            model = MoshiTTTForConditionalGeneration.from_pretrained(path, dtype=dtype, **settings.ttt)
+            model = MoshiTTTForConditionalGeneration.from_pretrained(path, dtype=dtype, **settings.config_changes)
         except (SafetensorError, RuntimeError) as error:
             reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
             raise ValueError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
     if settings.activation_checkpointing:
-        # transformers 5.2x renames it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        model.activation_checkpointing_enable()
     return model
 
 

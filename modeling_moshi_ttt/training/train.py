@@ -64,11 +64,11 @@ def train(config: RunConfig) -> Path:
     if config.mode == "frozen":
         raise ValueError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    setup.check_start(config.model.path)  # before the data, whose preparation may take hours
+    model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
     accelerator = setup.make_accelerator(config)
     try:
-        train_set, held_out, processor = _load_data(config, accelerator)
+        train_set, held_out, processor = _load_data(config, model_config, accelerator)
         model = setup.adapt(setup.build_model(config.model, config.seed), config)
         if accelerator.is_main_process:
             print(modes.parameter_table(model), flush=True)
@@ -86,7 +86,7 @@ def train(config: RunConfig) -> Path:
         accelerator.wait_for_everyone()
 
 
-def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
+def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
     """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
     from tqdm import tqdm
 
@@ -95,6 +95,7 @@ def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
     from .data import prepare_set
 
     processor = setup.load_processor(config.model)
+    processor.check_model(model_config)
     cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / "codes", "data.cache"), processor)
 
     def progress(items: Any) -> Any:
