@@ -146,8 +146,8 @@ def test_the_wheel_is_enough_for_the_readme(bin_folder, tmp_path):
     assert "4,078,508 parameters, TTT layers [1, 2]" in run(python, "-c", code, cwd=here)
     said = run(moshi_ttt, "prepare", "dialogues/eval", "--processor", "tiny", "--cache", "runs/codes", cwd=here)
     assert "2 recordings" in said
-    short = ("optim.steps=1", "data.batch_size=1", "data.window_seconds=4", "data.train=dialogues/eval", "data.cache=runs/codes", "evaluate_start=false", "trackers=[]")
-    run(moshi_ttt, "train", "demo", *short, cwd=here)
+    data = ("data.train=dialogues/eval", "data.cache=runs/codes", "data.batch_size=1", "data.window_seconds=4")
+    run(moshi_ttt, "train", "demo", *data, "optim.steps=1", "evaluate_start=false", "trackers=[]", cwd=here)
     few = ("dialogue.max_seconds=1", "dialogue.max_recordings=1", "dtype=float32")
     run(moshi_ttt, "evaluate", "dialogue", "model=runs/demo/final", *few, cwd=here)
     assert (here / "runs" / "evaluate" / "report.html").is_file()
