@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from hub_checkpoints import save_adapter, save_checkpoint, small_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
-from modeling_moshi_ttt.tools.card import check_facts, summarise
+from modeling_moshi_ttt.tools.card import check_facts, summarise, write_card
 from modeling_moshi_ttt.tools.stage import copy_others, stage
+from modeling_moshi_ttt.tools.verify import verify
 
 RUN = {
     "run_dir": "/users/somebody/runs/one",
@@ -197,3 +199,18 @@ def test_links_of_the_hubs_cache_are_followed_and_links_elsewhere_are_refused(ca
         with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret.txt, outside its folder"):
             copy_others(folder, tmp_path / "refused")
     assert not (tmp_path / "refused" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "license"),
+    [("tiny", "apache-2.0"), ("configuration/model/tiny.json", "apache-2.0"), ("kmhf/hf-moshiko", "cc-by-4.0"), ("runs/moshiko", "cc-by-4.0")],
+)
+def test_weights_that_began_fresh_are_ours_to_license(cards, tmp_path, start, license):
+    """By the bare name of a packaged configuration as by a path; what began from Kyutai's weights keeps their license."""
+    shutil.copytree(cards / "whole", tmp_path / "whole")
+    run = json.loads((tmp_path / "whole" / "run_config.json").read_text())
+    run["model"]["path"] = start
+    (tmp_path / "whole" / "run_config.json").write_text(json.dumps(run))
+    (tmp_path / "whole" / "manifest.json").unlink()
+    write_card(tmp_path / "whole", "user/name", "full", verify(tmp_path / "whole", run_probe=False))
+    assert ModelCard.load(tmp_path / "whole" / "README.md").data.license == license

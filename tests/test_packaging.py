@@ -119,11 +119,11 @@ def test_the_source_distribution_is_the_whole_project(source):
     assert [name.as_posix() for name in project_files() if not (source / name).is_file() and name.as_posix() not in left_out] == []
 
 
-QUICK = ("tests/test_layering.py", "tests/test_configuration.py", "tests/test_delay_and_loss.py", "tests/test_training_recipes.py")
+QUICK = ("tests/test_layering.py", "tests/test_delay_and_loss.py")
 
 
 def test_tests_of_the_source_distribution_run_in_it(source):
-    said = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *QUICK[:3], cwd=source, PYTHONPATH=str(source))
+    said = run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *QUICK, cwd=source, PYTHONPATH=str(source))
     assert re.search(r"\d+ passed", said)
 
 
@@ -139,23 +139,21 @@ def test_tests_of_the_source_distribution_run_on_the_installed_wheel(source, bin
 
 
 def test_the_wheel_is_enough_for_the_readme(bin_folder, tmp_path):
-    """From an empty folder: help, the first block of Python, data, training, evaluation, a conversation, copies to edit."""
+    """From an empty folder: help, the first block of Python, data, training, evaluation, copies to edit."""
     moshi_ttt, python, here = bin_folder / "moshi-ttt", bin_folder / "python", tmp_path
     assert "init" in run(moshi_ttt, "--help", cwd=here)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
     assert "4,078,508 parameters, TTT layers [1, 2]" in run(python, "-c", code, cwd=here)
     said = run(moshi_ttt, "prepare", "dialogues/eval", "--processor", "tiny", "--cache", "runs/codes", cwd=here)
     assert "2 recordings" in said
-    short = ("optim.steps=2", "data.batch_size=1", "data.train=dialogues/eval", "data.cache=runs/codes", "evaluate_start=false", "trackers=[]")
-    run(moshi_ttt, "train", "demo", *short, cwd=here)
-    said = run(moshi_ttt, "train", "dmeo", cwd=here, code=2)
-    assert "did you mean 'demo'? The package holds demo, " in said
+    data = ("data.train=dialogues/eval", "data.cache=runs/codes", "data.batch_size=1", "data.window_seconds=4")
+    run(moshi_ttt, "train", "demo", *data, "optim.steps=1", "evaluate_start=false", "trackers=[]", cwd=here)
     few = ("dialogue.max_seconds=1", "dialogue.max_recordings=1", "dtype=float32")
     run(moshi_ttt, "evaluate", "dialogue", "model=runs/demo/final", *few, cwd=here)
     assert (here / "runs" / "evaluate" / "report.html").is_file()
     run(moshi_ttt, "init", "work", cwd=here)
-    run(python, "examples/talk.py", "../runs/demo/final", "examples/data/dialogues/eval.jsonl", cwd=here / "work")
-    assert (here / "work" / "reply.wav").is_file()
+    wanted = [name for name in project_files() if name.parts[0] in ("configuration", "examples")]
+    assert sorted(path.relative_to(here / "work") for path in (here / "work").rglob("*") if path.is_file()) == wanted
 
 
 def test_an_editable_install_finds_the_checkouts_files(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,9 @@ def test_recipe_builds_the_tiny_model(path):
     groups = modes.parameter_groups(adapted.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
     assert sum(p.numel() for group in groups for p in group["params"]) > 0
     assert model.config.ttt_layers == ([] if run.mode == "lora" else model.config.ttt_layers)
-    assert "accelerate launch" in path.read_text()
-    launch = next(word for word in path.read_text().split() if word.startswith("configuration/accelerate/"))
-    assert (ROOT / launch).exists()
+    (recipe, launch) = re.search(r"#   moshi-ttt train (\w+) --launch (\w+)\n", path.read_text()).groups()
+    assert recipe == path.stem
+    assert launch in {other.stem for other in LAUNCHES}
 
 
 def test_a_recipe_sets_the_weights_of_the_losses():

@@ -21,9 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("recipe", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
-    parser.add_argument(
-        "--launch", metavar="CONFIG", help=f"start the processes of an accelerate configuration: a YAML file, or one of {', '.join(names('accelerate'))}"
-    )
+    packaged = ", ".join(names("accelerate"))
+    parser.add_argument("--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}")
     parser.epilog = describe(RunConfig)
 
 
@@ -43,7 +42,8 @@ def launch(launch_file: str, arguments: list[str]) -> int:
     """`moshi-ttt train` with these arguments in every process of an accelerate configuration; the launcher's exit code."""
     path = resolve("accelerate", launch_file)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {known('accelerate', launch_file)}")
+        hint = known("accelerate", launch_file)
+        raise FileNotFoundError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.tools.cli", "train", *arguments], check=False).returncode
 
