@@ -272,6 +272,10 @@ class MoshiTTTCache(Cache):
         state = self.state
         self.state = replace(state, attention_start=state.frames, key_values=(None,) * len(self.layers))
 
+    def reset_ttt(self) -> None:
+        """Drop the TTT memory and keep the attention window, the positions and the delay history."""
+        self.state = replace(self.state, ttt_states=(None,) * len(self.layers))
+
     def detach(self) -> MoshiTTTCache:
         """Cut the memory from the graph that made it, in place, as truncated backpropagation wants it; returns itself."""
         self.state = self.state.map(torch.Tensor.detach)

@@ -75,8 +75,7 @@ def stream_losses(
     losses = torch.full(targets.shape, torch.nan)
     for start, end in _chunks(frames, chunk or window, window if condition == RESET else frames):
         if condition == RESET and start % window == 0:
-            for layer in cache.ttt_layers:
-                cache.layers[layer].ttt_state = None
+            cache.reset_ttt()
         piece = {name: tensor[..., start:end].to(model.device) for name, tensor in inputs.items()}
         output = torch.func.functional_call(model, parameters, (), piece | {"past_key_values": cache})
         losses[..., start:end] = -gather_log_probs(output.logits, output.audio_logits, delayed[..., start:end].to(model.device)).cpu()

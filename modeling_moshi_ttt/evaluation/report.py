@@ -25,6 +25,7 @@ HEADINGS = {
     "recall": ("Can it recall?", "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."),
 }
 TEMPLATE = Path(__file__).with_name("report.html")
+WITHHELD = "withheld"  # why numbers of a conversation are not given
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:
@@ -109,15 +110,20 @@ def inner_loss_section(part: dict[str, Any]) -> Section:
 
 def dialogue_section(part: dict[str, Any]) -> Section:
     """The reference recordings beside what the model, and the one before fine-tuning, said over the same user."""
-    names = list(part["reference"])
+    names = [name for name in part["reference"] if name != WITHHELD]
     sides = {"reference": "recorded answer", "before": "before fine-tuning", "model": "this model"}
     sides = {side: head for side, head in sides.items() if side in part}
     rows = [[name, *[_number(part[side].get(name)) for side in sides]] for name in names]
     return {
         "head": ["", *sides.values()],
         "rows": rows,
-        "note": f"{part['recordings']} recordings.",
+        "note": " ".join([f"{part['recordings']} recordings.", *(_withheld(head, part[side]) for side, head in sides.items())]).strip(),
     }
+
+
+def _withheld(head: str, numbers: dict[str, Any]) -> str:
+    reason = numbers.get(WITHHELD)
+    return f"Who spoke when is not known of {reason} ({head})." if reason else ""
 
 
 def recall_section(part: dict[str, Any]) -> Section:

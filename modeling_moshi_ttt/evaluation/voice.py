@@ -16,15 +16,15 @@ Segment = tuple[float, float]  # (start, end) in seconds
 
 STEP = 0.02  # seconds, the grain of voice activity
 GAP = 0.3  # shorter pauses do not end a turn
-HIDDEN = 0.1  # of a pause may be quiet ends of words that a floor hides
 SHORTEST = 0.1  # shorter sounds are no speech
-BANDS = 16  # from 80 to 8,000 Hz, equally wide in mel
+BANDS = 16  # equally wide in mel
+MEL_RANGE = (121.9, 2840.0)  # 80 and 8,000 Hz
 QUIETEST = -60.0  # dB full scale; what is quieter is no voice
 RANGE = 35.0  # dB from the loud parts of a voice to what still belongs to it
 CORE, EDGE = (3.0, 1.0), (2.0, 0.5)  # a voice's sure part and its ends: (standard deviations, dB at least) above the floor
 CORE_FRAMES = 4
 GUARD = 5  # frames around voice that are no sure floor
-CLEAR = 3.0  # dB by which the middle of the voice must stand above the threshold of its sure part
+CLEAR = 4.5  # dB by which the middle of the voice must stand above the threshold of its sure part
 LOUD_FLOOR = -30.0  # dB full scale; a floor above it may hide a voice of usual level, about -20
 MOST = 0.85  # share of voiced frames above which no floor is known
 
@@ -53,17 +53,17 @@ def voice_activity(samples: np.ndarray, sample_rate: int) -> list[Segment]:
     power = _band_power(samples, sample_rate, step)
     voiced = level > _two_groups(np.maximum(level, least - CORE[0]))
     for _ in range(5):  # voice is what stands out from the floor, and floor what is not voice
-        floor = _floor_frames(voiced, level)
+        floor = _floor_frames(voiced, level, power.mean(1))
         excess = np.maximum(10 * np.log10(power / power[floor].mean(0)), 0).mean(1)  # [F], dB; hum or fricatives fill some bands only
         mean, spread = excess[floor].mean(), excess[floor].std()
         core, edge = (mean + max(deviations * spread, least_db) for deviations, least_db in (CORE, EDGE))
-        before, voiced = voiced, _around((excess > edge) & (level > least), (excess > core) & (level > least))
+        loud = _without_floor(level, power, floor) > least  # so that a voice's ends are where they are without the noise
+        before, voiced = voiced, _around((excess > edge) & loud, (excess > core) & loud)
         if (voiced == before).all():
             break
     noise = 10 * np.log10(np.mean(10 ** (level[floor] / 10)))
     _check_distinct(voiced, float(np.median(excess[voiced]) - core) if voiced.any() else np.inf, noise)
-    gap = GAP + HIDDEN if noise > least else GAP
-    return [(start, end) for start, end in bridge([(a * STEP, b * STEP) for a, b in _runs(voiced)], gap) if end - start >= SHORTEST]
+    return [(start, end) for start, end in bridge([(a * STEP, b * STEP) for a, b in _runs(voiced)], GAP) if end - start >= SHORTEST]
 
 
 def _check_distinct(voiced: np.ndarray, margin: float, noise: float) -> None:
@@ -87,6 +87,15 @@ def _band_power(samples: np.ndarray, sample_rate: int, step: int) -> np.ndarray:
     return spectra @ weights.T / (window**2).sum() + 1e-8
 
 
+def _without_floor(level: np.ndarray, power: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """The levels [F] less the floor's power: in each band, whose windows reach into the next frames, and in the frame as a whole."""
+    widths = np.diff(700 * (10 ** (np.linspace(*MEL_RANGE, BANDS + 1) / 2595) - 1))
+    in_bands = np.maximum(power - power[floor].mean(0), 0) @ widths / (power @ widths)
+    frame = 10 ** (level / 10)
+    whole = np.maximum(1 - frame[floor].mean() / frame, 0)
+    return level + 10 * np.log10(np.minimum(in_bands, whole) + 1e-9)
+
+
 def _two_groups(values: np.ndarray) -> float:
     """The bound that parts values into two groups with the least variance in each (Otsu 1979)."""
     counts, edges = np.histogram(values, 64)
@@ -96,11 +105,11 @@ def _two_groups(values: np.ndarray) -> float:
     return float(centers[between >= 0.999 * between.max()].mean())  # the middle of an empty stretch
 
 
-def _floor_frames(voiced: np.ndarray, level: np.ndarray) -> np.ndarray:
+def _floor_frames(voiced: np.ndarray, level: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """The frames [F] of the noise alone: far from voice, and no click among them."""
     near = np.convolve(voiced, np.ones(2 * GUARD + 1), "full")[GUARD : GUARD + len(voiced)] > 0
-    if (~near).sum() >= 25:  # half a second
-        return ~near
-    return ~voiced if (~voiced).sum() >= 10 else level <= np.percentile(level, 5)
+    floor = ~near if (~near).sum() >= 25 else ~voiced if (~voiced).sum() >= 10 else level <= np.percentile(level, 5)
+    return floor & (power <= np.percentile(power[floor], 95))
 
 
 def _around(edge: np.ndarray, core: np.ndarray) -> np.ndarray:
