@@ -41,11 +41,18 @@ LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "
 
 
 def requirements() -> dict[str, str]:
-    """Every library of setup.cfg, extras included, with the range it is allowed: {"transformers": ">=5.23,<5.25", ...}."""
+    """Every library of setup.cfg, extras included, with the range it is allowed: {"transformers": ">=5.23,<5.25", ...}.
+
+    Raises:
+        ValueError: a library has two ranges.
+    """
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
     lines = [settings["options"]["install_requires"], *settings["options.extras_require"].values()]
-    found = re.findall(r"^([\w-]+)([<>=!~][^;\s]*)", "\n".join(lines), flags=re.MULTILINE)
+    found = set(re.findall(r"^([\w-]+)([<>=!~][^;\s]*)", "\n".join(lines), flags=re.MULTILINE))
+    names = sorted(name for name, _ in found)
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"setup.cfg gives {', '.join(twice)} two ranges; write the same in every extra")
     return dict(found)
 
 
@@ -68,7 +75,7 @@ def check(kind: str, python: str, place: Path) -> tuple[list[str], bool]:
     wanted = f"import sys; from importlib.metadata import version; print(sys.version.split()[0], *map(version, {SHOWN}))"
     versions = subprocess.run([str(inside), "-c", wanted], check=True, capture_output=True, text=True).stdout.split()
     tests = [f"tests/{name}" for name in CORE]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(inside), "-m", "pytest", "-m", "not slow", *tests], cwd=copy, env=environment, capture_output=True, text=True)
     summary = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
     if done.returncode:
@@ -85,7 +92,11 @@ def main() -> int:
         if kind not in ("lowest", "newest"):
             parser.error(f"{kind!r} is no environment; choose lowest or newest")
         with tempfile.TemporaryDirectory(prefix=".versions-", dir=ROOT) as place:  # not in /tmp, which may be small
-            row, passed = check(kind, python or sys.executable, Path(place))
+            try:
+                row, passed = check(kind, python or sys.executable, Path(place))
+            except subprocess.CalledProcessError as error:  # pip has said why
+                print(error, file=sys.stderr)
+                row, passed = [kind, *[""] * (len(SHOWN) + 1), "does not install"], False
         print(" | ".join(row), flush=True)
         rows, well = [*rows, row], well and passed
     print("\n| libraries | Python | " + " | ".join(SHOWN) + " | quick core |")
