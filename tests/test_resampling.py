@@ -21,7 +21,9 @@ def noise(rows, n, seed=0):
 def decibels(found, expected):
     """How far the largest difference lies below the largest sample."""
     assert found.shape == expected.shape
-    return 20 * np.log10(max(float(np.abs(np.asarray(found) - np.asarray(expected)).max()), 1e-12) / float(np.abs(np.asarray(expected)).max()))
+    return 20 * np.log10(
+        max(float(np.abs(np.asarray(found) - np.asarray(expected)).max()), 1e-12) / float(np.abs(np.asarray(expected)).max())
+    )
 
 
 def streamed(resampler, pieces):

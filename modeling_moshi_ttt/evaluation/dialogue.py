@@ -11,56 +11,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STEP = 0.02  # seconds, the grain of voice activity
-GAP = 0.3  # shorter pauses do not end a turn
-SHORTEST = 0.1  # shorter sounds are no speech
-LONGEST_REPLY = 10.0  # what starts later answers nothing
+from .voice import IndistinctVoice, Segment, voice_activity
 
-Segment = tuple[float, float]  # (start, end) in seconds
+LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
+WITHHELD = "withheld"  # of a row: why some of its numbers leave out recordings, or are null
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One conversation. Delays and pace are None where nothing was said to measure them by."""
+    """One conversation. Delays and pace are None where nothing was said to measure them by.
+
+    Where a channel's voice cannot be told from its noise, `withheld` says so, and what rests on it is None or empty.
+    """
 
     duration: float  # seconds
     reply_delays: list[float]  # seconds from the end of each answered user turn to Moshi's voice
     unanswered: int  # user turns that nobody answered before the next one
     greeting: float | None  # seconds until Moshi's first sound
-    overlap: float  # share of the time in which both speak
-    silence: float  # share of the time in which neither speaks
+    overlap: float | None  # share of the time in which both speak
+    silence: float | None  # share of the time in which neither speaks
     words_per_minute: float | None
     word_errors: int | None
     reference_words: int | None
-
-
-def voice_activity(samples: np.ndarray, sample_rate: int, threshold_db: float = 35.0) -> list[Segment]:
-    """Segments in which `samples` [N] float carry voice: louder than `threshold_db` below the loud parts, pauses under 0.3 s bridged.
-
-    A channel quieter than -60 dB full scale throughout holds no voice.
-    """
-    if samples.ndim != 1:
-        raise ValueError(f"voice_activity: samples must be one channel [N], their shape is {samples.shape}")
-    step = round(STEP * sample_rate)
-    frames = samples[: len(samples) // step * step].reshape(-1, step)  # [F, step]
-    if len(frames) == 0:
-        return []
-    level = np.sqrt(np.mean(frames.astype(np.float64) ** 2, axis=1))
-    loud = np.percentile(level, 95)
-    active = level > max(loud * 10 ** (-threshold_db / 20), 1e-3)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], active.astype(np.int8), [0]])))
-    segments = [(start * STEP, end * STEP) for start, end in zip(edges[::2].tolist(), edges[1::2].tolist())]
-    return [(start, end) for start, end in _bridge(segments, GAP) if end - start >= SHORTEST]
-
-
-def _bridge(segments: Sequence[Segment], gap: float) -> list[Segment]:
-    joined: list[Segment] = []
-    for start, end in segments:
-        if joined and start - joined[-1][1] < gap:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
+    withheld: str | None = None
 
 
 def reply_delays(user: Sequence[Segment], moshi: Sequence[Segment]) -> tuple[list[float], int]:
@@ -112,9 +85,9 @@ def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, refe
     if samples.ndim != 2 or samples.shape[0] != 2:
         raise ValueError(f"measure: samples must be stereo [2, N] with Moshi on the left, their shape is {samples.shape}")
     duration = samples.shape[1] / sample_rate
-    moshi, user = (voice_activity(channel, sample_rate) for channel in samples)
-    delays, unanswered = reply_delays(user, moshi)
-    overlap, silence = shares(moshi, user, duration)
+    (moshi, user), reasons = _voices(samples, sample_rate)
+    delays, unanswered = ([], 0) if reasons else reply_delays(user, moshi)
+    overlap, silence = (None, None) if reasons else shares(moshi, user, duration)
     said = None if text is None else normalise_words(text)
     wanted = None if reference is None else normalise_words(reference)
     return Behaviour(
@@ -127,14 +100,33 @@ def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, refe
         words_per_minute=None if said is None else 60.0 * len(said) / duration,
         word_errors=None if said is None or wanted is None else word_errors(wanted, said),
         reference_words=None if wanted is None else len(wanted),
+        withheld="; ".join(reasons) or None,
     )
 
 
-def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | None]:
-    """One row of a table: times weigh by duration, word errors by words, delays each alike."""
+def _voices(samples: np.ndarray, sample_rate: int) -> tuple[list[list[Segment]], list[str]]:
+    """Segments of both channels, empty where they are withheld, and the reasons."""
+    voices: list[list[Segment]] = []
+    reasons: list[str] = []
+    for name, channel in zip(("Moshi's channel", "the user's channel"), samples):
+        try:
+            voices.append(voice_activity(channel, sample_rate))
+        except IndistinctVoice as error:
+            voices.append([])
+            reasons.append(f"{name}: {error}")
+    return voices, reasons
+
+
+def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | str | None]:
+    """One row of a table: times weigh by duration, word errors by words, delays each alike.
+
+    A number is over the recordings that have it, and None where none has; "withheld" is a sentence about those whose voices are unclear.
+    """
     if not behaviours:
         raise ValueError("summarise: no recordings; check the manifest")
-    total = sum(b.duration for b in behaviours)
+    heard = [b for b in behaviours if b.withheld is None]
+    total = sum(b.duration for b in heard)
+    unclear = [b.withheld for b in behaviours if b.withheld is not None]
     delays = [delay for b in behaviours for delay in b.reply_delays]
     turns = len(delays) + sum(b.unanswered for b in behaviours)
     greetings = [b.greeting for b in behaviours if b.greeting is not None]
@@ -145,8 +137,9 @@ def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | None]:
         "reply delay, median s": float(np.median(delays)) if delays else None,
         "turns answered, share": len(delays) / turns if turns else None,
         "first sound, median s": float(np.median(greetings)) if greetings else None,
-        "overlap, share": sum(b.overlap * b.duration for b in behaviours) / total,
-        "silence, share": sum(b.silence * b.duration for b in behaviours) / total,
+        "overlap, share": sum((b.overlap or 0) * b.duration for b in heard) / total if heard else None,
+        "silence, share": sum((b.silence or 0) * b.duration for b in heard) / total if heard else None,
         "words a minute": sum((b.words_per_minute or 0) * b.duration for b in paced) / sum(b.duration for b in paced) if paced else None,
         "word error rate": sum(b.word_errors or 0 for b in worded) / words if words else None,
+        WITHHELD: f"Delays, overlap and silence leave out {len(unclear)} of {len(behaviours)} recordings ({unclear[0]})." if unclear else None,
     }

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from ..common.files import atomic_write, inside
+from .dialogue import WITHHELD
 from .kept import kept_shape
 from .plots import DPI, FIGURES, draw, save
 from .zero_resource import FREQUENCY_BANDS, comparison_table
@@ -108,15 +109,12 @@ def inner_loss_section(part: dict[str, Any]) -> Section:
 
 def dialogue_section(part: dict[str, Any]) -> Section:
     """The reference recordings beside what the model, and the one before fine-tuning, said over the same user."""
-    names = list(part["reference"])
+    names = [name for name in part["reference"] if name != WITHHELD]
     sides = {"reference": "recorded answer", "before": "before fine-tuning", "model": "this model"}
     sides = {side: head for side, head in sides.items() if side in part}
     rows = [[name, *[_number(part[side].get(name)) for side in sides]] for name in names]
-    return {
-        "head": ["", *sides.values()],
-        "rows": rows,
-        "note": f"{part['recordings']} recordings.",
-    }
+    withheld = [f"{head[:1].upper()}{head[1:]}: {part[side][WITHHELD]}" for side, head in sides.items() if part[side].get(WITHHELD)]
+    return {"head": ["", *sides.values()], "rows": rows, "note": " ".join([f"{part['recordings']} recordings.", *withheld])}
 
 
 def _number(value: float | None) -> str:
