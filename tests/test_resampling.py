@@ -98,6 +98,13 @@ def test_parts_of_a_file_are_the_whole_file(tmp_path, rate, form):
     assert decibels(np.concatenate(list(audio_pieces(path, 24_000, 0.5)), 1), whole) < -90
 
 
+def test_a_file_of_an_absurd_rate_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 15_485_863)
+    for read in (read_audio, lambda path: next(audio_pieces(path, 24_000, 1.0))):
+        with pytest.raises(ValueError, match=r"a\.wav: from 15485863 Hz to 24000 Hz a filter would have .* taps"):
+            read(tmp_path / "a.wav")
+
+
 def test_long_sources_have_no_seam_every_ten_seconds(tmp_path):
     """A tone of full scale: joins used to click with a quarter of it."""
     rate, seconds = 44_100, 31
