@@ -13,7 +13,7 @@ from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
 from .frames_moshi_ttt import check_tokens, initial_tokens
 from .sampling_moshi_ttt import make_sampling
-from .stream_moshi_ttt import MoshiTTTStream
+from .stream_moshi_ttt import MoshiTTTStream, frame
 from .tokens_moshi_ttt import UNGENERATED, ZERO
 
 LABELS = ("text_labels", "audio_labels")  # of a processor's batch
@@ -64,6 +64,23 @@ class MoshiTTTGenerationMixin:
         settings = {"do_sample": do_sample, "temperature": temperature, "text_temperature": text_temperature}
         sampling = make_sampling(batch_size, self.new_cache(1).frames.device, **settings, top_k=top_k, text_top_k=text_top_k)
         return MoshiTTTStream(self, batch_size, sampling, seeds, generator)
+
+    def compile_stream(self: Any, batch_size: int = 1, backend: str = "inductor", mode: str | None = None, **sampling: Any) -> None:
+        """Make one graph of a frame, once, and run it until nothing is left to be made: streams begun afterwards use it and do not stall.
+
+        Such a stream takes all its memory when it begins (see [`MoshiTTTCache.fill`]). Another batch size, or settings of [`new_stream`] that
+        change what is computed (`do_sample`, `top_k`), compile anew at their first frames: call this for each.
+
+        Args:
+            batch_size, sampling: of the streams to come.
+            backend, mode: as in `torch.compile`; `mode="reduce-overhead"` captures CUDA graphs.
+        """
+        self.compiled_frame = torch.compile(frame, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        stream = self.new_stream(batch_size, **sampling)
+        for _ in range(2):  # a row that starts anew is another graph than one that goes on
+            for _ in range(self.config.ttt_mini_batch_size + 1):
+                stream.step()
+            stream.reset([0])
 
     def step_frame(
         self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache, active: torch.Tensor | None = None
