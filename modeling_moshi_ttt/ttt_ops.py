@@ -150,9 +150,9 @@ def _align(inputs: TTTInputs, state: TTTState, mask: Tensor | None, b: int) -> _
     tokens = inputs[:4]
     if mask is None and (state.mini_batch_size == 0 or (length > 1 and state.between_mini_batches)):
         frames = state.frames + length
-        number = -(-length // b)
-        # a graph has no branch on the length
+        # A graph has no branch on the length: there is always a slot to fill up.
         whole = not torch.compiler.is_compiling() and length % b == 0
+        number = length // b if whole else length // b + 1
         q, k, v, lr = (x if whole else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
         q, k, v, lr = (x.unflatten(1, (-1, b)) for x in (q, k, v, lr))
         return _Aligned(q, k, v, lr, None, frames, torch.full_like(frames, length))
