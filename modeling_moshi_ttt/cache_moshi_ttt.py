@@ -209,11 +209,15 @@ class MoshiTTTCache(Cache):
         """Give an empty cache all that it will ever hold: whole rings, and the initial fast weights of every row. Later frames change no shape."""
         heads, dim = self._heads
         shape = (self.batch_size, heads, self.sliding_window, dim)
-        rings = [tuple(torch.zeros(shape, dtype=model.dtype, device=self.frames.device) for _ in range(2)) for _ in self.layers]
+
+        def ring() -> torch.Tensor:
+            return torch.zeros(shape, dtype=model.dtype, device=self.frames.device)
+
         layers = model.decoder.model.layers
         with torch.no_grad():
             ttt = [None if layer.ttt is None else layer.ttt.initial_state(self.batch_size).filled(self._mini_batch_size) for layer in layers]
-        self.state = replace(self.state, key_values=tuple(rings), ttt_states=tuple(ttt), max_frames=self.sliding_window)
+        rings = tuple((ring(), ring()) for _ in self.layers)
+        self.state = replace(self.state, key_values=rings, ttt_states=tuple(ttt), max_frames=self.sliding_window)
 
     def key_positions(self) -> torch.Tensor:
         """`[B, C]` the position in each slot of the rings, -1 where attention sees nothing."""
