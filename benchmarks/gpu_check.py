@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modeling_moshi_ttt import ttt_kernels
+from modeling_moshi_ttt.configuration_moshi_ttt import INNER_NORMS
 from modeling_moshi_ttt.ttt_ops import TTTState, ttt_linear, ttt_mlp
 
 OPS = {"linear": ttt_linear, "mlp": ttt_mlp}
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     heads: int = 3
     group: int = 2
     masked: bool = False
+    inner_norm: str = "layer_norm"
 
 
 def cases(mixer: str, dim: int) -> list[Case]:
@@ -47,6 +49,7 @@ def cases(mixer: str, dim: int) -> list[Case]:
     found += [Case(mixer, dim, 16, "bfloat16"), Case(mixer, dim, 16, "float32"), Case(mixer, dim, 16, "float32", choice=1)]
     found += [Case(mixer, dim, 5, "float32", masked=True, group=3), Case(mixer, dim, 32, "float32", frames=70, rows=1)]
     found += [Case(mixer, dim, 64, "tf32", frames=70, rows=1), Case(mixer, dim, 33, "float32", frames=70, rows=1)]
+    found += [Case(mixer, dim, b, "float32", inner_norm="none") for b in (5, 16)]
     return [*found, Case(mixer, dim, 1, "float32", frames=6, group=4)] if dim == 64 else found
 
 
@@ -77,6 +80,7 @@ def forward(case: Case, leaves: dict[str, Tensor], backend: str) -> dict[str, Te
     for part in (slice(0, 11), slice(11, None)) if case.masked else (slice(None),):
         inputs = [leaves[name][:, part] for name in TOKENS] + [leaves[name] for name in SHARED]
         options = {"mini_batch_size": case.b, "group_size": case.group, "backend": backend, "mask": None if mask is None else mask[:, part]}
+        options["inner_norm"] = case.inner_norm
         out, state = OPS[case.mixer](*inputs, state, **options)
         outputs.append(out)
     return {"out": torch.cat(outputs, 1)} | {f"final_{name}": getattr(state, name) for name in names}
@@ -124,15 +128,15 @@ def main() -> int:
     device = "cpu" if ttt_kernels.interpreted() else "cuda"
     if args.quick:
         quick = {"rows": 1, "frames": 9, "heads": 2, "masked": False}
-        rows = [check(Case(mixer, 32, 4, "float32", **quick), device) for mixer in OPS]
+        rows = [check(Case(mixer, 32, 4, "float32", inner_norm=inner_norm, **quick), device) for mixer in OPS for inner_norm in INNER_NORMS]
     else:
         wanted = [case for mixer in ("mlp", "linear") for dim in (128, 64, 32) for case in reversed(cases(mixer, dim))]  # the slowest first
         with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:  # compiling is most of the time
             rows = list(pool.map(check, wanted, [device] * len(wanted)))
-    print(f"{'mixer':6} {'D':>3} {'b':>2} {'numbers':8} choice masked  largest error (of)           same bits twice")
+    print(f"{'mixer':6} {'D':>3} {'b':>2} {'numbers':8} choice masked inner_norm  largest error (of)           same bits twice")
     for row in rows:
         error = f"{row['error']:.1e} ({row['of']})" + ("" if row["good"] else f"  ABOVE {BOUNDS[row['numbers']]:.0e}")
-        start = f"{row['mixer']:6} {row['dim']:3} {row['b']:2} {row['numbers']:8} {row['choice']:6} {row['masked']!s:6}"
+        start = f"{row['mixer']:6} {row['dim']:3} {row['b']:2} {row['numbers']:8} {row['choice']:6} {row['masked']!s:6} {row['inner_norm']:10}"
         print(f"{start}  {error:28} {row['same_bits']}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

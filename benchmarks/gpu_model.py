@@ -21,10 +21,10 @@ import torch
 import transformers
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.tokens_moshi_ttt import FRAME_RATE
 from modeling_moshi_ttt.training import modes
 from modeling_moshi_ttt.training.run_config import LoraSettings
 
-FRAMES_A_SECOND = 12.5
 DEPTH_7B = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "ffn_dim": 5632}
 TINY = {
     "vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 10, "num_attention_heads": 2, "ffn_dim": 48, "sliding_window": 8,
@@ -134,11 +134,11 @@ def measure_streaming(model: MoshiTTTForConditionalGeneration, frames: int) -> d
 
 
 def measure_training(model: MoshiTTTForConditionalGeneration, sizes: list[tuple[float, int]], rank: int, repeats: int) -> list[dict[str, Any]]:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     adapted = modes.apply(model, "lora+ttt", lora=modes.lora_config(LoraSettings(rank=rank), model)).train()
     rows = []
     for seconds, number in sizes:
-        inputs = batch(model.config, number, round(seconds * FRAMES_A_SECOND), model.device)
+        inputs = batch(model.config, number, round(seconds * FRAME_RATE), model.device)
         row: dict[str, Any] = {"seconds_of_audio": seconds, "rows": number}
         use(model, "auto")
         row["auto"] = training_step(adapted, inputs, repeats)

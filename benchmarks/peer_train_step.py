@@ -9,7 +9,7 @@ from measure import peak_bytes, seconds
 from moshi.models.lm import LMModel
 from safetensors.torch import load_file
 
-FIRST_CODEBOOK_WEIGHT, PADDING_WEIGHT, PADDING_IDS = 100.0, 0.5, (3, 0)
+FIRST_CODEBOOK_WEIGHT, PADDING_WEIGHT = 100.0, 0.5
 
 
 def make_model() -> LMModel:
@@ -31,15 +31,16 @@ def weighted_loss(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
     return (losses.nan_to_num(0.0) * weights.flatten()).sum() / weights.sum()
 
 
-def loss_of(model: LMModel, codes: torch.Tensor) -> torch.Tensor:
+def losses_of(model: LMModel, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """moshi-finetune's text and audio loss of `codes` [B, 1 + n_q, T]."""
     output = model(codes)
-    text, audio = codes[:, :1], codes[:, 1:9]
-    padding = torch.isin(text, torch.tensor(PADDING_IDS))
+    text, audio = codes[:, :1], codes[:, 1 : 1 + model.dep_q]
+    padding = torch.isin(text, torch.tensor((model.text_padding_token_id, model.end_of_text_padding_id)))
     text_weights = torch.where(padding, PADDING_WEIGHT, 1.0)
-    audio_weights = torch.ones(1, 8, 1)
+    audio_weights = torch.ones(1, model.dep_q, 1)
     audio_weights[:, 0] = FIRST_CODEBOOK_WEIGHT
     text_loss = weighted_loss(output.text_logits, text, output.text_mask, text_weights)
-    return text_loss + weighted_loss(output.logits, audio, output.mask, audio_weights.expand_as(audio))
+    return text_loss, weighted_loss(output.logits, audio, output.mask, audio_weights.expand_as(audio))
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     losses = []
 
     def step() -> None:
-        loss = loss_of(model, codes)
+        loss = sum(losses_of(model, codes))
         loss.backward()
         losses.append(float(loss.detach()))
         model.zero_grad(set_to_none=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from modeling_moshi_ttt.training.data import FRAME_RATE, Loader, Prepared, PreparedSet, WindowReader, make_plan
+from modeling_moshi_ttt.tokens_moshi_ttt import FRAME_RATE
+from modeling_moshi_ttt.training.data import Loader, Prepared, PreparedSet, WindowReader, make_plan
 from modeling_moshi_ttt.training.run_config import DataSettings
 
 DELAYS = [0, 1, 1, 1, 1, 1, 1, 1]

@@ -31,7 +31,7 @@ def model_of(layers: int, checkpointing: bool) -> MoshiTTTForConditionalGenerati
     )  # fmt: skip
     model = MoshiTTTForConditionalGeneration(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model
 
 

@@ -28,7 +28,7 @@ FRAMES, ROWS = 128, 2
 def in_training(ttt_layers: list[int]) -> MoshiTTTForConditionalGeneration:
     """The medium model in training, with TTT-MLP in these layers."""
     model = medium(ttt_layers).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     return model
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from modeling_moshi_ttt.common.files import clear_folder
 from modeling_moshi_ttt.tools.cli import without_trace
+from modeling_moshi_ttt.training.report import shown
 from modeling_moshi_ttt.training.run_config import load_run_config
 
 RECIPE = "configuration/train/demo.yaml"
@@ -32,7 +33,8 @@ def show(run_dir: Path) -> None:
     scores = [record for record in records if "eval_loss" in record]
     print(f"\n{'held out':<12}{'text loss':>12}{'audio loss':>12}{'words right':>12}")
     for name, record in (("before", scores[0]), ("after", scores[-1])):
-        print(f"{name:<12}{record['eval_text_loss']:>12.3f}{record['eval_audio_loss']:>12.3f}{record['eval_text_accuracy']:>12.1%}")
+        numbers = (shown(record[f"eval_{key}"], spec) for key, spec in (("text_loss", ".3f"), ("audio_loss", ".3f"), ("text_accuracy", ".1%")))
+        print(name.ljust(12) + "".join(number.rjust(12) for number in numbers))
     print(f"loss curve: {run_dir / 'loss.png'}; TensorBoard: tensorboard --logdir {run_dir}", flush=True)
 
 

@@ -9,6 +9,9 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+
+from modeling_moshi_ttt.resampling import resample
 
 SAMPLE_RATE = 24_000
 BLOCK_RATE = 22_050  # espeak-ng's own rate
@@ -113,13 +116,11 @@ def trimmed(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def speech(espeak: Espeak, voices: tuple[str, ...], seconds: float, rng: random.Random) -> np.ndarray:
     """About `seconds` of speech by these voices in turn at 24 kHz, float32 [n], equally loud whatever the voice."""
-    from scipy.signal import resample_poly
-
     parts, total, lines = [], 0, sentences(rng)
     while total < seconds * SAMPLE_RATE:
         voice = f"{rng.choice(ACCENTS)}+{voices[len(parts) % len(voices)]}"
         raw = espeak.say(next(lines), voice, rng.randint(130, 210), rng.randint(25, 75), rng.randint(30, 70))
-        part = resample_poly(trimmed(raw, BLOCK_RATE).astype(np.float32), 160, 147).astype(np.float32)
+        part = resample(torch.from_numpy(trimmed(raw, BLOCK_RATE).astype(np.float32)), BLOCK_RATE, SAMPLE_RATE).numpy()
         part *= 0.08 / max(float(np.sqrt(np.mean(part**2))), 1e-6)
         parts.append(np.pad(np.clip(part, -1, 1), (0, rng.randint(0, SAMPLE_RATE // 2))))
         total += len(parts[-1])

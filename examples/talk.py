@@ -17,6 +17,7 @@ import modeling_moshi_ttt  # noqa: F401 - tells the Auto classes of the model
 from modeling_moshi_ttt.common.audio import read_audio, write_audio
 from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
+from modeling_moshi_ttt.tokens_moshi_ttt import ZERO
 from modeling_moshi_ttt.tools.cli import without_trace
 
 
@@ -42,11 +43,11 @@ def led_accuracy(model, inputs: list) -> float:
 def answer_freely(model, inputs: list) -> list[torch.Tensor]:
     """Text streams [T] of all dialogues at once, the model hearing the user's codes and itself."""
     lengths = [frames["input_ids"].shape[1] for frames in inputs]
-    user = torch.full((len(inputs), model.config.num_user_codebooks, max(lengths)), -1)
+    user = torch.full((len(inputs), model.config.num_user_codebooks, max(lengths)), ZERO)
     for row, frames in enumerate(inputs):
         user[row, :, : lengths[row]] = frames["user_audio_codes"][0]
-    output = model.generate(user_audio_codes=user, do_sample=False)
-    return [output.sequences[row, :length] for row, length in enumerate(lengths)]
+    text, _ = model.hear(user, do_sample=False)
+    return [text[row, :length] for row, length in enumerate(lengths)]
 
 
 def share_in_order(expected: list[str], found: list[str]) -> float:
@@ -73,23 +74,25 @@ def converse(model, processor, recording: Recording) -> tuple[torch.Tensor, np.n
     user = torch.nn.functional.pad(user, (0, -user.shape[1] % processor.frame_size))
     ears, mouth = processor.new_audio_stream(), processor.new_audio_stream()
     stream = model.new_stream(do_sample=False)
-    stream.step(torch.full((1, model.config.num_user_codebooks), -1))  # the first call hears nothing
+    pieces, delay = user.split(processor.frame_size, dim=1), max(model.config.delays)
+    # The first call comes before any sound; those after the last sound bring the frames that the delays still hold back.
+    heard = [None, *pieces, *[None] * delay][: len(pieces) + delay]
     text, sound = [], []
     begin = time.perf_counter()
-    for piece in user.split(processor.frame_size, dim=1):
-        frame = stream.step(ears.encode_frames(piece)[:, :, 0])
+    for piece in heard:
+        frame = stream.step(None if piece is None else ears.encode_frames(piece)[:, :, 0])
         if bool(frame.valid):
             text.append(int(frame.text))
             sound.append(mouth.decode_frames(frame.audio_codes[:, :, None]))
             tell(processor, text)
     took = time.perf_counter() - begin
-    print(*[word for word, _ in processor.words(torch.tensor(text or [3]))[-1:]])  # the last word, which no other has followed
+    print(*[word for word, _ in processor.words(torch.tensor(text))[-1:]])  # the last word, which no other has followed
     return torch.tensor(text), torch.cat(sound, 1)[0].numpy(), took / (user.shape[1] / processor.sampling_rate)
 
 
 def tell(processor, text: list[int]) -> None:
     """Print a word when it is whole, that is, when the next one or a pause begins."""
-    before, now = processor.words(torch.tensor(text[:-1] or [3])), processor.words(torch.tensor(text))
+    before, now = (processor.words(torch.tensor(said, dtype=torch.long)) for said in (text[:-1], text))
     if len(now) > len(before) and before:
         print(before[-1][0], end=" ", flush=True)
 
@@ -110,6 +113,7 @@ def main() -> int:
     check_place(arguments.model, "the model")
     model = AutoModel.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
+    processor.check_model(model.config)
     inputs = [frames_of(processor, recording) for recording in recordings]
     led = led_accuracy(model, inputs)
     print(f"led by the true past, {led:.1%} of the words' tokens come first")

@@ -26,6 +26,7 @@ from tiny_tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
+from modeling_moshi_ttt.common.audio import read_audio
 from modeling_moshi_ttt.common.files import atomic_write, make_folder
 from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor
 from modeling_moshi_ttt.tools.cli import without_trace
@@ -151,11 +152,9 @@ class Corpus:
 
 def dialogue_channels(part: str) -> list[np.ndarray]:
     """Both channels of every dialogue of examples/data/dialogues/{part}.jsonl, cut to whole frames."""
-    import sphn
-
     channels: list[np.ndarray] = []
     for line in (DIALOGUES / f"{part}.jsonl").read_text().splitlines():
-        samples, _ = sphn.read(str(DIALOGUES / json.loads(line)["path"]), sample_rate=SAMPLE_RATE)
+        samples = read_audio(DIALOGUES / json.loads(line)["path"], SAMPLE_RATE)
         channels += [channel[: len(channel) // 1920 * 1920] for channel in samples]
     return channels
 

@@ -15,9 +15,10 @@ from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration,
 from modeling_moshi_ttt.common.audio import read_audio
 from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.common.recordings import read_manifest
+from modeling_moshi_ttt.tokens_moshi_ttt import IGNORED, ZERO
 from modeling_moshi_ttt.tools.cli import without_trace
 
-PADDING = {"input_ids": -1, "moshi_audio_codes": -1, "user_audio_codes": -1, "text_labels": -100, "audio_labels": -100}
+PADDING = {"input_ids": ZERO, "moshi_audio_codes": ZERO, "user_audio_codes": ZERO, "text_labels": IGNORED, "audio_labels": IGNORED}
 
 
 def load_examples(manifest: str, processor: MoshiTTTProcessor) -> list[dict[str, torch.Tensor]]:

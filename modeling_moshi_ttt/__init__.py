@@ -10,26 +10,29 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .configuration_moshi_ttt import MoshiTTTConfig  # first: it says so where this transformers is too old for what follows
+from .version import __version__
+
+# isort: split
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING, MODEL_MAPPING
 
-from .configuration_moshi_ttt import MoshiTTTConfig
-from .version import __version__
-
 if TYPE_CHECKING:
     from .cache_moshi_ttt import MoshiTTTCache
-    from .generation_moshi_ttt import MoshiTTTFrame, MoshiTTTStream
+    from .common.packaged import packaged
     from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTOutput, MoshiTTTPreTrainedModel
     from .processing_moshi_ttt import MoshiTTTProcessor
+    from .stream_moshi_ttt import MoshiTTTFrame, MoshiTTTStream
     from .ttt_layer import TTTMLP, TTTLinear
     from .ttt_ops import ttt_linear, ttt_mlp
     from .ttt_state import TTTState
 
 _HOMES = {
     "cache_moshi_ttt": ("MoshiTTTCache",),
-    "generation_moshi_ttt": ("MoshiTTTFrame", "MoshiTTTStream"),
+    "common.packaged": ("packaged",),
     "modeling_moshi_ttt": ("MoshiTTTForConditionalGeneration", "MoshiTTTModel", "MoshiTTTOutput", "MoshiTTTPreTrainedModel"),
     "processing_moshi_ttt": ("MoshiTTTProcessor",),
+    "stream_moshi_ttt": ("MoshiTTTFrame", "MoshiTTTStream"),
     "ttt_layer": ("TTTMLP", "TTTLinear"),
     "ttt_ops": ("ttt_linear", "ttt_mlp"),
     "ttt_state": ("TTTState",),
@@ -102,6 +105,7 @@ __all__ = [
     "TTTLinear",
     "TTTState",
     "__version__",
+    "packaged",
     "ttt_linear",
     "ttt_mlp",
 ]

@@ -1,6 +1,7 @@
 """Moshi's windowed self-attention, the same in a full pass, in windows with a memory, and frame by frame.
 
-Shapes: B rows, T new frames, S remembered frames, H heads, D head width, E width.
+Shapes: B rows, T new frames, C slots of the rings of keys and values, S = C + T (or C, where the new frame is written into its slot), H heads,
+D head width, E width.
 """
 
 from typing import NamedTuple
@@ -10,19 +11,20 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.moshi.modeling_moshi import MoshiAttention, apply_rotary_pos_emb, eager_attention_forward
 
-from .cache_moshi_ttt import KeyValues
 from .configuration_moshi_ttt import MoshiTTTConfig
+from .rings import KeyValues, write_frame
 
 
 class Frames(NamedTuple):
-    """What every layer needs to know of the frames passing through: positions, visibility, and which rows begin."""
+    """What every layer needs to know of the frames passing through: positions, visibility, and which rows start anew."""
 
     implementation: str | None  # of attention
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [B or 1, T, D]
-    visible: torch.Tensor | None  # [B or 1, 1, T, S + T], as the attention implementation takes it; None: plainly causal
+    visible: torch.Tensor | None  # [B or 1, 1, T, S], as the attention implementation takes it; None: plainly causal
     positions: torch.Tensor  # [B, T]
     mask: torch.Tensor | None  # [B, T] bool, frames that are there
-    fresh: torch.Tensor | None  # [B] bool, rows that start anew
+    reset_mask: torch.Tensor | None  # [B] bool, rows whose TTT memory starts anew
+    slot: torch.Tensor | None  # [B] where a single frame without gradients is written into the rings; None: all keys are joined
 
 
 class MoshiTTTProjection(nn.Module):
@@ -41,7 +43,7 @@ class MoshiTTTProjection(nn.Module):
 
 
 class MoshiTTTAttention(MoshiAttention):
-    """Moshi's attention; the past goes in and all keys and values come out by argument, so that it can be recomputed in backward."""
+    """Moshi's attention; the past goes in and the new keys and values come out by argument, so that it can be recomputed in backward."""
 
     def __init__(self, config: MoshiTTTConfig, layer_idx: int):
         super().__init__(config, layer_idx, use_rope=False)
@@ -51,18 +53,22 @@ class MoshiTTTAttention(MoshiAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, frames: Frames, past: KeyValues | None
     ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None]:
-        """`[B, T, E]` -> `[B, T, E]`, the keys and values `[B, H, S + T, D]`, and what eager attention gives of its weights `[B, H, T, S + T]`."""
+        """`[B, T, E]` -> `[B, T, E]`; the new keys and values `[B, H, T, D]`, or the rings with them where `frames.slot` is given; and what eager
+        attention gives of its weights, `[B, H, T, S]`."""
         q, k, v = (  # [B, H, T, D]
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *frames.rotary)
-        if past is not None:
+        new = k, v
+        if past is not None and frames.slot is not None:
+            new = k, v = write_frame(past[0], k, frames.slot), write_frame(past[1], v, frames.slot)
+        elif past is not None:
             # A loaded memory may be of another dtype than this model.
             k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(frames.implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         attended, weights = attend(self, q, k, v, frames.visible, dropout=dropout, scaling=self.scaling)  # [B, T, H, D]
-        return self.o_proj(attended.flatten(2)), (k, v), weights
+        return self.o_proj(attended.flatten(2)), new, weights
 
 
 def rotary_embedding(positions: torch.Tensor, config: MoshiTTTConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,15 +83,18 @@ def rotary_embedding(positions: torch.Tensor, config: MoshiTTTConfig, dtype: tor
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def visible_keys(positions: torch.Tensor, key_positions: torch.Tensor, window: int) -> torch.Tensor:
-    """`[B, 1, T, S + T]` bool: frame t sees keys of the last `window` frames up to itself; keys at position -1 are seen by nobody.
+def visible_keys(positions: torch.Tensor, key_positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """`[B, 1, T, C + T]` bool: frame t sees keys of the last `window` frames up to itself; keys at position -1 are seen by nobody.
+    Without a window it sees all of them up to itself.
 
     Args:
         positions: `[B, T]` of the new frames.
-        key_positions: `[B, S + T]` of the remembered frames and then the new ones.
+        key_positions: `[B, C + T]` of the remembered frames and then the new ones.
     """
-    distance = positions[:, :, None] - key_positions[:, None]  # [B, T, S + T]
-    visible = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None]
+    distance = positions[:, :, None] - key_positions[:, None]  # [B, T, C + T]
+    visible = (distance >= 0) & (key_positions >= 0)[:, None]
+    if window is not None:
+        visible = visible & (distance < window)
     # A frame of padding sees itself, so that no softmax runs over nothing.
     num_frames, num_keys = positions.shape[1], key_positions.shape[1]
     itself = torch.arange(num_keys, device=positions.device) == torch.arange(num_keys - num_frames, num_keys, device=positions.device)[:, None]

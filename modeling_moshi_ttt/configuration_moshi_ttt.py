@@ -4,14 +4,21 @@ import math
 import re
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import MoshiConfig, PreTrainedConfig
+from .versions_moshi_ttt import check_transformers
+
+check_transformers()  # before anything is imported that another transformers may lack
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
+
+from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
+INNER_NORMS = ("layer_norm", "none")
 ROPES = ("mini_batch", "absolute", "none")
 IMPLEMENTATIONS = ("auto", "scan", "triton", "reference")
 # Published inner learning rates, TTT paper section 2.7 (linear) and appendix (MLP).
-DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+PUBLISHED_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 # Fields that count something, of the model's and the depth decoder's configuration.
 _COUNTS = {"vocab_size", "audio_vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_codebooks", "sliding_window"} | {
@@ -25,6 +32,7 @@ _FOLLOWS = {
     "num_attention_heads": ("head_dim", "num_key_value_heads"),
     "ttt_num_heads": ("ttt_head_dim",),
     "ttt_mixer": ("ttt_base_lr",),
+    "ttt_inner_norm": ("ttt_base_lr",),
 }
 
 # Which file of a saved checkpoint holds what transformers' Auto classes ask for.
@@ -35,6 +43,16 @@ AUTO_MAP = {
     "AutoModelForTextToWaveform": _MODEL,
     "AutoModelForMultimodalLM": _MODEL,
 }
+
+
+def default_base_lr(mixer: str, inner_norm: str, head_dim: int) -> float:
+    """Without LayerNorm in the inner loss, the rate at which a frame of gate 1 writes as much as the bound on the step allows at b = 1.
+
+    Exactly so for linear, where keys of norm 1 give 1 / (|k|^2 + 1) = 1/2; about so for a fresh MLP, whose hidden units have a norm of 0.6 sqrt(D).
+    """
+    if inner_norm == "layer_norm":
+        return PUBLISHED_BASE_LR[mixer]
+    return head_dim / 2 if mixer == "linear" else 2.0
 
 
 def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
@@ -101,10 +119,14 @@ class MoshiTTTConfig(MoshiConfig):
             Layers of the temporal transformer with a TTT layer after attention: a list, `"23-31"`, `"0,4,8-11"`, `"all"`, `"middle"` (the middle third),
             `"last:9"`; stored as a list. An empty list is plain Moshi.
         ttt_mixer (`str`, defaults to `"mlp"`): the inner model, `"linear"` or `"mlp"`.
+        ttt_inner_norm (`str`, defaults to `"layer_norm"`):
+            The inner loss, `½‖LN(f(k)) − target‖²` as published, or with `"none"` `½‖f(k) − target‖²` and a bounded step: a memory that can be written
+            over (`ttt_reference` has both). The answer is normalised either way.
         ttt_num_heads (`int`, *optional*): TTT heads; `num_attention_heads` unless given.
         ttt_head_dim (`int`, *optional*): width of a TTT head; `hidden_size / ttt_num_heads` unless given.
         ttt_mini_batch_size (`int`, defaults to 16): frames per inner mini-batch; 1 is online gradient descent.
-        ttt_base_lr (`float`, *optional*): inner learning rate; 1.0 for `"linear"`, 0.1 for `"mlp"` unless given.
+        ttt_base_lr (`float`, *optional*): inner learning rate; 1.0 for `"linear"`, 0.1 for `"mlp"` unless given; with
+            `ttt_inner_norm="none"` `ttt_head_dim / 2` for `"linear"`, 2.0 for `"mlp"`.
         ttt_rope (`str`, defaults to `"mini_batch"`): rotary positions inside the TTT layer: `"mini_batch"` (t mod b), `"absolute"` or `"none"`.
         ttt_gate_init (`float`, defaults to 0.1): start of `gating_alpha`; the layer's output is scaled by its tanh.
         ttt_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norm of the inner model.
@@ -112,9 +134,11 @@ class MoshiTTTConfig(MoshiConfig):
             Mini-batches for which backward keeps one state of the fast weights; changes memory and time, never a number.
         ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`, `"reference"`.
         num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
+        sliding_window (`int`, *optional*, defaults to 3000):
+            Frames that attention sees, the newest among them. None: all of them, so that the memory of a stream grows with every frame.
         audio_delays (`list[int]`, *optional*):
             Delay in frames of each audio codebook, Moshi's first, then the user's; `[0, 1, 1, ...]` for either unless given. Text has none.
-        text_padding_ids (`list[int]`, defaults to `[3, 0]`): text ids that say "no word here" (padding, end of padding).
+        text_padding_ids (`list[int]`, defaults to `[3, 0]`): the two text ids that say "no word here": padding, and end of padding.
         text_padding_weight (`float`, defaults to 0.5): weight of those ids in the text loss.
         semantic_loss_weight (`float`, defaults to 100): weight of the first (semantic) codebook in the audio loss; the others weigh 1.
 
@@ -135,6 +159,7 @@ class MoshiTTTConfig(MoshiConfig):
     problem_type: str | None = "multi_label_classification"  # type: ignore[assignment]
     ttt_layers: list[int] | str = "middle"
     ttt_mixer: str = "mlp"
+    ttt_inner_norm: str = "layer_norm"
     ttt_num_heads: int | None = None
     ttt_head_dim: int | None = None
     ttt_mini_batch_size: int = 16
@@ -145,6 +170,7 @@ class MoshiTTTConfig(MoshiConfig):
     scan_checkpoint_group_size: int = 16
     ttt_implementation: str = "auto"
     num_user_codebooks: int | None = None
+    sliding_window: int | None = 3000
     audio_delays: list[int] | None = None
     text_padding_ids: list[int] | None = None
     text_padding_weight: float | int = 0.5
@@ -175,11 +201,11 @@ class MoshiTTTConfig(MoshiConfig):
         self.ttt_layers = parse_layers(self.ttt_layers, self.num_hidden_layers)
         self._fill_heads()
         if self.ttt_base_lr is None:
-            self.ttt_base_lr = DEFAULT_BASE_LR[self.ttt_mixer]
+            self.ttt_base_lr = default_base_lr(self.ttt_mixer, self.ttt_inner_norm, self.ttt_head_dim)
         if self.num_user_codebooks is None:
             self.num_user_codebooks = self.num_codebooks
         if self.text_padding_ids is None:
-            self.text_padding_ids = [3, 0]
+            self.text_padding_ids = [*TEXT_PADDING_IDS]
         if self.audio_delays is None:
             self.audio_delays = [min(k, 1) for count in (self.num_codebooks, self.num_user_codebooks) for k in range(count)]
         self._check_codebooks()
@@ -206,6 +232,8 @@ class MoshiTTTConfig(MoshiConfig):
         for field in ("text_padding_weight", "semantic_loss_weight", "initializer_range", "attention_dropout"):
             if getattr(self, field) < 0:
                 raise ValueError(f"`{field}={getattr(self, field)}` must not be negative.")
+        if self.semantic_loss_weight == 0 and self.num_codebooks == 1:
+            raise ValueError("`semantic_loss_weight=0` leaves no codebook with a weight (`num_codebooks=1`), so no audio would be trained.")
         for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
@@ -224,6 +252,7 @@ class MoshiTTTConfig(MoshiConfig):
             raise ValueError(f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it.")
         choices = (
             ("ttt_mixer", self.ttt_mixer, MIXERS),
+            ("ttt_inner_norm", self.ttt_inner_norm, INNER_NORMS),
             ("ttt_rope", self.ttt_rope, ROPES),
             ("ttt_implementation", self.ttt_implementation, IMPLEMENTATIONS),
             ("hidden_act", self.hidden_act, tuple(ACT2FN)),
@@ -267,7 +296,8 @@ class MoshiTTTConfig(MoshiConfig):
                 f"`num_codebooks={self.num_codebooks}` of Moshi's, then `num_user_codebooks={self.num_user_codebooks}` of the user's; "
                 "give as many, or None for `[0, 1, 1, ...]` of each."
             )
-        wrong = [token for token in self.text_padding_ids if not 0 <= token < self.vocab_size]
+        check_padding_ids(self.text_padding_ids)
+        wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
         if wrong:
             raise ValueError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
 
@@ -312,6 +342,20 @@ class MoshiTTTConfig(MoshiConfig):
         changed = [key for key in _FOLLOWS if key in given and given[key] != config_dict.get(key, cls.__dataclass_fields__[key].default)]
         followers = {follower: None for key in changed for follower in _FOLLOWS[key]}
         return super().from_dict({**config_dict, **followers, **given}, **kwargs)
+
+    @classmethod
+    def refuse_other_inner_norm(cls, name_or_path: str, inner_norm: str, **where: Any) -> None:
+        """ValueError where a checkpoint's TTT layers were trained with another inner loss; `where` finds it on the Hub, as in `from_pretrained`."""
+        try:
+            stored, _ = cls.get_config_dict(name_or_path, **where)
+        except OSError:
+            return  # loading says what is missing
+        trained = stored.get("ttt_inner_norm", "layer_norm")  # before 0.2 there was no other
+        if stored.get("ttt_layers") and trained != inner_norm:
+            raise ValueError(
+                f"`ttt_inner_norm={inner_norm!r}` is not what the TTT layers of {str(name_or_path)!r} were trained with ({trained!r}); leave the field "
+                "out, or, to train them on with another inner loss, change it in the checkpoint's config.json."
+            )
 
 
 __all__ = ["MoshiTTTConfig"]

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiRMSNorm
 
-Sampler = Callable[[torch.Tensor], torch.Tensor]
+Sampler = Callable[[torch.Tensor, int], torch.Tensor]
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -216,7 +216,7 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
             hidden_states: `[B, input_size]`.
             text_tokens: `[B]`, the frame's text.
             forced: `[B, K]`; a code, or -1 for none, is taken as it is; below that it is sampled.
-            sample: `[B, card]` logits -> `[B]` codes.
+            sample: `[B, card]` logits and the codebook's number -> `[B]` codes.
 
         Returns:
             `[B, K]` codes.
@@ -227,7 +227,7 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
             x = self._embed(token, codebook) + self.input_projections(hidden_states, codebook)
             for i, layer in enumerate(self.layers):
                 x, past[i] = layer.step(x, codebook, past[i])  # type: ignore[operator]
-            sampled = sample(self.lm_heads(x, codebook))
+            sampled = sample(self.lm_heads(x, codebook), codebook)
             token = torch.where(forced[:, codebook] >= -1, forced[:, codebook], sampled)
             chosen.append(token)
         return torch.stack(chosen, dim=1)

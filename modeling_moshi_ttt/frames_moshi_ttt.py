@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .delay_pattern import delay
-
-ZERO = -1
-IGNORED = -100
+from .tokens_moshi_ttt import IGNORED, ZERO
 
 
 class AlignedFrames(NamedTuple):
@@ -27,7 +25,7 @@ class DelayedSteps(NamedTuple):
     """What goes into each step, and what comes out of it."""
 
     inputs: torch.Tensor  # [B, S, T]
-    outputs: torch.Tensor  # [B, 1 + K, T] text and Moshi's codes as the step should give them
+    outputs: torch.Tensor  # [B, 1 + K, T] text and Moshi's codes as the step should give them: labels, the codes where there are none
     text_labels: torch.Tensor | None  # [B, T]
     audio_labels: torch.Tensor | None  # [B, K, T]
 
@@ -62,7 +60,7 @@ def align(
             check_tokens(name, labels, shape, IGNORED, card)
     if attention_mask is None:
         return AlignedFrames(codes, text_labels, audio_labels, None, None)
-    _check_shape("attention_mask", attention_mask, (rows, frames))
+    check_shape("attention_mask", attention_mask, (rows, frames))
     mask = attention_mask.bool()
     if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         return AlignedFrames(codes, text_labels, audio_labels, mask, None)
@@ -75,6 +73,9 @@ def delay_frames(
     config: Any, frames: AlignedFrames, code_history: torch.Tensor | None, label_history: torch.Tensor | None
 ) -> DelayedSteps:
     """Apply the delay pattern.
+
+    What a step should give, and the depth decoder is teacher-forced with, are its labels: codes may differ from them, as where training
+    puts noise on what the model hears. A token without a label (-100 or -1) is the one heard.
 
     Args:
         code_history: `[B, S, M + 1]` the frames before these; None at the start of the recordings.
@@ -91,10 +92,16 @@ def delay_frames(
         if label_history is None:
             label_history = audio_labels.new_full((*audio_labels.shape[:2], max(config.delays)), IGNORED)
         audio_labels = delay(audio_labels, config.delays[1:own], label_history)
+    outputs = torch.cat([_or_else(text_labels, outputs[:, 0])[:, None], _or_else(audio_labels, outputs[:, 1:])], dim=1)
     if frames.mask is not None:  # a step of padding predicts nothing
         text_labels = None if text_labels is None else text_labels.masked_fill(~frames.mask, IGNORED)
         audio_labels = None if audio_labels is None else audio_labels.masked_fill(~frames.mask[:, None], IGNORED)
     return DelayedSteps(inputs, outputs, text_labels, audio_labels)
+
+
+def _or_else(labels: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    """The labels, and `tokens` of the same shape where there are none."""
+    return tokens if labels is None else torch.where(labels >= 0, labels, tokens)
 
 
 def take_frames(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
@@ -112,7 +119,7 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
     if rows == 0 or frames == 0:
         raise ValueError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
     lengths = {name: x.shape[-1] for name, x in (("input_ids", text), ("moshi_audio_codes", moshi), ("user_audio_codes", user)) if x is not None}
-    if len(set(lengths.values())) > 1:
+    if any(length != frames for length in lengths.values()):
         raise ValueError(f"the streams are of unequal lengths: {lengths} frames in the last dimension of their shape; cut or pad them alike.")
     streams = []
     for name, codes, count, card in (
@@ -129,11 +136,12 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
 
 def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], lowest: int, card: int) -> None:
     """Raises a ValueError that names the tokens where they have not this shape, are no ids, or not from `lowest` to `card - 1`."""
-    _check_shape(name, tokens, shape)
+    check_shape(name, tokens, shape)
     _check_range(name, tokens, lowest, card)
 
 
-def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError that names the tensor where it has not this shape."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape}.")
 
@@ -143,6 +151,7 @@ def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> Non
         raise ValueError(f"`{name}` has dtype {tokens.dtype}; token ids are int64.")
     if torch.compiler.is_compiling() or tokens.device.type == "meta" or tokens.numel() == 0:
         return
-    low, high = int(tokens.min()), int(tokens.max())
+    numbers = tokens.detach().numpy() if tokens.device.type == "cpu" else tokens  # as numpy they are on the host already
+    low, high = int(numbers.min()), int(numbers.max())
     if low < lowest or high >= card:
         raise ValueError(f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none.")

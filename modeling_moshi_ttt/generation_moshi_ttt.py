@@ -1,29 +1,22 @@
-"""Talking frame by frame: a stream hears one frame of the user and answers with one of its own, for as long as the conversation lasts.
+"""What a model can do beside its forward: begin streams, answer whole recordings, and generate.
 
 Shapes: B rows, K Moshi's codebooks, K_user the user's, M the largest delay.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
 
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
-from .frames_moshi_ttt import ZERO, check_tokens
-from .ttt_state import Entry, check_entries, check_names, row_mask
+from .frames_moshi_ttt import check_tokens, initial_tokens
+from .sampling_moshi_ttt import make_sampling
+from .stream_moshi_ttt import MoshiTTTStream, frame
+from .tokens_moshi_ttt import UNGENERATED, ZERO
 
-UNGENERATED = -2
 LABELS = ("text_labels", "audio_labels")  # of a processor's batch
-
-
-class MoshiTTTFrame(NamedTuple):
-    """One complete frame of 80 ms, text and audio of the same instant. Where `valid` is False (the row's delay still fills) tokens are -2."""
-
-    text: torch.Tensor  # [B]
-    audio_codes: torch.Tensor  # [B, K]
-    valid: torch.Tensor  # [B] bool
 
 
 @dataclass
@@ -39,181 +32,102 @@ class MoshiTTTGenerateOutput(ModelOutput):
     audio_codes: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen from logits. `top_k` 0 leaves all in; `do_sample` False takes the likeliest."""
-
-    do_sample: bool = True
-    temperature: float = 0.8
-    text_temperature: float = 0.7
-    top_k: int = 250
-    text_top_k: int = 25
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        for name in ("temperature", "text_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be greater than 0; for the likeliest token set `do_sample=False`.")
-        for name in ("top_k", "text_top_k"):
-            if getattr(self, name) is None or getattr(self, name) < 0:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be 0 (no limit) or more.")
-
-    def text(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[B, V]` -> `[B]`."""
-        return self._choose(logits, self.text_temperature, self.text_top_k)
-
-    def audio(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[B, card]` -> `[B]`."""
-        return self._choose(logits, self.temperature, self.top_k)
-
-    def _choose(self, logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
-        if not self.do_sample:
-            return logits.argmax(dim=-1)
-        scores = logits.float() / temperature
-        if 0 < top_k < scores.shape[-1]:
-            scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)[:, 0]
-
-
-class MoshiTTTStream:
-    """A batch of live conversations with one model. All their memory is here and in `past_key_values`; the model keeps nothing.
-
-    As in Kyutai's LMGen, the first call runs on initial tokens alone: the user's codes it is given are not heard, and those of call s
-    are heard where training puts frame `s - 1`. The first M calls return no complete frame.
-
-    Args:
-        model: `MoshiTTTForConditionalGeneration`.
-        batch_size: rows.
-        sampling: how tokens are chosen.
-    """
-
-    def __init__(self, model: Any, batch_size: int, sampling: Sampling):
-        self.model, self.sampling = model, sampling
-        self.past_key_values: MoshiTTTCache = model.new_cache(batch_size)
-        config, device = model.config, self.past_key_values.frames.device
-        self._delays = torch.tensor(config.delays, device=device)
-        self._own = 1 + config.num_codebooks
-        depth = max(config.delays) + 1
-        self._calls = torch.zeros(batch_size, dtype=torch.long, device=device)
-        # Raw tokens of the last M + 1 calls, newest last: what was said [B, 1 + K, M + 1] and heard [B, K_user, M + 1].
-        self._said = torch.full((batch_size, self._own, depth), UNGENERATED, device=device)
-        self._heard = torch.full((batch_size, config.num_user_codebooks, depth), ZERO, device=device)
-
-    @property
-    def batch_size(self) -> int:
-        return self._calls.shape[0]
-
-    def step(self, user_codes: torch.Tensor) -> MoshiTTTFrame:
-        """Hear one frame of the user, `[B, K_user]` codes or -1 for none, and return the newest complete frame, M calls back.
-
-        Raises:
-            ValueError: wrong shape, or codes out of range.
-        """
-        return self._step(user_codes, torch.full_like(self._said[..., 0], UNGENERATED))
-
-    @torch.no_grad()
-    def _step(self, user_codes: torch.Tensor, forced: torch.Tensor) -> MoshiTTTFrame:
-        """As [`step`]; tokens in `forced` `[B, 1 + K]`, in delayed time, are said as they are, those of -1 (none) too; for -2 one is chosen."""
-        self._check(user_codes)
-        self._heard = torch.cat([self._heard[..., 1:], user_codes.to(self._heard)[..., None]], dim=-1)
-        logits, hidden_states = self.model.step_frame(self._inputs(), self.past_key_values)
-        text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], self.sampling.text(logits))
-        audio = self.model.depth_decoder.decode(hidden_states, text, forced[:, 1:], self.sampling.audio)
-        said = torch.cat([text[:, None], audio], dim=1)
-        self._said = torch.cat([self._said[..., 1:], said[..., None]], dim=-1)
-        valid = self._calls >= self._said.shape[-1] - 1
-        self._calls = self._calls + 1
-        # A frame's token of delay d was said d calls after its text: index d of the last M + 1 calls.
-        frame = self._said.gather(2, self._delays[: self._own].expand(self.batch_size, -1)[..., None])[..., 0]
-        frame = frame.masked_fill(~valid[:, None], UNGENERATED)
-        return MoshiTTTFrame(frame[:, 0], frame[:, 1:], valid)
-
-    def _inputs(self) -> torch.Tensor:
-        """`[B, S]`: what this call's step runs on, initial tokens where a stream's delay has not passed."""
-        own = self._said[..., -1]
-        late = (self._heard.shape[-1] - 1 - self._delays[self._own :]).expand(self.batch_size, -1)
-        heard = self._heard.gather(2, late[..., None])[..., 0]
-        tokens = torch.cat([own, heard], dim=1)
-        begun = self._calls[:, None] > self._delays
-        return torch.where(begun, tokens, self.past_key_values.initial_tokens[:, 0])
-
-    def reset(self, rows: list[int] | torch.Tensor | None = None) -> None:
-        """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed.
-
-        Raises:
-            ValueError: a row that does not exist, or a mask of another length.
-        """
-        chosen = slice(None) if rows is None else row_mask(rows, self.batch_size, self._calls.device)
-        self.past_key_values.reset(rows)
-        self._calls, self._said, self._heard = self._calls.clone(), self._said.clone(), self._heard.clone()
-        self._calls[chosen], self._said[chosen], self._heard[chosen] = 0, UNGENERATED, ZERO
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole stream as tensors by name, ready for safetensors, the generator's state with it."""
-        tensors = {"calls": self._calls, "said": self._said, "heard": self._heard}
-        if self.sampling.generator is not None:
-            tensors["generator"] = self.sampling.generator.get_state()
-        return tensors | {f"past_key_values.{name}": tensor for name, tensor in self.past_key_values.state_dict().items()}
-
-    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on exactly where [`state_dict`] was taken, on the model's device. What is refused leaves the stream as it was.
-
-        Raises:
-            ValueError: an entry is missing, unknown, or of another batch size, shape or dtype: the state is not of this model or not whole.
-        """
-        prefix, generator = "past_key_values.", self.sampling.generator
-        wanted: dict[str, Entry] = {
-            name: (tuple(own.shape), own.dtype) for name, own in (("calls", self._calls), ("said", self._said), ("heard", self._heard))
-        }
-        own = [name for name in tensors if not name.startswith(prefix) and name != "generator"]
-        check_names("stream", own, wanted)
-        if generator is not None and "generator" in tensors:
-            wanted["generator"] = (tuple(generator.get_state().shape), torch.uint8)
-        check_entries("stream", tensors, wanted)
-        self.past_key_values.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        self._calls, self._said, self._heard = (tensors[name].to(self._calls.device) for name in ("calls", "said", "heard"))
-        if generator is not None and "generator" in tensors:
-            generator.set_state(tensors["generator"].cpu())
-
-    def _check(self, user_codes: torch.Tensor) -> None:
-        check_tokens("user_codes", user_codes, tuple(self._heard.shape[:2]), ZERO, self.model.config.audio_vocab_size)
-
-
 class MoshiTTTGenerationMixin:
     """Streaming and generation for a model with `config`, `device`, `embed`, `decoder`, `depth_decoder` and `new_cache`."""
 
     def new_stream(
-        self,
+        self: Any,
         batch_size: int = 1,
-        do_sample: bool = True,
-        temperature: float = 0.8,
-        text_temperature: float = 0.7,
-        top_k: int = 250,
-        text_top_k: int = 25,
+        do_sample: Any = True,
+        temperature: Any = 0.8,
+        text_temperature: Any = 0.7,
+        top_k: Any = 250,
+        text_top_k: Any = 25,
+        seeds: Any = None,
         generator: torch.Generator | None = None,
     ) -> MoshiTTTStream:
-        """Begin `batch_size` conversations.
+        """Begin `batch_size` conversations. Every setting is one value, or one for each row.
 
         Args:
-            do_sample: False takes the likeliest token each time.
+            do_sample: False takes the likeliest token each time, whatever the temperatures are.
             temperature, top_k: of the audio codes; `top_k` 0 leaves all in.
             text_temperature, text_top_k: of the text.
-            generator: source of randomness, on the model's device.
+            seeds: a whole number a row: what a row says depends on nothing but its own past and its seed. Drawn when None.
+            generator: what they are drawn from then; torch's own generator when None.
 
         Raises:
-            ValueError: a temperature not above 0, a negative top_k, an empty batch.
+            ValueError: a temperature not above 0, a negative top_k, an empty batch, or settings or seeds of another number of rows.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size}` must be a whole number of 1 or more.")
         _gather_for_streams(self)
-        return MoshiTTTStream(self, batch_size, Sampling(do_sample, temperature, text_temperature, top_k, text_top_k, generator))
+        settings = {"do_sample": do_sample, "temperature": temperature, "text_temperature": text_temperature}
+        sampling = make_sampling(batch_size, self.new_cache(1).frames.device, **settings, top_k=top_k, text_top_k=text_top_k)
+        return MoshiTTTStream(self, batch_size, sampling, seeds, generator)
 
-    def step_frame(self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step of the temporal transformer on delayed tokens `[B, S]`: text logits `[B, V]` and hidden states `[B, E]`."""
-        logits, outputs = self.decoder(self.embed(tokens[..., None]), past_key_values=past_key_values)
+    def compile_stream(self: Any, batch_size: int = 1, backend: str = "inductor", mode: str | None = None, **sampling: Any) -> None:
+        """Make one graph of a frame, once, and run it until nothing is left to be made: streams begun afterwards use it and do not stall.
+
+        Such a stream takes all its memory when it begins (see [`MoshiTTTCache.fill`]). Another batch size, or settings of [`new_stream`] that
+        change what is computed (`do_sample`, `top_k`), compile anew at their first frames: call this for each.
+
+        Args:
+            batch_size, sampling: of the streams to come.
+            backend, mode: as in `torch.compile`; `mode="reduce-overhead"` captures CUDA graphs.
+        """
+        self.compiled_frame = torch.compile(frame, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        stream = self.new_stream(batch_size, **sampling)
+        for _ in range(2):  # a row that starts anew is another graph than one that goes on
+            for _ in range(self.config.ttt_mini_batch_size + 1):
+                stream.step()
+            stream.reset([0])
+
+    def step_frame(
+        self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache, active: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the temporal transformer on delayed tokens `[B, S]`: text logits `[B, V]` and hidden states `[B, E]`.
+
+        `past_key_values` is brought up to date in the rows that are `active` `[B]` bool (all of them when None).
+        """
+        mask = None if active is None else active[:, None]
+        logits, outputs = self.decoder(self.embed(tokens[..., None]), past_key_values=past_key_values, attention_mask=mask)
         return logits[:, 0], outputs.last_hidden_state[:, 0]
+
+    def start_rows(self: Any, past_key_values: MoshiTTTCache) -> None:
+        """Give the rows of a cache that were reset their initial fast weights now, and not at their next frame (offloaded weights: then)."""
+        state, layers = past_key_values.state, self.decoder.model.layers
+        if state.reset_mask is None or any(parameter.is_meta for parameter in self.parameters()):
+            return
+        with torch.no_grad():
+            states = [
+                None if ttt is None else ttt.reset(state.reset_mask, layer.ttt.initial_state(1)) for ttt, layer in zip(state.ttt_states, layers)
+            ]
+        past_key_values.state = replace(state, ttt_states=tuple(states), reset_mask=None)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor | None = None, **inputs: Any) -> dict[str, Any]:
         """The inputs as they are: [`generate`] steps a stream, and PEFT's generation looks for this method."""
         return {"input_ids": input_ids, **inputs}
+
+    @torch.no_grad()
+    def hear(self: Any, user_codes: torch.Tensor, **sampling: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hear a whole recording of the user and answer every frame of it, each where training puts it.
+
+        Args:
+            user_codes: `[B, K_user, T]` codes, or -1 where nothing is heard.
+            sampling: as in [`new_stream`].
+
+        Returns:
+            Text `[B, T]` and Moshi's codes `[B, K, T]`: frame t was said when the user's frames before t had been heard.
+
+        Raises:
+            ValueError: no frames, wrong shapes, codes out of range, or sampling settings as in [`new_stream`].
+        """
+        rows, frames = user_codes.shape[0], user_codes.shape[-1]
+        check_tokens("user_codes", user_codes, (rows, self.config.num_user_codebooks, frames), ZERO, self.config.audio_vocab_size)
+        if frames == 0:
+            raise ValueError(f"`user_codes` has shape {tuple(user_codes.shape)}; give at least one frame.")
+        nothing_given = user_codes.new_empty(rows, 1 + self.config.num_codebooks, 0)
+        return _talk(self.new_stream(rows, **sampling), nothing_given, user_codes, frames)
 
     @torch.no_grad()
     def generate(
@@ -225,7 +139,7 @@ class MoshiTTTGenerationMixin:
         attention_mask: torch.Tensor | None = None,
         **sampling: Any,
     ) -> MoshiTTTGenerateOutput:
-        """Listen to the user's codes and answer: a loop over [`MoshiTTTStream.step`].
+        """Say a prompt, then go on while the user is heard; without a prompt, [`hear`].
 
         Args:
             input_ids: `[B, P]`, text of the first P frames, said as given; -1 for none, -2 where it is to be generated.
@@ -245,17 +159,30 @@ class MoshiTTTGenerationMixin:
             raise ValueError("`attention_mask` has padding, but rows generate together; call `generate` for rows of one length at a time.")
         text, moshi, user = _prompt(self.config, input_ids, moshi_audio_codes, user_audio_codes)
         frames = _frames_wanted(text.shape[-1], user.shape[-1], max_new_tokens)
-        own, depth = self.config.delays[: 1 + self.config.num_codebooks], max(self.config.delays)
-        prompt = torch.cat([text[:, None], moshi], dim=1)  # [B, 1 + K, P]
-        ahead = prompt.new_full((*prompt.shape[:2], frames + depth), UNGENERATED)
-        forced = delay(torch.cat([prompt, ahead], dim=-1), own, ahead[..., :depth])[..., : frames + depth]
-        # The first call hears nothing, so frame s - 1 of the user goes into call s.
-        heard = user.new_full((*user.shape[:2], frames + depth), ZERO)
-        count = min(user.shape[-1], frames + depth - 1)
-        heard[..., 1 : 1 + count] = user[..., :count]
-        stream = self.new_stream(prompt.shape[0], **{name: value for name, value in sampling.items() if name not in LABELS})
-        said = [stream._step(heard[..., s], forced[..., s]) for s in range(frames + depth)][depth:]
-        return MoshiTTTGenerateOutput(torch.stack([f.text for f in said], -1), torch.stack([f.audio_codes for f in said], -1))
+        stream = self.new_stream(text.shape[0], **{name: value for name, value in sampling.items() if name not in LABELS})
+        return MoshiTTTGenerateOutput(*_talk(stream, torch.cat([text[:, None], moshi], dim=1), user, frames))
+
+
+def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `frames` frames of a fresh stream, text `[B, T]` and audio codes `[B, K, T]`.
+
+    Args:
+        given: `[B, 1 + K, P]` tokens of the first P frames, said as they are; -2 where they are to be generated.
+        user: `[B, K_user, T']` what is heard from the first frame on; after its end nothing is.
+    """
+    config, depth = stream.model.config, max(stream.model.config.delays)
+    own, calls = 1 + config.num_codebooks, frames + depth
+    ahead = given.new_full((*given.shape[:2], calls), UNGENERATED)
+    # Before its first frame a late codebook says the initial token, as in training. (LMGen, and so `step`, choose one there; it is dropped,
+    # but a later codebook of a smaller delay would have been chosen after it.)
+    before = initial_tokens(config, given.device)[:own].expand(given.shape[0], -1, -1)
+    forced = delay(torch.cat([given, ahead], dim=-1), config.delays[:own], before)[..., :calls]
+    # The first call hears nothing, so frame s - 1 of the user goes into call s.
+    heard = user.new_full((*user.shape[:2], calls), ZERO)
+    count = min(user.shape[-1], calls - 1)
+    heard[..., 1 : 1 + count] = user[..., :count]
+    said = [stream.step(heard[..., s], forced=forced[..., s]) for s in range(calls)][depth:]
+    return torch.stack([frame.text for frame in said], dim=-1), torch.stack([frame.audio_codes for frame in said], dim=-1)
 
 
 def _gather_for_streams(model: Any) -> None:

@@ -6,7 +6,7 @@ Losses come as (sum, weight), so that sums over micro-batches, ranks and windows
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
+from .tokens_moshi_ttt import IGNORED
 
 
 def text_weights(labels: torch.Tensor, padding_ids: list[int], padding_weight: float) -> torch.Tensor:
@@ -47,3 +47,31 @@ def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: 
 def mean_loss(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`total / weight`; exactly 0, with zero gradient, where nothing is trained."""
     return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def whole_weights(
+    num_items_in_batch: torch.Tensor | int, parts: tuple[torch.Tensor | None, ...], frame_weights: tuple[float, ...]
+) -> torch.Tensor:
+    """`[2]`, what the (text, audio) loss sums of a part of a batch are divided by: their weights in the whole batch.
+
+    Args:
+        num_items_in_batch: these two weights, or the number of frames of the whole.
+        parts: loss weights of the part's own labels, None where there are none.
+        frame_weights: what one frame weighs in either loss.
+
+    Raises:
+        ValueError: neither one number nor two; not finite, below 0, or 0 where the part trains something.
+    """
+    whole = torch.as_tensor(num_items_in_batch).flatten()
+    if whole.numel() not in (1, 2):
+        raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
+    on_meta = any(tensor is not None and tensor.is_meta for tensor in (whole, *parts))
+    if not (torch.compiler.is_compiling() or on_meta):  # one read by the host, as for the range of tokens
+        trained = [whole.new_zeros(()).bool() if part is None else (part > 0).any().to(whole.device) for part in parts]
+        needed = torch.stack(trained) | (whole.numel() == 1)
+        if not bool((whole.isfinite() & torch.where(needed, whole > 0, whole >= 0)).all()):
+            raise ValueError(
+                f"`num_items_in_batch={whole.tolist()}` must be finite and above 0 where anything is trained; give the sum of `loss_weights` "
+                "over the whole batch, or its number of frames."
+            )
+    return whole if whole.numel() == 2 else torch.cat([whole * weight for weight in frame_weights])

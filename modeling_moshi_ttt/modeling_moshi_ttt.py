@@ -10,7 +10,6 @@ Leaf modules and parameter names are transformers' Moshi's (models/moshi), so it
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,79 +19,28 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear, MoshiGatingMLP, MoshiRMSNorm
-from transformers.utils import ModelOutput
 
 from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rotary_embedding, visible_keys
-from .cache_moshi_ttt import KeyValues, MoshiTTTCache, check_cache
+from .cache_moshi_ttt import MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
-from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, take_frames
+from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
-from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy
+from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
+from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
+from .rings import KeyValues, ring_positions
 from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState
 
 TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
 
 
-class _OutputWithCache(ModelOutput):
-    """An output whose field `cache`, transformers' name from 5.24 on, can be read as `past_key_values` as well."""
-
-    cache: MoshiTTTCache | None
-
-    @property
-    def past_key_values(self) -> MoshiTTTCache | None:
-        return self.cache
-
-
-@dataclass
-class MoshiTTTModelOutput(_OutputWithCache):
-    """What the temporal transformer gives.
-
-    Args:
-        last_hidden_state: `[B, T, E]`, normalised.
-        cache: the streams' memory after these frames; also `past_key_values`.
-        hidden_states: `[B, T, E]` before each layer, and `last_hidden_state`, when asked for.
-        attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
-        inner_losses: the inner losses of each TTT layer by its number, when asked for.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    cache: MoshiTTTCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, TTTInnerLosses] | None = None
-
-
-@dataclass
-class MoshiTTTOutput(_OutputWithCache):
-    """What Moshi-TTT gives.
-
-    Args:
-        loss: `text_loss + audio_loss`, of those whose labels were given.
-        text_loss, audio_loss: weighted mean cross-entropies in nats.
-        logits: `[B, T, V]`; step t predicts text frame t.
-        audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
-        last_hidden_state, cache, hidden_states, attentions, inner_losses: as in [`MoshiTTTModelOutput`].
-    """
-
-    loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    audio_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    audio_logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    cache: MoshiTTTCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    inner_losses: dict[int, TTTInnerLosses] | None = None
-
-
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, all its keys and values, what became of its TTT memory, and its attention weights where they are at hand."""
+    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, and its attention weights
+    where they are at hand."""
 
     hidden_states: torch.Tensor
-    key_values: KeyValues
+    key_values: KeyValues | None
     ttt_state: TTTState | None
     inner_losses: TTTInnerLosses | None
     attentions: torch.Tensor | None
@@ -143,7 +91,7 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         inner_losses = None
         if self.ttt is not None:
-            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.fresh)
+            inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.reset_mask)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
@@ -176,11 +124,16 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, from a checkpoint of this model or of a whole that holds it; weights that are not finite are refused.
+        """As the parent's, from a checkpoint of this model or of a whole that holds it.
 
         Raises:
-            ValueError: a weight is NaN or infinite; the message names it.
+            ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the one that the TTT layers were trained with.
         """
+        inner_norm = kwargs.get("ttt_inner_norm", getattr(kwargs.get("config"), "ttt_inner_norm", None))
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if inner_norm is not None and source is not None:
+            where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token", "local_files_only") if name in kwargs}
+            MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
         if cls._names_in_whole:
             kwargs.setdefault("key_mapping", cls._names_in_whole)
         loaded = super().from_pretrained(*args, **kwargs)
@@ -255,17 +208,19 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_inner_losses: bool = False,
+        cache: MoshiTTTCache | None = None,
     ) -> MoshiTTTModelOutput:
         """Run frames through all layers.
 
         Args:
             inputs_embeds: `[B, T, E]`.
             attention_mask: `[B, T]`, ones then zeros in each row: padding stands on the right.
-            past_key_values: the memory that goes in; it is brought up to date.
+            past_key_values, cache: the memory that goes in, by either name; it is brought up to date.
             output_hidden_states: also return the input of every layer; `config.output_hidden_states` when None.
             output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
             output_inner_losses: also return the inner losses of every TTT layer.
         """
+        past_key_values = given_cache(cache, past_key_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
@@ -273,23 +228,23 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         # Only eager attention has weights to give.
         implementation = "eager" if output_attentions else self.config._attn_implementation
         mask = None if attention_mask is None else attention_mask.bool()
-        lengths = None if mask is None else mask.sum(dim=1)
-        frames, key_positions = self._frames(inputs_embeds, mask, lengths, past_key_values, implementation)
+        past = past_key_values
+        frames = self._frames(inputs_embeds, mask, past, implementation)
         hidden_states, seen, outputs, attentions = inputs_embeds, [], [], []
         for i, layer in enumerate(self.layers):
-            memory = past_key_values.layers[i] if past_key_values is not None else None
-            past, state = (memory.past, memory.ttt_state) if memory is not None else (None, None)
-            output = layer(hidden_states, frames=frames, past=past, ttt_state=state, output_inner_losses=output_inner_losses)
+            key_values, state = (past.state.key_values[i], past.state.ttt_states[i]) if past is not None else (None, None)
+            output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, output_inner_losses=output_inner_losses)
             seen.append(hidden_states)
             hidden_states = output.hidden_states
             if output_attentions:
                 attentions.append(output.attentions)
             # Nobody reads attention weights again, nor, without a memory, keys, values and states.
-            kept = {"attentions": None} if memory is not None else {"attentions": None, "key_values": None, "ttt_state": None}
-            outputs.append(output._replace(**kept))
-        if past_key_values is not None:
-            past_key_values.advance(outputs, key_positions, inputs_embeds.shape[1], lengths)
+            unread = {"attentions": None} if past is not None else {"attentions": None, "key_values": None, "ttt_state": None}
+            outputs.append(output._replace(**unread))
         hidden_states = self.norm(hidden_states)
+        if past is not None:
+            lengths = None if mask is None else mask.sum(dim=1)
+            past.advance(outputs, inputs_embeds.shape[1], lengths, in_place=frames.slot is not None)
         return MoshiTTTModelOutput(
             last_hidden_state=hidden_states,
             cache=past_key_values,
@@ -299,27 +254,30 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         )
 
     def _frames(
-        self,
-        inputs_embeds: torch.Tensor,
-        mask: torch.Tensor | None,
-        lengths: torch.Tensor | None,
-        past: MoshiTTTCache | None,
-        implementation: str | None,
-    ) -> tuple[Frames, torch.Tensor]:
-        """What the layers need to know of these frames, and the positions of all keys `[B, S + T]`."""
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: MoshiTTTCache | None, implementation: str | None
+    ) -> Frames:
+        """What the layers need to know of these frames."""
         rows, num_frames, _ = inputs_embeds.shape
         window, dtype = self.config.sliding_window, inputs_embeds.dtype
+        positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None and past is None else rows, -1)
+        slot, reset_mask = None, None
         if past is not None:
             check_cache(past, rows, len(self.layers), self.config.ttt_layers)
-            positions, key_positions = past.window(num_frames, lengths)
+            past.make_room()
+            positions, reset_mask = past.frames[:, None] + positions, past.state.reset_mask
+        key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
+        if past is not None and past.capacity and num_frames == 1 and not torch.is_grad_enabled():
+            slot = past.frames % past.capacity
+            visible = ring_positions(past.frames + 1, past.state.attention_start, past.capacity)[:, None, None] >= 0
         else:
-            positions = torch.arange(num_frames, device=inputs_embeds.device).expand(1 if mask is None else rows, -1)
-            key_positions = positions if mask is None else positions.masked_fill(~mask, -1)
-        plainly_causal = past is None and mask is None and num_frames <= window and implementation == "sdpa"
-        visible = None if plainly_causal else as_implemented(visible_keys(positions, key_positions, window), implementation, dtype)
-        rotary = rotary_embedding(positions, self.config, dtype)
-        fresh = past.fresh if past is not None else None
-        return Frames(implementation, rotary, visible, positions.expand(rows, -1), mask, fresh), key_positions
+            if past is not None:
+                key_positions = torch.cat([past.key_positions(), key_positions], dim=1)
+            visible = visible_keys(positions, key_positions, window)
+        # (which is a branch on the length, and so not for a graph)
+        branch = not torch.compiler.is_compiling()
+        plainly_causal = branch and past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
+        shown = None if plainly_causal else as_implemented(visible, implementation, dtype)
+        return Frames(implementation, rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
 
 
 class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
@@ -352,12 +310,15 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         user_audio_codes: `[B, K_user, T]` the user's codes, or -1. All -1 when None.
         text_labels: `[B, T]`; -100 or -1 is not trained. Usually `input_ids` itself.
         audio_labels: `[B, K, T]`; -100 or -1 is not trained. Usually `moshi_audio_codes` itself.
+            Within a frame the depth decoder is teacher-forced with the labels, and with the inputs where there are none: what differs
+            between the two (noise on the inputs) changes only what the model hears of the past.
         attention_mask: `[B, T]`, 1 for frames that are there. The others change no memory and are not trained.
-        past_key_values: the memory of the streams; it is brought up to date in place.
+        past_key_values, cache: the memory of the streams, by either name; it is brought up to date in place.
         use_cache: return the memory after these frames; outside training `config.use_cache` when None.
         num_items_in_batch:
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
-            tensor of two (the sum of [`loss_weights`] of its parts), or as one number the frames of the whole.
+            tensor of two (the sum of [`loss_weights`] of its parts; 0 for a stream that is trained nowhere), or as one number the frames
+            of the whole.
         output_hidden_states: also return the hidden states before each layer, and the last; `config.output_hidden_states` when None.
         output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
         output_inner_losses: also return the TTT layers' inner losses.
@@ -365,7 +326,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         others: what PEFT's task types pass beside these (`labels`, `inputs_embeds`, ...); None, or it is refused.
 
     Raises:
-        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, an unknown argument.
+        ValueError: shapes, codebooks or lengths that do not fit, codes out of range, a memory of another batch or model, or two memories, a
+            `num_items_in_batch` of 0, below 0 or not finite, an unknown argument.
         TypeError: `past_key_values` is not what [`new_cache`] makes.
     """
 
@@ -421,26 +383,30 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         output_attentions: bool | None = None,
         output_inner_losses: bool = False,
         return_dict: bool | None = None,
+        cache: MoshiTTTCache | None = None,
         **others: Any,
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         _refuse(others)
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
-        whole = self._whole_weights(num_items_in_batch)  # here, before any memory moves
-        past = past_key_values
+        past = given_cache(cache, past_key_values)
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
             past = self.new_cache(frames.codes.shape[0])
         steps = self._delay(frames, past)
+        weights = self._weights(steps)
+        # Here, before any memory moves.
+        whole = None if num_items_in_batch is None else whole_weights(num_items_in_batch, weights, self._frame_weights)
+        draft = None if past is None else past.draft()
         logits, outputs = self.decoder(
             self.embed(steps.inputs),
             attention_mask=frames.mask,
-            past_key_values=past,
+            past_key_values=draft,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_inner_losses=output_inner_losses,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
-        text_loss, audio_loss = self._losses(logits, audio_logits, steps, whole)
+        text_loss, audio_loss = self._losses(logits, audio_logits, steps, weights, whole)
         losses = [loss for loss in (text_loss, audio_loss) if loss is not None]
         # All at once, in the order of the fields: a plain tuple then begins with the loss.
         result = MoshiTTTOutput(
@@ -449,12 +415,13 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             audio_loss=audio_loss,
             logits=logits,
             audio_logits=audio_logits,
-            **outputs,
+            **{**outputs, "cache": past},
         )
-        if past is not None:
-            past.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
         if frames.order is not None:
-            _put_back(result, frames.order.argsort(dim=1))
+            put_back(result, frames.order.argsort(dim=1))
+        if past is not None and draft is not None:
+            draft.remember(frames.codes, frames.audio_labels, None if frames.mask is None else frames.mask.sum(dim=1))
+            past.state = draft.state  # last, so that an error before it leaves the memory as it was
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def loss_weights(
@@ -493,29 +460,29 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             None if audio is None else audio_weights(audio, config.semantic_loss_weight),
         )
 
+    @property
+    def _frame_weights(self) -> tuple[float, float]:
+        """What a frame weighs in the text loss, unless it is padding, and in the audio loss."""
+        return 1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1
+
     def _losses(
-        self, logits: torch.Tensor, audio_logits: torch.Tensor, steps: DelayedSteps, whole: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        audio_logits: torch.Tensor,
+        steps: DelayedSteps,
+        weights: tuple[torch.Tensor | None, torch.Tensor | None],
+        whole: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
         """Text and audio loss, divided by `whole` `[2]` where given; None where there are no labels."""
         losses: list[torch.Tensor | None] = []
         labels = (steps.text_labels, steps.audio_labels)
-        for i, (scores, targets, weights) in enumerate(zip((logits, audio_logits), labels, self._weights(steps))):
-            if targets is None or weights is None:
+        for i, (scores, targets, each) in enumerate(zip((logits, audio_logits), labels, weights)):
+            if targets is None or each is None:
                 losses.append(None)
                 continue
-            total, weight = weighted_cross_entropy(scores, targets, weights)
+            total, weight = weighted_cross_entropy(scores, targets, each)
             losses.append(mean_loss(total, weight if whole is None else whole[i].to(weight)))
         return losses
-
-    def _whole_weights(self, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
-        """`[2]`, what the (text, audio) loss sums are divided by: their weights in the whole batch, or what that many frames weigh."""
-        if num_items_in_batch is None:
-            return None
-        whole = torch.as_tensor(num_items_in_batch).flatten()
-        if whole.numel() not in (1, 2):
-            raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
-        weights = (1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1)
-        return whole if whole.numel() == 2 else torch.cat([whole * weight for weight in weights])
 
 
 def _refuse(others: dict[str, Any]) -> None:
@@ -524,16 +491,3 @@ def _refuse(others: dict[str, Any]) -> None:
         if value is not None:
             cure = "give `text_labels` and `audio_labels`" if name == "labels" else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
             raise ValueError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")
-
-
-def _put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
-    """Bring outputs of packed frames back to where the caller's frames stood."""
-    result.logits = take_frames(result.logits, order, 1)
-    result.audio_logits = take_frames(result.audio_logits, order, 2)
-    result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
-    if result.hidden_states is not None:
-        result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
-    if result.attentions is not None:
-        frames = order.shape[1]  # the keys of remembered frames, before those of these frames, stay where they are
-        by_query = (take_frames(weights, order, 2) for weights in result.attentions)
-        result.attentions = tuple(torch.cat([w[..., :-frames], take_frames(w[..., -frames:], order, 3)], dim=3) for w in by_query)

@@ -16,76 +16,24 @@ from torch.nn import functional as F
 from transformers import BatchFeature, MimiModel, ProcessorMixin
 
 from .mimi_stream import MimiStream, check_codes
+from .resampling import resample
+from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
+from .versions_moshi_ttt import check_transformers
 
-END_OF_PADDING = 0  # stands right before a word
-TEXT_PADDING = 3  # nobody speaks, or the word's tokens are all said
-ABSENT = -1  # the zero token: embeds to zero and is not trained
-IGNORED = -100  # a label that is not trained
-WORD_START = "\u2581"
-MAIN_SPEAKER = "SPEAKER_MAIN"
 # Streams of a batch: their number of dimensions in one recording, frames last, and what stands past its end.
-STREAMS = {"input_ids": (1, ABSENT), "moshi_audio_codes": (2, ABSENT), "user_audio_codes": (2, ABSENT)}
+STREAMS = {"input_ids": (1, ZERO), "moshi_audio_codes": (2, ZERO), "user_audio_codes": (2, ZERO)}
 STREAMS |= {"text_labels": (1, IGNORED), "audio_labels": (2, IGNORED), "attention_mask": (1, 0)}
 AUTO_MAP = {"AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor"}
 
-
-def text_stream(
-    words: Sequence[tuple[Sequence[int], float]],
-    n_frames: int,
-    frame_rate: float = 12.5,
-    keep_and_shift: bool = False,
-    padding: int = TEXT_PADDING,
-    end_of_padding: int = END_OF_PADDING,
-) -> list[int]:
-    """Spreads the tokens of timed words over frames, by moshi-finetune's rules (interleaver.build_token_stream).
-
-    words: (token ids, start in seconds) in order of start. Every frame takes one token. A word that begins while another is still being
-    written replaces what is left of it, or waits behind it when `keep_and_shift`. The padding before a word ends in `end_of_padding`.
-    Returns n_frames ids. Of words past the last frame nothing remains.
-    """
-    stream = [padding] * n_frames
-    pending: list[int] = []
-    following = 0
-    for t in range(n_frames):
-        while following < len(words) and words[following][1] * frame_rate < t + 1:
-            tokens = list(words[following][0])
-            pending = pending + tokens if keep_and_shift else tokens
-            following += 1
-        if pending:
-            if t > 0 and stream[t - 1] == padding:
-                stream[t - 1] = end_of_padding
-            stream[t] = pending.pop(0)
-    return stream
-
-
-def resample(audio: Tensor, from_rate: int, to_rate: int, half_width: int = 32) -> Tensor:
-    """Band-limited change of rate of float audio [..., n] -> [..., ceil(n · to / from)].
-
-    A sinc under a Kaiser window, cut at 0.97 of the lower Nyquist frequency, as one strided convolution with a filter for each phase.
-    """
-    if from_rate < 1 or to_rate < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
-        raise ValueError(f"rates are {from_rate} and {to_rate}; they must be whole numbers of Hz, at least 1.")
-    if from_rate == to_rate:
-        return audio
-    common = math.gcd(int(from_rate), int(to_rate))
-    down, up = int(from_rate) // common, int(to_rate) // common
-    cut = 0.97 * min(down, up)
-    width = math.ceil(half_width * down / cut)
-    phases = torch.arange(0, -up, -1, dtype=torch.float64)[:, None] / up
-    times = (phases + torch.arange(-width, width + down, dtype=torch.float64) / down) * cut  # [up, taps]
-    window = torch.special.i0(9.0 * (1 - (times / half_width).clamp(-1, 1) ** 2).sqrt()) / torch.special.i0(torch.tensor(9.0))
-    filters = torch.sinc(times) * window * (times.abs() <= half_width) * cut / down
-    flat = F.pad(audio.reshape(-1, 1, audio.shape[-1]), (width, width + down))
-    out = F.conv1d(flat, filters[:, None].to(audio), stride=down)  # [rows, up, n / down]
-    out = out.transpose(1, 2).reshape(flat.shape[0], -1)[:, : math.ceil(audio.shape[-1] * up / down)]
-    return out.reshape(*audio.shape[:-1], -1)
+check_transformers()  # a processor may load without the model's configuration
 
 
 class MoshiTTTProcessor(ProcessorMixin):
     """Turns recordings and timed words into aligned frames for MoshiTTT, and frames back into sound and text.
 
     feature_extractor: Mimi's EncodecFeatureExtractor. tokenizer: a fast tokenizer whose pieces begin words with "\u2581". audio_tokenizer:
-    a MimiModel, or the Hub name of one ("kyutai/mimi"). num_codebooks: how many of its codebooks the model speaks.
+    a MimiModel, or the Hub name of one ("kyutai/mimi"). num_codebooks: how many of its codebooks the model speaks. text_padding_ids: the
+    model's (`MoshiTTTConfig.text_padding_ids`), padding and end of padding; Moshi's when None.
 
     `save_pretrained` writes everything into one folder, the codec under `audio_tokenizer/`; `from_pretrained` (also AutoProcessor's)
     reads it back.
@@ -95,11 +43,20 @@ class MoshiTTTProcessor(ProcessorMixin):
     CODEC_FOLDER = "audio_tokenizer"
     LONGEST_PIECE = 125  # frames encoded or decoded at once; memory does not grow with the recording
 
-    def __init__(self, feature_extractor: Any, tokenizer: Any, audio_tokenizer: Any = None, num_codebooks: int = 8) -> None:
+    def __init__(
+        self,
+        feature_extractor: Any,
+        tokenizer: Any,
+        audio_tokenizer: Any = None,
+        num_codebooks: int = 8,
+        text_padding_ids: Sequence[int] | None = None,
+    ) -> None:
         if isinstance(audio_tokenizer, str):
             audio_tokenizer = MimiModel.from_pretrained(audio_tokenizer)
         super().__init__(feature_extractor, tokenizer)
         self.num_codebooks = num_codebooks
+        self.text_padding_ids = [*(TEXT_PADDING_IDS if text_padding_ids is None else text_padding_ids)]
+        check_padding_ids(self.text_padding_ids)
         self.audio_tokenizer = audio_tokenizer  # set here, for ProcessorMixin admits only the codecs that it lists
         if audio_tokenizer is not None:
             audio_tokenizer.eval()
@@ -182,16 +139,18 @@ class MoshiTTTProcessor(ProcessorMixin):
         total = max(lengths) if chunk_end is None else math.ceil((chunk_end - chunk_start) * self.frame_rate - 1e-6)
         moshi, user = self._codes(waves, lengths, total, mono_is)
         window = (chunk_start, chunk_start + total / self.frame_rate if chunk_end is None else chunk_end)
-        rows = [
-            self._text(one, length, total, window, main_speaker, keep_and_shift) for one, length in zip(spoken, lengths, strict=True)
-        ]
-        return self._features(torch.tensor(rows), moshi, user, lengths, total)
+        text = torch.full((len(waves), total), ZERO)
+        for row, (one, length) in enumerate(zip(spoken, lengths, strict=True)):
+            if one is not None:
+                stream = self.text_frames(one, length, *window, main_speaker=main_speaker, keep_and_shift=keep_and_shift)
+                text[row, :length] = torch.tensor(stream)
+        return self._features(text, moshi, user, lengths, total)
 
     @staticmethod
     def _features(text: Tensor, moshi: Tensor, user: Tensor, lengths: list[int], total: int) -> BatchFeature:
         data = {"input_ids": text, "moshi_audio_codes": moshi, "user_audio_codes": user}
-        data["text_labels"] = text.masked_fill(text == ABSENT, IGNORED)
-        data["audio_labels"] = moshi.masked_fill(moshi == ABSENT, IGNORED)
+        data["text_labels"] = text.masked_fill(text == ZERO, IGNORED)
+        data["audio_labels"] = moshi.masked_fill(moshi == ZERO, IGNORED)
         if min(lengths) < total:
             data["attention_mask"] = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
         return BatchFeature(data)
@@ -273,7 +232,7 @@ class MoshiTTTProcessor(ProcessorMixin):
 
     def _codes(self, waves: list[Tensor], lengths: list[int], total: int, mono_is: str) -> tuple[Tensor, Tensor]:
         """Codes of both sides, long [B, K, total] each, −1 where there is no sound."""
-        sides = torch.full((2, len(waves), self.num_codebooks, total), ABSENT)
+        sides = torch.full((2, len(waves), self.num_codebooks, total), ZERO)
         for row, (wave, length) in enumerate(zip(waves, lengths, strict=True)):
             codes = self.encode_audio(wave)  # [1 or 2, K, length]
             if len(codes) == 2:
@@ -291,26 +250,25 @@ class MoshiTTTProcessor(ProcessorMixin):
         pieces = [stream.encode_frames(piece) for piece in wave.split(self.LONGEST_PIECE * self.frame_size, dim=-1)]
         return torch.cat(pieces, -1).cpu()
 
-    def _text(
+    def text_frames(
         self,
-        words: Sequence | None,
-        length: int,
-        total: int,
-        window: tuple[float, float],
-        main_speaker: str,
-        keep_and_shift: bool,
+        words: Sequence,
+        n_frames: int,
+        start: float = 0.0,
+        end: float = math.inf,
+        *,
+        main_speaker: str = MAIN_SPEAKER,
+        keep_and_shift: bool = False,
     ) -> list[int]:
-        """One row of the text stream: `length` frames of text, absent from there to `total`."""
-        if words is None:
-            return [ABSENT] * total
-        chosen = []
-        for index, word in enumerate(words):
-            text, start, end, speaker = parse_word(index, word)
-            if speaker == main_speaker and start < end and window[0] <= start < window[1]:
-                chosen.append((self.encode_word(text), start - window[0]))
-        chosen.sort(key=lambda word: word[1])
-        spoken = [word for word in chosen if word[0]]
-        return text_stream(spoken, length, self.frame_rate, keep_and_shift) + [ABSENT] * (total - length)
+        """The text stream, n_frames ids, of the words that `main_speaker` begins at start ≤ t < end, in seconds; frame 0 is at `start`.
+
+        Words are sorted by their start alone, so that those of one time keep their order; words that end as they begin are left out.
+        Raises ValueError for a word that is malformed or that the tokenizer cannot encode.
+        """
+        parsed = [parse_word(index, word) for index, word in enumerate(words)]
+        chosen = sorted((w for w in parsed if w[3] == main_speaker and w[1] < w[2] and start <= w[1] < end), key=lambda word: word[1])
+        encoded = [(self.encode_word(text), begin - start) for text, begin, _, _ in chosen]
+        return text_stream([word for word in encoded if word[0]], n_frames, self.frame_rate, keep_and_shift, self.text_padding_ids)
 
     def encode_word(self, word: str) -> list[int]:
         """Token ids of one word by itself, none for a blank one; ValueError naming a word that the tokenizer does not know how to write."""
@@ -321,7 +279,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         ids = self.tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
         if self.tokenizer.unk_token_id in ids:
             raise ValueError(f"words hold {word!r}, which the tokenizer cannot encode; spell it with characters that it knows.")
-        special = {END_OF_PADDING, TEXT_PADDING, *self.tokenizer.all_special_ids}
+        special = {*self.text_padding_ids, *self.tokenizer.all_special_ids}
         if special & set(ids):
             raise ValueError(f"words hold {word!r}, which reads as a special token; spell it otherwise.")
         return ids
@@ -354,9 +312,19 @@ class MoshiTTTProcessor(ProcessorMixin):
         row = torch.as_tensor(ids)
         if row.dim() != 1 or row.is_floating_point():
             raise ValueError(f"ids are {row.dtype} {tuple(row.shape)}; give one row of token ids, [frames].")
-        if row.numel() and int(row.max()) >= len(self.tokenizer):
-            raise ValueError(f"ids hold {int(row.max())}; the tokenizer knows 0 to {len(self.tokenizer) - 1}.")
-        return [(t, token) for t, token in enumerate(row.tolist()) if token not in (END_OF_PADDING, TEXT_PADDING) and token >= 0]
+        said = [(t, token) for t, token in enumerate(row.tolist()) if token not in self.text_padding_ids and token >= 0]
+        highest = max((token for _, token in said), default=0)
+        if highest >= len(self.tokenizer):
+            raise ValueError(f"ids hold {highest}; the tokenizer knows 0 to {len(self.tokenizer) - 1}.")
+        return said
+
+    def check_model(self, config: Any) -> None:
+        """ValueError where a model's configuration has other ids of text padding: it would read words for silence, and silence for words."""
+        if list(config.text_padding_ids) != self.text_padding_ids:
+            raise ValueError(
+                f"the model's `text_padding_ids={config.text_padding_ids}` differ from the processor's `text_padding_ids={self.text_padding_ids}`; "
+                "take both from one checkpoint, or set the right ones in config.json or processor_config.json."
+            )
 
     def new_audio_stream(self, batch_size: int = 1) -> MimiStream:
         """Live encoding and decoding of batch_size streams, 80 ms at a time."""
@@ -391,17 +359,3 @@ class MoshiTTTProcessor(ProcessorMixin):
             folder = f"{subfolder}/{folder}" if subfolder else folder
             processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **own)
         return processor_dict, rest
-
-
-def parse_word(index: int, word: Any) -> tuple[str, float, float, str]:
-    """(text, start, end, speaker) of a word in either layout; ValueError naming its number and what is wrong with it."""
-    try:
-        text, start, end, speaker = word if len(word) == 4 else (word[0], *word[1], word[2])
-        start, end = float(start), float(end)
-    except (TypeError, ValueError, IndexError, KeyError):
-        raise ValueError(f"words[{index}] is {word!r}; it must be (word, start, end, speaker) with times in seconds.") from None
-    if not (isinstance(text, str) and math.isfinite(start) and math.isfinite(end)):
-        raise ValueError(f"words[{index}] is {word!r}; the word must be a string and its times finite seconds.")
-    if end < start:
-        raise ValueError(f"words[{index}] is {word!r}; it ends at {end} s, before its start at {start} s. Mend the alignment.")
-    return text, start, end, speaker

@@ -1,9 +1,12 @@
-"""One frame without gradients: the decoding step. It rewrites the weights at a mini-batch's end only, and not at every token.
+"""One frame without gradients: the decoding step.
 
 The dual form needs of the open mini-batch no more than its keys, the inputs of the second layer, and the steps lr_s g_s; these few rows are
-kept with the state (`TTTState.open_factors`). A frame then reads W1 once, for its key and query together, and W2 for the key, for the
-gradient and for the query, and writes neither. Where all rows stand at the same frame, as in one live stream, nothing is read back from the
-device and no slot is empty.
+kept with the state (`TTTState.open_factors`), and where the inner loss has no LayerNorm lr_s c_s, which bound the step (`ttt_reference`). A
+frame then reads W1 once, for its key and query together, and W2 for the key, for the gradient and for the query.
+
+Rows that the host knows to stand at the same frame (lockstep), as those of one live stream, fill the same slot, and their weights are
+rewritten at a mini-batch's end only. Others are ragged: every row has its own slot, and the weights are written in every frame, unchanged in
+the rows whose mini-batch goes on. Neither reads anything back from the device, and the latter has no branch, so that one graph holds it.
 
 Shape letters: B rows, H heads, M = B H, b mini-batch size, D head dimension, F hidden width, n tokens that are kept.
 """
@@ -17,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ttt_scan import normalise, normalise_backward
-from .ttt_state import TTTState
+from .ttt_functions import normalise, normalise_backward
+from .ttt_state import TTTInputs, TTTState
 
 Weights = tuple[Tensor, ...]
 
@@ -28,69 +31,61 @@ class OpenFactors(NamedTuple):
 
     inputs: tuple[Tensor, ...]  # [M, n, D] the keys, and for the MLP [M, n, F] what they give the second layer
     steps: tuple[Tensor, ...]  # [M, n, F], [M, n, D] (linear: [M, n, D]): lr times the gradient at each layer's outputs
-    together: bool = True  # every row has n tokens; or else n is b, with zeros in the slots that a row has not filled
+    load: tuple[Tensor, ...] = ()  # [M, n, 1]: lr_s c_s, where the inner loss has no LayerNorm
+    lockstep: bool = True  # every row has n tokens; or else n is b, with zeros in the slots that a row has not filled
 
     def map_with(self, change: Callable[..., Tensor], *others: OpenFactors) -> OpenFactors:
         inputs = tuple(change(*xs) for xs in zip(self.inputs, *(other.inputs for other in others)))
         steps = tuple(change(*xs) for xs in zip(self.steps, *(other.steps for other in others)))
-        return OpenFactors(inputs, steps, self.together)
+        load = tuple(change(*xs) for xs in zip(self.load, *(other.load for other in others)))
+        return OpenFactors(inputs, steps, load, self.lockstep)
 
-    def apart(self, b: int) -> OpenFactors:
+    def ragged(self, b: int) -> OpenFactors:
         """The same with a slot for each of b tokens."""
-        if not self.together:
+        if not self.lockstep:
             return self
-        return self.map_with(lambda x: F.pad(x, (0, 0, 0, b - x.shape[1])))._replace(together=False)
+        return self.map_with(lambda x: F.pad(x, (0, 0, 0, b - x.shape[1])))._replace(lockstep=False)
 
 
 class _Norm(NamedTuple):
     weight: Tensor  # [M, 1, D]
     bias: Tensor  # [M, 1, D]
     eps: float
+    inner: bool  # the inner loss has it too; else its step is bounded
 
 
-@torch.compiler.disable  # whether weights are rewritten depends on the positions, which a graph cannot hold
-def decode_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    state: TTTState,
-    *,
-    valid: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, TTTState]:
-    """The op for one frame of every row: q, k, v `[B, 1, H, D]`, lr `[B, 1, H]`, all in the dtype of the state's weights; valid `[B]` or None."""
+def decode_step(inputs: TTTInputs, state: TTTState, *, valid: Tensor | None, eps: float, inner_norm: str = "layer_norm") -> tuple[Tensor, TTTState]:
+    """The op for one frame of every row, T = 1, all inputs in the dtype of the state's weights; valid `[B]` or None."""
+    q, k, v, lr, token_weight, norm_weight, norm_bias = inputs
     rows, _, heads, dim = q.shape
     weights = tuple(w.flatten(0, 1) for w in state.weights)
     norm_weight, norm_bias = (x.expand(rows, heads, dim).reshape(-1, 1, dim) for x in (norm_weight, norm_bias))
-    norm = _Norm(norm_weight, norm_bias, eps)
-    state = state if state.mini_batch_size else _with_room(state, len(token_weight))
+    norm = _Norm(norm_weight, norm_bias, eps, inner_norm == "layer_norm")
+    state = state if state.mini_batch_size else state.with_slots(len(token_weight))
     kept = _gather(state, weights, norm) if state.open_factors is None else state.open_factors
-    if valid is None and kept.together:
-        place: _Together | _Apart = _Together(kept.inputs[0].shape[1], token_weight)
+    if valid is None and kept.lockstep and not torch.compiler.is_compiling():
+        place: _Lockstep | _Ragged = _Lockstep(kept.inputs[0].shape[1], token_weight)
     else:
-        place, kept = _Apart(state, valid, token_weight), kept.apart(len(token_weight))
+        place, kept = _Ragged(state, valid, token_weight), kept.ragged(len(token_weight))
         q, k, v, lr = (place.clean(x) for x in (q, k, v, lr))
 
     key, query, value = (x.reshape(-1, 1, dim) for x in (k, q, v))  # [M, 1, D]
     z1 = torch.baddbmm(weights[1], torch.cat([key, query], 1), weights[0])  # [M, 2, F]
     new = _factors(key, z1[:, :1], value - key, lr.reshape(-1, 1, 1), weights, norm)
     factors = kept.map_with(place.append, new)
-    unit = normalise(_read(query, z1[:, 1:], place.share, factors, weights), eps)[0]
+    share = place.share if norm.inner else place.share / (place.share * factors.load[0].sum(1, keepdim=True)).clamp(min=1)
+    unit = normalise(_read(query, z1[:, 1:], share, factors, weights), eps)[0]
     out = place.clean(torch.addcmul(query + norm.bias, unit, norm.weight).view(q.shape))
 
     tokens = tuple(place.store(old, x) for old, x in zip((state.k, state.v, state.lr), (k, v, lr)))
     after = state.weights
     if place.some_end:
-        after = tuple(w.view(x.shape) for w, x in zip(_move(weights, factors, place.share * place.ends), after))
+        after = tuple(w.view(x.shape) for w, x in zip(_move(weights, factors, share * place.ends), after))
         factors, tokens = factors.map_with(place.forget), tuple(map(place.clear, tokens))
     return out, TTTState.of(after, *tokens, state.frames + place.arrived, factors)
 
 
-class _Together:
+class _Lockstep:
     """Every row's token takes the same slot, and the kept tokens are those before it: nothing is asked of the device."""
 
     ends, arrived = 1, 1
@@ -115,8 +110,10 @@ class _Together:
         return x
 
 
-class _Apart:
+class _Ragged:
     """Rows stand at different slots, or some have no token in this frame. Empty slots hold zeros, so a sum fills them."""
+
+    some_end = True  # which rows, only the device knows
 
     def __init__(self, state: TTTState, valid: Tensor | None, token_weight: Tensor) -> None:
         heads, size = state.W1.shape[1], len(token_weight)
@@ -131,7 +128,6 @@ class _Apart:
         self.share = _per_head(token_weight.index_select(0, position), heads)[:, None, None]  # [M, 1, 1]
         self.full = here[:, -1]  # [B]
         self.ends = _per_head(self.full, heads)[:, None, None]  # [M, 1, 1]
-        self.some_end = bool(self.full.any())
 
     def append(self, kept: Tensor, new: Tensor) -> Tensor:
         return torch.addcmul(kept, self.slot, new)  # `where` is five times as slow
@@ -159,33 +155,40 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(1).expand(-1, heads, *x.shape[1:]).flatten(0, 1)
 
 
-def _with_room(state: TTTState, b: int) -> TTTState:
-    rows, _, heads, dim = state.k.shape
-    empty = state.W1.new_zeros(rows, b, heads, dim)
-    return TTTState.of(state.weights, empty, empty, empty[..., 0], state.frames)
-
-
 def _gather(state: TTTState, weights: Weights, norm: _Norm) -> OpenFactors:
     """The factors of all open tokens at once, from the tokens that the state keeps."""
-    position = state.position.tolist()
-    together = min(position) == max(position)
-    k, v, rate = (x.transpose(1, 2).flatten(0, 1)[:, : max(position)] for x in (state.k, state.v, state.lr[..., None]))  # [M, n, ·]
+    b = state.mini_batch_size
+    open_tokens = b if state.lockstep_frames is None else state.lockstep_frames % b
+    k, v, rate = (x.transpose(1, 2).flatten(0, 1)[:, :open_tokens] for x in (state.k, state.v, state.lr[..., None]))  # [M, n, ·]
     factors = _factors(k, torch.baddbmm(weights[1], k, weights[0]), v - k, rate, weights, norm)
-    if together:
+    if state.lockstep_frames is not None:
         return factors
-    filled = torch.arange(k.shape[1], device=k.device) < state.position[:, None]  # [B, n]
+    filled = torch.arange(b, device=k.device) < state.position[:, None]  # [B, b]
     filled = _per_head(filled, state.W1.shape[1])[..., None].to(k.dtype)
-    return factors.map_with(lambda x: x * filled).apart(state.mini_batch_size)
+    return factors.map_with(lambda x: x * filled)._replace(lockstep=False)
 
 
 def _factors(k: Tensor, z1: Tensor, target: Tensor, rate: Tensor, weights: Weights, norm: _Norm) -> OpenFactors:
     """k `[M, n, D]` of n tokens, z1 = k W1 + b1 `[M, n, F]`, target `[M, n, D]`, rate `[M, n, 1]`."""
     if len(weights) == 2:
-        return OpenFactors((k,), (_step(z1, target, rate, norm),))
+        if norm.inner:
+            return OpenFactors((k,), (_step(z1, target, rate, norm),))
+        return OpenFactors((k,), ((z1 - target) * rate,), ((_square(k) + 1) * rate,))
     hidden = F.gelu(z1, approximate="tanh")
-    step2 = _step(torch.baddbmm(weights[3], hidden, weights[2]), target, rate, norm)
-    step1 = torch.ops.aten.gelu_backward(torch.bmm(step2, weights[2].mT), z1, approximate="tanh")
-    return OpenFactors((k, hidden), (step1, step2))
+    z2 = torch.baddbmm(weights[3], hidden, weights[2])
+    if norm.inner:
+        step2 = _step(z2, target, rate, norm)
+        step1 = torch.ops.aten.gelu_backward(torch.bmm(step2, weights[2].mT), z1, approximate="tanh")
+        return OpenFactors((k, hidden), (step1, step2))
+    error = z2 - target
+    gradient1 = torch.ops.aten.gelu_backward(torch.bmm(error, weights[2].mT), z1, approximate="tanh")
+    c = (_square(k) + 1) * _square(gradient1) / (_square(error) + norm.eps) + _square(hidden) + 1
+    return OpenFactors((k, hidden), (gradient1 * rate, error * rate), (c * rate,))
+
+
+def _square(x: Tensor) -> Tensor:
+    """||x||^2 of every token, `[M, n, 1]`."""
+    return x.square().sum(-1, keepdim=True)
 
 
 def _step(z: Tensor, target: Tensor, rate: Tensor, norm: _Norm) -> Tensor:

@@ -20,6 +20,7 @@ from .ttt_kernels_device import triton
 from .ttt_kernels_linear import linear_backward, linear_forward
 from .ttt_kernels_mlp import mlp_backward, mlp_forward
 from .ttt_scan import refuse_second_derivative
+from .ttt_state import TTTInputs
 
 HEAD_DIMS = (32, 64, 128)
 MAX_MINI_BATCH = 64
@@ -96,39 +97,28 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def scan_mini_batches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    token_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weights: tuple[Tensor, ...],
-    complete: Tensor,
-    *,
-    group_size: int,
-    eps: float,
+    inputs: TTTInputs, weights: tuple[Tensor, ...], complete: Tensor, *, group_size: int, eps: float, inner_norm: str = "layer_norm"
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run whole mini-batches, one after the other; call `is_supported` first.
 
     Args:
-        q, k, v: `[B, N, b, H, D]`, float32 or bfloat16, any strides (copied where not contiguous); the target of a token is v - k.
-        lr: `[B, N, b, H]`; 0 in empty slots, which then change nothing but their own output.
-        token_weight: `[b]`. norm_weight, norm_bias: `[H, D]`.
+        inputs: tokens as `[B, N, b, ...]`; q, k, v float32 or bfloat16, any strides (copied where not contiguous); lr is 0 in empty slots, which
+            then change nothing but their own output.
         weights: (W1, b1[, W2, b2]) = `[B, H, D, F]`, `[B, H, 1, F]`, `[B, H, F, D]`, `[B, H, 1, D]`, float32; F = D for the linear mixer.
         complete: `[B, N]` bool; a mini-batch that is not complete leaves the weights as they are.
         group_size: mini-batches recomputed together in backward; any number from 1.
+        inner_norm: "layer_norm" or "none", whether the inner loss has a LayerNorm.
 
     Returns:
         `q + LN(f(q))` `[B, N, b, H, D]` in q's dtype, and the weights after the last complete mini-batch.
     """
-    floats = [x.float().contiguous() for x in (lr, token_weight, norm_weight, norm_bias)]
-    inputs = [q.contiguous(), k.contiguous(), v.contiguous(), *floats, *(w.contiguous() for w in weights)]
-    group = min(group_size, q.shape[1])
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        out, *after = _Scan.apply(complete.to(torch.int8), group, eps, *inputs)
+    floats = [x.float().contiguous() for x in inputs[3:]]
+    tensors = [*(x.contiguous() for x in inputs[:3]), *floats, *(w.contiguous() for w in weights)]
+    group, normed = min(group_size, inputs.q.shape[1]), inner_norm == "layer_norm"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        out, *after = _Scan.apply(complete.to(torch.int8), group, eps, normed, *tensors)
     else:
-        out, *after = _call("forward", inputs, complete.to(torch.int8), 0, eps)
+        out, *after = _call("forward", tensors, complete.to(torch.int8), 0, eps, normed)
     return out, tuple(after)
 
 
@@ -136,25 +126,25 @@ class _Scan(torch.autograd.Function):
     """Gradients to q, k, v, lr, token_weight, norm_weight, norm_bias and the first fast weights; not differentiable twice."""
 
     @staticmethod
-    def forward(ctx, complete: Tensor, group: int, eps: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, complete: Tensor, group: int, eps: float, normed: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         fast = len(inputs) - 7
-        results = _call("forward", list(inputs), complete, group, eps)
+        results = _call("forward", list(inputs), complete, group, eps, normed)
         ctx.save_for_backward(complete, *inputs[:7], *results[1 + fast :])
-        ctx.group, ctx.eps = group, eps
+        ctx.group, ctx.eps, ctx.normed = group, eps, normed
         return tuple(results[: 1 + fast])
 
     @staticmethod
     def backward(ctx, d_out: Tensor, *d_after: Tensor):
         refuse_second_derivative("triton")
         complete, *kept = ctx.saved_tensors
-        gradients = _call("backward", [d_out, *d_after, *kept], complete, ctx.group, ctx.eps)
-        return (None, None, None, *gradients)
+        gradients = _call("backward", [d_out, *d_after, *kept], complete, ctx.group, ctx.eps, ctx.normed)
+        return (None, None, None, None, *gradients)
 
 
 # --- the two halves: lists of tensors in, lists of new tensors out -------------------------------------------------------------------------
 
 
-def _forward(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
+def _forward(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
     """inputs: the seven of `_Scan` and the weights. Gives out, the last weights and, with group > 0, those before every group of mini-batches."""
     (q, weights), mixer = (inputs[0], inputs[7:]), _mixer(inputs[7:])
     number = q.shape[1]
@@ -163,11 +153,11 @@ def _forward(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> 
     saved = [_new(w, (*w.shape[:2], -(-number // group), *w.shape[2:])) for w in weights] if group else []
     arguments = [*inputs[:4], complete, *inputs[4:], out, *last, *(saved or last)]
     ranges = _ranges(0, 0, number, number, 1, 0, saved[0].shape[2] if group else 1, max(group, 1))
-    _launch(f"{mixer}_forward", q, q.shape[0] * q.shape[3], arguments, ranges, eps, QUERY=True, SAVE=group > 0)
+    _launch(f"{mixer}_forward", q, q.shape[0] * q.shape[3], arguments, ranges, eps, QUERY=True, SAVE=group > 0, NORMED=normed)
     return [out, *last, *saved]
 
 
-def _backward(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
+def _backward(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
     """inputs: the gradients to out and to the last weights, the seven of `_Scan`, the weights before every group. Gives all gradients."""
     fast = (len(inputs) - 8) // 2
     d_out, d_weights = inputs[0].contiguous(), [x.clone(memory_format=torch.contiguous_format) for x in inputs[1 : 1 + fast]]
@@ -187,9 +177,9 @@ def _backward(inputs: list[Tensor], complete: Tensor, group: int, eps: float) ->
             first = index * group
             count = min(group, number - first)
             ranges = _ranges(row, first, count, number, saved[0].shape[2], index, group, 1)
-            _launch(f"{mixer}_forward", q, programs, [*shared, *saved, q, *working, *states], ranges, eps, QUERY=False, SAVE=True)
+            _launch(f"{mixer}_forward", q, programs, [*shared, *saved, q, *working, *states], ranges, eps, QUERY=False, SAVE=True, NORMED=normed)
             arguments = [*shared, *states, scratch, d_out, *d_tokens, *partial, *d_weights]
-            _launch(f"{mixer}_backward", q, programs, arguments, [row, first, count, number, group], eps)
+            _launch(f"{mixer}_backward", q, programs, arguments, [row, first, count, number, group], eps, NORMED=normed)
     d_shared = [partial[0].sum(0), *(x.view(rows, heads, dim).sum(0) for x in partial[1:])]
     return [*d_tokens, *d_shared, *d_weights]
 
@@ -255,7 +245,7 @@ def _tuned(name: str, dim: int, long: bool):
         for block, warps, stages in ([LONG_MINI_BATCH[name]] if long else CONFIGURATIONS[name][dim])
     ]
     changed = [*ADDED_TO, *(n for n in KERNELS[name].arg_names if n in ("d_w1_ptr", "d_b1_ptr", "d_w2_ptr", "d_b2_ptr"))]
-    key = [n for n in KERNELS[name].arg_names if n in ("TOKENS", "QUERY", "SAVE", "PRECISION")]
+    key = [n for n in KERNELS[name].arg_names if n in ("TOKENS", "QUERY", "SAVE", "NORMED", "PRECISION")]
     options = {"restore_value": changed} if name.endswith("backward") else {}
     return triton.autotune(configs, key, cache_results=True, **options)(KERNELS[name])
 
@@ -267,31 +257,31 @@ _NAMESPACE = "moshi_ttt" if __name__ == "modeling_moshi_ttt.ttt_kernels" else f"
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
-def _forward_op(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
-    return _forward(inputs, complete, group, eps)
+def _forward_op(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
+    return _forward(inputs, complete, group, eps, normed)
 
 
 @_forward_op.register_fake
-def _(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
+def _(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
     groups = -(-inputs[0].shape[1] // group) if group else 0
     saved = [w.new_empty(*w.shape[:2], groups, *w.shape[2:]) for w in inputs[7:]] if group else []
     return [torch.empty_like(inputs[0]), *(torch.empty_like(w) for w in inputs[7:]), *saved]
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
-def _backward_op(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
-    return _backward(inputs, complete, group, eps)
+def _backward_op(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
+    return _backward(inputs, complete, group, eps, normed)
 
 
 @_backward_op.register_fake
-def _(inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
+def _(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
     fast = (len(inputs) - 8) // 2
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*inputs[1 + fast : 8 + fast], *inputs[1 : 1 + fast])]
 
 
-def _call(half: str, inputs: list[Tensor], complete: Tensor, group: int, eps: float) -> list[Tensor]:
+def _call(half: str, inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
     """Straight to the kernels in eager mode, where an operator's dispatch would cost more than a decoding step's launch."""
     if torch.compiler.is_compiling():
         operator = _forward_op if half == "forward" else _backward_op
-        return operator(inputs, complete, group, eps)
-    return (_forward if half == "forward" else _backward)(inputs, complete, group, eps)
+        return operator(inputs, complete, group, eps, normed)
+    return (_forward if half == "forward" else _backward)(inputs, complete, group, eps, normed)

@@ -43,16 +43,24 @@ def normalize_backward(d_normal, normal, scale, D: tl.constexpr):
 
 
 @jit
-def inner_gradient(z, target, gamma, beta, eps, D: tl.constexpr):
-    """Gradient of 1/2 |norm(z) gamma + beta - target|^2 to z [BT, D]; also norm(z), its scale and the residual, for the backward."""
+def inner_gradient(z, target, gamma, beta, eps, D: tl.constexpr, NORMED: tl.constexpr):
+    """Gradient of 1/2 |norm(z) gamma + beta - target|^2 to z [BT, D]; also norm(z), its scale and the residual, for the backward.
+
+    Not NORMED, of 1/2 |z - target|^2, where the backward needs none of these; the residual, which is that gradient, stands in for them.
+    """
+    if not NORMED:
+        residual = z - target
+        return residual, residual, tl.sum(residual, 1), residual
     normal, scale = normalize(z, eps, D)
     residual = normal * gamma[None, :] + beta[None, :] - target
     return normalize_backward(residual * gamma[None, :], normal, scale, D), normal, scale, residual
 
 
 @jit
-def inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D: tl.constexpr):
+def inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D: tl.constexpr, NORMED: tl.constexpr):
     """From the gradient to `inner_gradient`'s result: gradients to z, to the residual (minus the target's), to gamma and beta [D]."""
+    if not NORMED:
+        return d_grad, d_grad, tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
     outer = residual * gamma[None, :]
     d_inner = scale[:, None] * d_grad
     mean = tl.sum(d_inner, 1) / D
@@ -64,6 +72,23 @@ def inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D: tl.
     d_scale = tl.sum(d_grad * grad, 1) / D
     d_z = normalize_backward(d_normal, normal, scale, D) - (scale * d_scale)[:, None] * normal
     return d_z, d_residual, tl.sum(d_outer * residual + d_residual * normal, 0), tl.sum(d_residual, 0)
+
+
+@jit
+def bounded_share(token_weight, lr, c, causal):
+    """min(w_t, 1 / sum of lr_s c_s over s <= t) [BT], the bound on a step without the norm in the inner loss (`ttt_reference` derives it)."""
+    load = tl.sum(tl.where(causal, (lr * c)[None, :], 0.0), 1)
+    return token_weight / tl.maximum(token_weight * load, 1.0)
+
+
+@jit
+def bounded_share_backward(d_share, token_weight, lr, c, causal):
+    """Gradients to token_weight, lr and c [BT]."""
+    load = tl.sum(tl.where(causal, (lr * c)[None, :], 0.0), 1)
+    free = token_weight * load < 1.0
+    d_sum = tl.where(free, 0.0, -d_share / tl.where(free, 1.0, load * load))
+    d_load = tl.sum(tl.where(causal, d_sum[:, None], 0.0), 0)
+    return tl.where(free, d_share, 0.0), d_load * c, d_load * lr
 
 
 @jit

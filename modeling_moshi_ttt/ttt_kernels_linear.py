@@ -4,13 +4,15 @@ The forward keeps W in registers. The backward reads W and d_W in tiles of BLOCK
 registers for the tokens. d_W lives in its own buffer, which stays in L2; barriers separate what threads of a program write there from
 what others read.
 
-With L[t, s] = w_t lr_s for s <= t, all gradients of a mini-batch taken at its first weights, the dual form reads
-    G = d loss / d (k W + c),   out = q + norm(q W + c - (L * (q k^T + 1)) G) gamma + beta,   W <- W - w_last k^T (lr G).
+With L[t, s] = share_t lr_s for s <= t, share_t the token weight w_t or, not NORMED, `bounded_share` with c = |k|^2 + 1, and all gradients of a mini-batch taken at its first weights, the dual form reads
+    G = d loss / d (k W + c),   out = q + norm(q W + c - (L * (q k^T + 1)) G) gamma + beta,   W <- W - share_last k^T (lr G).
 The backward derives these equations line by line; d_<name> is the gradient to <name>.
 """
 
 from .ttt_kernels_device import (
     add_to,
+    bounded_share,
+    bounded_share_backward,
     inner_gradient,
     inner_gradient_backward,
     kernel,
@@ -56,6 +58,7 @@ def linear_forward(
     BT: tl.constexpr,
     QUERY: tl.constexpr,
     SAVE: tl.constexpr,
+    NORMED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -67,7 +70,8 @@ def linear_forward(
     gamma = tl.load(norm_weight_ptr + head * D + features)
     beta = tl.load(norm_bias_ptr + head * D + features)
     token_weight = tl.load(token_weight_ptr + tokens, mask=tokens < TOKENS, other=0.0)
-    last_weight = tl.load(token_weight_ptr + TOKENS - 1)
+    share = token_weight
+    last_share = tl.load(token_weight_ptr + TOKENS - 1)
     causal = tokens[:, None] >= tokens[None, :]
     start = row * starts + start_index
     w = tl.load(w1_ptr + start * D * D + square)
@@ -84,15 +88,18 @@ def linear_forward(
         k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
         v = load_tokens(v_ptr, at, H, TOKENS, D, BT, D)
         z = product(k, w, PRECISION) + bias[None, :]
-        grad, _, _, _ = inner_gradient(z, v - k, gamma, beta, eps, D)
+        grad, _, _, _ = inner_gradient(z, v - k, gamma, beta, eps, D, NORMED)
+        if not NORMED:
+            share = bounded_share(token_weight, lr, tl.sum(k * k, 1) + 1.0, causal)
+            last_share = tl.sum(tl.where(tokens == TOKENS - 1, share, 0.0), 0)
         if QUERY:
             q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
             score = product(q, tl.trans(k), PRECISION) + 1.0
-            mixing = tl.where(causal, token_weight[:, None] * lr[None, :] * score, 0.0)
+            mixing = tl.where(causal, share[:, None] * lr[None, :] * score, 0.0)
             z_q = product(q, w, PRECISION) + bias[None, :] - product(mixing, grad, PRECISION)
             normal, _ = normalize(z_q, eps, D)
             store_tokens(out_ptr, q + normal * gamma[None, :] + beta[None, :], at, H, TOKENS, D, BT, D)
-        step = lr * (last_weight * tl.load(complete_ptr + mini_batch).to(tl.float32))
+        step = lr * (last_share * tl.load(complete_ptr + mini_batch).to(tl.float32))
         stepped = step[:, None] * grad
         w -= product(tl.trans(k), stepped, PRECISION)
         bias -= tl.sum(stepped, 0)
@@ -134,6 +141,7 @@ def linear_backward(
     D: tl.constexpr,
     TOKENS: tl.constexpr,
     BT: tl.constexpr,
+    NORMED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -148,7 +156,8 @@ def linear_backward(
     gamma = tl.load(norm_weight_ptr + head * D + features)
     beta = tl.load(norm_bias_ptr + head * D + features)
     token_weight = tl.load(token_weight_ptr + tokens, mask=tokens < TOKENS, other=0.0)
-    last_weight = tl.load(token_weight_ptr + TOKENS - 1)
+    share = token_weight
+    last_share = tl.load(token_weight_ptr + TOKENS - 1)
     causal = tokens[:, None] >= tokens[None, :]
     grad_ptr = scratch_ptr + program * (4 * BT * D)
     d_z_q_ptr = grad_ptr + BT * D
@@ -182,9 +191,14 @@ def linear_backward(
             z += product(k, w, PRECISION)
             z_q += product(q, w, PRECISION)
             carried += product(k, tl.load(d_w1_ptr + f * D + wide), PRECISION)
-        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
-        grad, normal, scale, residual = inner_gradient(z, target, gamma, beta, eps, D)
-        reach = tl.where(causal, token_weight[:, None] * lr[None, :], 0.0)
+        key = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+        target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - key
+        grad, normal, scale, residual = inner_gradient(z, target, gamma, beta, eps, D, NORMED)
+        if not NORMED:
+            c = tl.sum(key * key, 1) + 1.0
+            share = bounded_share(token_weight, lr, c, causal)
+            last_share = tl.sum(tl.where(tokens == TOKENS - 1, share, 0.0), 0)
+        reach = tl.where(causal, share[:, None] * lr[None, :], 0.0)
         mixing = reach * score
         z_q -= product(mixing, grad, PRECISION)
         d_out = load_tokens(d_out_ptr, at, H, TOKENS, D, BT, D)
@@ -197,12 +211,16 @@ def linear_backward(
         d_score = d_mixing * reach
         d_reach = tl.where(causal, d_mixing * score, 0.0)
         gain = complete * tl.sum(carried * grad, 1)
-        step = lr * (last_weight * complete)
+        step = lr * (last_share * complete)
         d_grad = -product(tl.trans(mixing), d_z_q, PRECISION) - step[:, None] * carried
-        d_lr = tl.sum(d_reach * token_weight[:, None], 0) - last_weight * gain
-        d_token_weight += tl.sum(d_reach * lr[None, :], 1) - tl.where(tokens == TOKENS - 1, tl.sum(lr * gain, 0), 0.0)
+        d_lr = tl.sum(d_reach * share[:, None], 0) - last_share * gain
+        d_share = tl.sum(d_reach * lr[None, :], 1) - tl.where(tokens == TOKENS - 1, tl.sum(lr * gain, 0), 0.0)
+        if not NORMED:
+            d_share, g_lr, d_c = bounded_share_backward(d_share, token_weight, lr, c, causal)
+            d_lr += g_lr
+        d_token_weight += d_share
 
-        d_z, d_residual, g_gamma, g_beta = inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D)
+        d_z, d_residual, g_gamma, g_beta = inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D, NORMED)
         d_gamma += g_gamma
         d_beta += g_beta
         tl.store(grad_ptr + whole, grad)
@@ -222,6 +240,8 @@ def linear_backward(
             d_q = load_tokens(d_out_ptr + f, at, H, TOKENS, D, BT, BLOCK_F) + product(d_score, k, PRECISION)
             d_k = tl.load(d_residual_ptr + f + part) + product(tl.trans(d_score), q, PRECISION)
             d_k -= step[:, None] * product(tl.load(grad_ptr + whole), tl.trans(d_w), PRECISION)
+            if not NORMED:
+                d_k += 2.0 * d_c[:, None] * k
             d_z_q = tl.load(d_z_q_ptr + whole)
             d_q += product(d_z_q, tl.trans(w), PRECISION)
             d_w += product(tl.trans(q), d_z_q, PRECISION)

@@ -4,15 +4,18 @@ The hidden width F is cut into tiles of BLOCK_F columns of W1 (rows of W2). With
 registers from one mini-batch to the next; with narrower tiles they live in the program's own part of the last weights, a buffer
 that stays in L2, and stream through. Barriers separate what threads of a program write there from what others read.
 
-With L[t, s] = w_t lr_s for s <= t, all gradients of a mini-batch taken at its first weights, the dual form reads
+With L[t, s] = share_t lr_s for s <= t, share_t the token weight w_t or, not NORMED, `bounded_share`, and all gradients of a mini-batch taken at its first weights, the dual form reads
     X2 = gelu(k W1 + c1),  G2 = d loss / d (X2 W2 + c2),  G1 = (G2 W2^T) * gelu'(k W1 + c1)
     Xq = gelu(q W1 + c1 - (L * (q k^T + 1)) G1),  out = q + norm(Xq W2 + c2 - (L * (Xq X2^T + 1)) G2) gamma + beta
-    W1 <- W1 - w_last k^T (lr G1),  W2 <- W2 - w_last X2^T (lr G2).
+    W1 <- W1 - share_last k^T (lr G1),  W2 <- W2 - share_last X2^T (lr G2).
+The bound takes c = |X2|^2 + 1 + (|k|^2 + 1) |G1|^2 / (|G2|^2 + eps), token by token; without the norm G2 is the error.
 The backward derives these equations line by line; d_<name> is the gradient to <name>.
 """
 
 from .ttt_kernels_device import (
     add_to,
+    bounded_share,
+    bounded_share_backward,
     gelu,
     gelu_slopes,
     inner_gradient,
@@ -95,6 +98,7 @@ def mlp_forward(
     BT: tl.constexpr,
     QUERY: tl.constexpr,
     SAVE: tl.constexpr,
+    NORMED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -110,7 +114,8 @@ def mlp_forward(
     gamma = tl.load(norm_weight_ptr + head * D + features)
     beta = tl.load(norm_bias_ptr + head * D + features)
     token_weight = tl.load(token_weight_ptr + tokens, mask=tokens < TOKENS, other=0.0)
-    last_weight = tl.load(token_weight_ptr + TOKENS - 1)
+    share = token_weight
+    last_share = tl.load(token_weight_ptr + TOKENS - 1)
     causal = tokens[:, None] >= tokens[None, :]
     start = row * starts + start_index
     work1 = w1_last_ptr + program * D * F
@@ -140,13 +145,15 @@ def mlp_forward(
         mini_batch = batch * total + first + i
         at = mini_batch * TOKENS * H + head
         lr = tl.load(lr_ptr + at + tokens * H, mask=tokens < TOKENS, other=0.0)
-        step = lr * (last_weight * tl.load(complete_ptr + mini_batch).to(tl.float32))
         k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
         target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - k
         z = tl.zeros([BT, D], tl.float32) + b2[None, :]
+        hidden_square = tl.zeros([BT], tl.float32)
         if RESIDENT:
             hidden = gelu(product(k, w1, PRECISION) + b1[None, :])
             z += product(hidden, w2, PRECISION)
+            if not NORMED:
+                hidden_square += tl.sum(hidden * hidden, 1)
         else:
             for f in range(0, F, BLOCK_F):
                 k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
@@ -160,11 +167,29 @@ def mlp_forward(
                         tl.store(w2_saved_ptr + slot * D * F + f * D + wide, w2)
                 hidden = gelu(product(k, w1, PRECISION) + b1[None, :])
                 z += product(hidden, w2, PRECISION)
-        grad2, _, _, _ = inner_gradient(z, target, gamma, beta, eps, D)
+                if not NORMED:
+                    hidden_square += tl.sum(hidden * hidden, 1)
+        grad2, _, _, _ = inner_gradient(z, target, gamma, beta, eps, D, NORMED)
+        if not NORMED:
+            grad1_square = tl.zeros([BT], tl.float32)
+            if RESIDENT:
+                hidden, grad1 = learn(k, w1, b1, w2, grad2, PRECISION)
+                grad1_square += tl.sum(grad1 * grad1, 1)
+            else:
+                for f in range(0, F, BLOCK_F):
+                    k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+                    w2 = tl.load(work2 + f * D + wide)
+                    hidden, grad1 = learn(k, tl.load(work1 + f + tall), tl.load(workb + f + tile), w2, grad2, PRECISION)
+                    grad1_square += tl.sum(grad1 * grad1, 1)
+            k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
+            c = hidden_square + 1.0 + (tl.sum(k * k, 1) + 1.0) * grad1_square / (tl.sum(grad2 * grad2, 1) + eps)
+            share = bounded_share(token_weight, lr, c, causal)
+            last_share = tl.sum(tl.where(tokens == TOKENS - 1, share, 0.0), 0)
+        step = lr * (last_share * tl.load(complete_ptr + mini_batch).to(tl.float32))
         if QUERY:
             q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
             score = product(q, tl.trans(k), PRECISION) + 1.0
-            reach = tl.where(causal, token_weight[:, None] * lr[None, :], 0.0)
+            reach = tl.where(causal, share[:, None] * lr[None, :], 0.0)
             mixing = reach * score
             z_q = tl.zeros([BT, D], tl.float32) + b2[None, :]
             overlap = tl.zeros([BT, BT], tl.float32) + 1.0
@@ -241,6 +266,7 @@ def mlp_backward(
     F: tl.constexpr,
     TOKENS: tl.constexpr,
     BT: tl.constexpr,
+    NORMED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -257,7 +283,8 @@ def mlp_backward(
     gamma = tl.load(norm_weight_ptr + head * D + features)
     beta = tl.load(norm_bias_ptr + head * D + features)
     token_weight = tl.load(token_weight_ptr + tokens, mask=tokens < TOKENS, other=0.0)
-    last_weight = tl.load(token_weight_ptr + TOKENS - 1)
+    share = token_weight
+    last_share = tl.load(token_weight_ptr + TOKENS - 1)
     causal = tokens[:, None] >= tokens[None, :]
     z1_ptr = scratch_ptr + program * (5 * BT * F + 3 * BT * D)  # k W1 + c1
     back1_ptr = z1_ptr + BT * F  # G2 W2^T
@@ -285,11 +312,11 @@ def mlp_backward(
         b2 = tl.load(b2_saved_ptr + slot * D + features)
         complete = tl.load(complete_ptr + mini_batch).to(tl.float32)
         lr = tl.load(lr_ptr + at + tokens * H, mask=tokens < TOKENS, other=0.0)
-        step = lr * (last_weight * complete)
 
         # Pass 1: what the keys read, z2, and S2 = X2 d_W2 + d_c2, how the later loss pulls at G2.
         z2 = tl.zeros([BT, D], tl.float32) + b2[None, :]
         carried2 = tl.zeros([BT, D], tl.float32) + d_b2[None, :]
+        hidden_square = tl.zeros([BT], tl.float32)
         for f in range(0, F, BLOCK_F):
             k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
             z1 = product(k, tl.load(w1_ptr + f + tall), PRECISION) + tl.load(b1_ptr + f + tile)[None, :]
@@ -297,15 +324,31 @@ def mlp_backward(
             hidden = gelu(z1)
             z2 += product(hidden, tl.load(w2_ptr + f * D + wide), PRECISION)
             carried2 += product(hidden, tl.load(d_w2_ptr + f * D + wide), PRECISION)
+            if not NORMED:
+                hidden_square += tl.sum(hidden * hidden, 1)
         k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
         q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
         target = load_tokens(v_ptr, at, H, TOKENS, D, BT, D) - k
-        grad2, normal, scale, residual = inner_gradient(z2, target, gamma, beta, eps, D)
+        grad2, normal, scale, residual = inner_gradient(z2, target, gamma, beta, eps, D, NORMED)
         tl.store(grad2_ptr + whole, grad2)
         score = product(q, tl.trans(k), PRECISION) + 1.0
-        reach = tl.where(causal, token_weight[:, None] * lr[None, :], 0.0)
-        mixing = reach * score
         tl.debug_barrier()
+
+        # Pass 1b, for the bound: |G1|, before the first query reads G1.
+        if not NORMED:
+            grad1_square = tl.zeros([BT], tl.float32)
+            for f in range(0, F, BLOCK_F):
+                _, slope, _ = gelu_slopes(tl.load(z1_ptr + f + flat))
+                grad1 = product(tl.load(grad2_ptr + whole), tl.trans(tl.load(w2_ptr + f * D + wide)), PRECISION) * slope
+                grad1_square += tl.sum(grad1 * grad1, 1)
+            key_square = tl.sum(k * k, 1) + 1.0
+            error_square = tl.sum(grad2 * grad2, 1) + eps
+            c = hidden_square + 1.0 + key_square * grad1_square / error_square
+            share = bounded_share(token_weight, lr, c, causal)
+            last_share = tl.sum(tl.where(tokens == TOKENS - 1, share, 0.0), 0)
+        step = lr * (last_share * complete)
+        reach = tl.where(causal, share[:, None] * lr[None, :], 0.0)
+        mixing = reach * score
 
         # Pass 2: what the queries read.
         z2_q = tl.zeros([BT, D], tl.float32) + b2[None, :]
@@ -343,6 +386,7 @@ def mlp_backward(
         d_q = d_out
         d_mixing = tl.zeros([BT, BT], tl.float32)
         pulled = tl.zeros([BT, D], tl.float32)
+        returned = tl.zeros([BT, D], tl.float32)  # for the bound, half the gradient of |G1|^2 to G2
         for f in range(0, F, BLOCK_F):
             k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
             d_z2_q = tl.load(d_z2_q_ptr + whole)
@@ -362,20 +406,31 @@ def mlp_backward(
             gain += tl.sum(carried1 * grad1, 1)
             pulled += product(grad1, tl.trans(d_w1), PRECISION)
             d_grad2 += product(d_grad1 * slope, w2, PRECISION)
+            if not NORMED:
+                returned += product(grad1 * slope, w2, PRECISION)
         k = load_tokens(k_ptr, at, H, TOKENS, D, BT, D)
         q = load_tokens(q_ptr, at, H, TOKENS, D, BT, D)
         grad2 = tl.load(grad2_ptr + whole)
         d_score = d_mixing * reach
         d_reach = tl.where(causal, d_reach + d_mixing * score, 0.0)
         gain = complete * gain
-        d_lr = tl.sum(d_reach * token_weight[:, None], 0) - last_weight * gain
-        d_token_weight += tl.sum(d_reach * lr[None, :], 1) - tl.where(tokens == TOKENS - 1, tl.sum(lr * gain, 0), 0.0)
+        d_lr = tl.sum(d_reach * share[:, None], 0) - last_share * gain
+        d_share = tl.sum(d_reach * lr[None, :], 1) - tl.where(tokens == TOKENS - 1, tl.sum(lr * gain, 0), 0.0)
+        if not NORMED:
+            d_share, g_lr, d_c = bounded_share_backward(d_share, token_weight, lr, c, causal)
+            d_lr += g_lr
+            ratio = grad1_square / error_square
+            pull = 2.0 * d_c * key_square / error_square  # c = |X2|^2 + 1 + key_square ratio
+            d_grad2 += pull[:, None] * (returned - ratio[:, None] * grad2)
+        d_token_weight += d_share
         d_q += product(d_score, k, PRECISION)
-        d_z2, d_residual, g_gamma, g_beta = inner_gradient_backward(d_grad2, grad2, normal, scale, residual, gamma, D)
+        d_z2, d_residual, g_gamma, g_beta = inner_gradient_backward(d_grad2, grad2, normal, scale, residual, gamma, D, NORMED)
         tl.store(d_z2_ptr + whole, d_z2)
         d_gamma += g_gamma
         d_beta += g_beta
         d_k = d_residual + product(tl.trans(d_score), q, PRECISION) - step[:, None] * pulled
+        if not NORMED:
+            d_k += (2.0 * d_c * ratio)[:, None] * k
         store_tokens(d_q_ptr, d_q, at, H, TOKENS, D, BT, D)
         store_tokens(d_v_ptr, -d_residual, at, H, TOKENS, D, BT, D)
         tl.store(d_lr_ptr + at + tokens * H, d_lr, mask=tokens < TOKENS)
@@ -395,6 +450,9 @@ def mlp_backward(
             d_z1_q = tl.load(d_z1_q_ptr + f + flat)
             d_grad1 = tl.load(d_grad1_ptr + f + flat)
             d_hidden = product(tl.trans(d_overlap), hidden_q, PRECISION)
+            if not NORMED:
+                d_grad1 += pull[:, None] * tl.load(back1_ptr + f + flat) * slope
+                d_hidden += 2.0 * d_c[:, None] * hidden
             d_hidden += product(d_z2, tl.trans(w2), PRECISION)
             d_hidden -= step[:, None] * product(grad2, tl.trans(d_w2), PRECISION)
             d_z1 = d_grad1 * tl.load(back1_ptr + f + flat) * curve + d_hidden * slope

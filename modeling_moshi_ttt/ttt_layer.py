@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .ttt_ops import ttt_linear, ttt_mlp
-from .ttt_state import TTTState
+from .ttt_state import TTTInputs, TTTState
 
 ROPE_THETA = 10000.0
 
@@ -25,7 +25,7 @@ ROPE_THETA = 10000.0
 class TTTInnerLosses(NamedTuple):
     """Inner losses at the last token of each of the N mini-batches that a call completed (every token at b = 1): the TTT paper's figure 5.
 
-    A loss is the mean over D of (LN(f_W(k)) - target)^2.
+    A loss is the mean over D of (LN(f_W(k)) - target)^2, without the LN where ttt_inner_norm is "none".
     """
 
     position: Tensor  # [N] frame of that token, counted from the stream's start
@@ -38,8 +38,8 @@ class TTTInnerLosses(NamedTuple):
 class TTTLayer(nn.Module):
     """What both mixers share; use `TTTLinear` or `TTTMLP`.
 
-    `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_rope ("mini_batch", "absolute" or
-    "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing of a stream: its state goes in and
+    `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_inner_norm ("layer_norm" or "none"), ttt_rope
+    ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing of a stream: its state goes in and
     comes out of `forward`.
     """
 
@@ -124,9 +124,7 @@ class TTTLayer(nn.Module):
         projected = self.wq(x), self.wk(x), self.wv(x)
         with torch.autocast(x.device.type, enabled=False):  # the inner learning is float32 whatever is around it
             inputs = self._op_inputs(x, projected, self._positions(x, state, position_ids, mask))
-            options = {"mini_batch_size": self.config.ttt_mini_batch_size, "eps": self.config.ttt_norm_eps, "mask": mask}
-            options |= {"group_size": self.config.scan_checkpoint_group_size, "backend": self.config.ttt_implementation}
-            out, state = self.op(*inputs, state, **options)  # [B, T, H, D]
+            out, state = self.op(*inputs, state, mask=mask, **self._op_options())  # [B, T, H, D]
             out = self.post_norm(out.flatten(2))
         return self.wo(out.to(self.ttt_norm_weight.dtype)).to(hidden_states.dtype), state
 
@@ -150,17 +148,16 @@ class TTTLayer(nn.Module):
         x, b, frames = hidden_states.to(self.ttt_norm_weight.dtype), self.config.ttt_mini_batch_size, int(state.frames[0])
         projected = self.wq(x), self.wk(x), self.wv(x)
         with torch.autocast(x.device.type, enabled=False):
-            *tokens, token_weight, norm_weight, norm_bias = self._op_inputs(x, projected, self._positions(x, state, position_ids, None))
-            shared = token_weight, norm_weight, norm_bias
-            options = {"mini_batch_size": b, "eps": self.config.ttt_norm_eps, "backend": self.config.ttt_implementation}
+            inputs = self._op_inputs(x, projected, self._positions(x, state, position_ids, None))
+            tokens, shared = inputs[:4], inputs[4:]
             initial = self.initial_state(len(x)).weights
             found: list[list[Tensor]] = [[], [], [], []]
             start, ends = 0, range(b - frames % b, x.shape[1] + 1, b)
             for end in ends:
                 before = state.weights
-                _, state = self.op(*(token[:, start:end] for token in tokens), *shared, state, **options)
+                _, state = self.op(*(token[:, start:end] for token in tokens), *shared, state, **self._op_options())
                 for losses, weights in zip(found, (initial, before, state.weights)):
-                    losses.append(self._inner_loss(weights, tokens[1][:, end - 1], tokens[2][:, end - 1], norm_weight, norm_bias))
+                    losses.append(self._inner_loss(weights, inputs, end - 1))
                 moved = [(after - first).square().sum((1, 2, 3)) for after, first in zip(state.weights, initial)]
                 found[3].append(sum(moved, torch.zeros(())).sqrt())
                 start = end
@@ -169,18 +166,23 @@ class TTTLayer(nn.Module):
         at_first, before_it, after_it, drift = (torch.stack(values, 1) if values else empty for values in found)
         return TTTInnerLosses(position, at_first, before_it, after_it, drift if found[3] else empty[..., 0])
 
-    def _inner_loss(self, weights: tuple[Tensor, ...], k: Tensor, v: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        """`[B, H]` from one token's k and v `[B, H, D]`; its target is v - k."""
+    def _inner_loss(self, weights: tuple[Tensor, ...], inputs: TTTInputs, frame: int) -> Tensor:
+        """`[B, H]` of the token at this frame; its target is v - k."""
+        k, v = inputs.k[:, frame], inputs.v[:, frame]  # [B, H, D]
         z = torch.einsum("bhd,bhdf->bhf", k.to(weights[0].dtype), weights[0]) + weights[1].squeeze(2)
         if len(weights) == 4:
             z = torch.einsum("bhf,bhfd->bhd", F.gelu(z, approximate="tanh"), weights[2]) + weights[3].squeeze(2)
-        prediction = F.layer_norm(z, z.shape[-1:], eps=self.config.ttt_norm_eps) * norm_weight + norm_bias
-        return (prediction - (v - k)).square().mean(-1)
+        if self.config.ttt_inner_norm == "layer_norm":
+            z = F.layer_norm(z, z.shape[-1:], eps=self.config.ttt_norm_eps) * inputs.norm_weight + inputs.norm_bias
+        return (z - (v - k)).square().mean(-1)
 
-    def _op_inputs(
-        self, x: Tensor, projected: tuple[Tensor, Tensor, Tensor], positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, lr, token_weight, norm_weight, norm_bias as the ops take them, in float32 at least."""
+    def _op_options(self) -> dict[str, Any]:
+        c = self.config
+        how = {"group_size": c.scan_checkpoint_group_size, "backend": c.ttt_implementation}
+        return how | {"mini_batch_size": c.ttt_mini_batch_size, "eps": c.ttt_norm_eps, "inner_norm": c.ttt_inner_norm}
+
+    def _op_inputs(self, x: Tensor, projected: tuple[Tensor, Tensor, Tensor], positions: Tensor) -> TTTInputs:
+        """What the ops take, in float32 at least."""
         heads, dim = self.config.ttt_num_heads, self.config.ttt_head_dim
         q, k, v = (_at_least_float32(p).unflatten(-1, (heads, dim)) for p in projected)  # [B, T, H, D]
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -193,7 +195,7 @@ class TTTLayer(nn.Module):
         lr = self.config.ttt_base_lr / dim * torch.sigmoid(logits + _at_least_float32(self.learnable_ttt_lr_bias).squeeze(1))  # [B, T, H]
         learned = _at_least_float32(self.learnable_token_weight)
         count = torch.arange(1, len(learned) + 1, device=learned.device, dtype=learned.dtype)
-        return q, k, target + k, lr, (1 / count + learned).clamp(min=0), norm_weight, norm_bias
+        return TTTInputs(q, k, target + k, lr, (1 / count + learned).clamp(min=0), norm_weight, norm_bias)
 
     def _positions(self, x: Tensor, state: TTTState, position_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """`[B, T]` positions by which RoPE turns."""

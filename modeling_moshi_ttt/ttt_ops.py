@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configuration_moshi_ttt import INNER_NORMS
 from .ttt_decode import decode_step
 from .ttt_reference import ttt_reference
 from .ttt_scan import scan_mini_batches
-from .ttt_state import TTTState
+from .ttt_scan_op import scan_as_one
+from .ttt_state import TTTInputs, TTTState
 
 __all__ = ["BACKENDS", "TTTState", "ttt_linear", "ttt_mlp"]
 
@@ -42,6 +44,7 @@ def ttt_linear(
     backend: str = "auto",
     eps: float = 1e-6,
     mask: Tensor | None = None,
+    inner_norm: str = "layer_norm",
 ) -> tuple[Tensor, TTTState]:
     """Test-time training of a linear inner model over a stream, resumed from `state` (the function itself is defined in `ttt_reference`).
 
@@ -55,16 +58,18 @@ def ttt_linear(
         group_size: mini-batches for which backward keeps one state of the weights: a matter of memory and time, never of numbers.
         backend: "auto" (Triton on CUDA where it takes the inputs, else scan; scan for one frame without gradients), "scan", "triton" or "reference".
         mask: `[B, T]` bool; a False frame changes nothing of the state, and its output is 0.
+        inner_norm: "layer_norm", the inner loss 1/2 ||LN(f(k)) - (v - k)||^2 as published; "none", 1/2 ||f(k) - (v - k)||^2 with a bounded step, a
+            memory that can be written over. No token weight, rate or key makes it diverge: `ttt_reference` states the bound.
 
     Returns:
         `q + LN(f(q))` `[B, T, H, D]` in q's dtype, and the state after these frames.
 
     Raises:
         ValueError: inputs whose shapes, dtypes or devices do not fit together, a state of another mixer, batch size, mini-batch size or
-            device, mini_batch_size or group_size below 1, no frames or rows, or `backend="triton"` where the kernels do not take the inputs.
+            device, mini_batch_size or group_size below 1, an unknown backend or inner_norm, no frames or rows, or `backend="triton"` where the kernels do not take the inputs.
     """
-    inputs = _Inputs(q, k, v, lr, token_weight, norm_weight, norm_bias)
-    return _run("linear", inputs, state, mask, mini_batch_size, group_size, backend, eps)
+    inputs = TTTInputs(q, k, v, lr, token_weight, norm_weight, norm_bias)
+    return _run("linear", inputs, state, mask, _Options(mini_batch_size, group_size, backend, eps, inner_norm))
 
 
 def ttt_mlp(
@@ -82,20 +87,19 @@ def ttt_mlp(
     backend: str = "auto",
     eps: float = 1e-6,
     mask: Tensor | None = None,
+    inner_norm: str = "layer_norm",
 ) -> tuple[Tensor, TTTState]:
     """Test-time training of a two-layer inner model with GELU; arguments, result and errors as in `ttt_linear`."""
-    inputs = _Inputs(q, k, v, lr, token_weight, norm_weight, norm_bias)
-    return _run("mlp", inputs, state, mask, mini_batch_size, group_size, backend, eps)
+    inputs = TTTInputs(q, k, v, lr, token_weight, norm_weight, norm_bias)
+    return _run("mlp", inputs, state, mask, _Options(mini_batch_size, group_size, backend, eps, inner_norm))
 
 
-class _Inputs(NamedTuple):
-    q: Tensor  # [B, T, H, D], as k and v
-    k: Tensor
-    v: Tensor
-    lr: Tensor  # [B, T, H]
-    token_weight: Tensor  # [b]
-    norm_weight: Tensor  # [H, D]
-    norm_bias: Tensor  # [H, D]
+class _Options(NamedTuple):
+    mini_batch_size: int
+    group_size: int
+    backend: str
+    eps: float
+    inner_norm: str
 
 
 class _Aligned(NamedTuple):
@@ -110,49 +114,47 @@ class _Aligned(NamedTuple):
     filled: Tensor  # [B]: tokens in these mini-batches
 
 
-def _run(
-    mixer: str, inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int, group_size: int, backend: str, eps: float
-) -> tuple[Tensor, TTTState]:
-    _check_options(b, group_size, backend)
-    _check_shapes(inputs, mask, b)
-    _check_state(mixer, inputs.q, state, b)
+def _run(mixer: str, inputs: TTTInputs, state: TTTState, mask: Tensor | None, options: _Options) -> tuple[Tensor, TTTState]:
+    _check_options(options)
+    _check_shapes(inputs, mask, options.mini_batch_size)
+    _check_state(mixer, inputs.q, state, options.mini_batch_size)
     if not torch.is_autocast_enabled(inputs.q.device.type):  # asked first: entering it is felt in a decoding step
-        return _compute(inputs, state, mask, b, group_size, backend, eps)
+        return _compute(inputs, state, mask, options)
     with torch.autocast(inputs.q.device.type, enabled=False):
-        return _compute(inputs, state, mask, b, group_size, backend, eps)
+        return _compute(inputs, state, mask, options)
 
 
-def _compute(
-    inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int, group_size: int, backend: str, eps: float
-) -> tuple[Tensor, TTTState]:
-    even = None if mask is not None or state.even_frames is None else state.even_frames + inputs.q.shape[1]
+def _compute(inputs: TTTInputs, state: TTTState, mask: Tensor | None, options: _Options) -> tuple[Tensor, TTTState]:
+    b, group_size, backend, eps, inner_norm = options
+    even = None if mask is not None or state.lockstep_frames is None else state.lockstep_frames + inputs.q.shape[1]
     dtype = torch.float64 if torch.float64 in [x.dtype for x in (*inputs, state.W1)] else torch.float32
     weights = tuple(w if w.dtype == dtype else w.to(dtype) for w in state.weights)
     way = _choose_way(backend, inputs, state, weights, b)
     if way in ("reference", "decode"):
-        exact = _Inputs(*(x if x.dtype == dtype else x.to(dtype) for x in inputs))
+        exact = TTTInputs(*(x if x.dtype == dtype else x.to(dtype) for x in inputs))
         if way == "reference":
-            out, after = ttt_reference(*exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps)
+            out, after = ttt_reference(exact, _cast(state, dtype), mini_batch_size=b, mask=mask, eps=eps, inner_norm=inner_norm)
         else:
-            out, after = decode_step(*exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps)
-        return out.to(inputs.q.dtype), dataclasses.replace(after, even_frames=even)
+            out, after = decode_step(exact, _cast(state, dtype), valid=None if mask is None else mask[:, 0], eps=eps, inner_norm=inner_norm)
+        return out.to(inputs.q.dtype), dataclasses.replace(after, lockstep_frames=even)
     aligned = _align(inputs, state, mask, b)
     number = aligned.q.shape[1]
     complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
-    shared = (inputs.token_weight, inputs.norm_weight, inputs.norm_bias)
-    body = scan_mini_batches if way == "scan" else _triton_body()
-    out, weights = body(aligned.q, aligned.k, aligned.v, aligned.lr, *shared, weights, complete, group_size=min(group_size, number), eps=eps)
-    return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), even_frames=even)
+    whole = inputs._replace(q=aligned.q, k=aligned.k, v=aligned.v, lr=aligned.lr)
+    out, weights = _body(way)(whole, weights, complete, group_size=group_size, eps=eps, inner_norm=inner_norm)
+    return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), lockstep_frames=even)
 
 
-def _align(inputs: _Inputs, state: TTTState, mask: Tensor | None, b: int) -> _Aligned:
+def _align(inputs: TTTInputs, state: TTTState, mask: Tensor | None, b: int) -> _Aligned:
     rows, length = inputs.q.shape[:2]
     tokens = inputs[:4]
     if mask is None and (state.mini_batch_size == 0 or (length > 1 and state.between_mini_batches)):
         frames = state.frames + length
-        number = -(-length // b)
-        q, k, v, lr = (x if length % b == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
-        q, k, v, lr = (x.unflatten(1, (number, b)) for x in (q, k, v, lr))
+        # A graph has no branch on the length: there is always a slot to fill up.
+        whole = not torch.compiler.is_compiling() and length % b == 0
+        number = length // b if whole else length // b + 1
+        q, k, v, lr = (x if whole else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
+        q, k, v, lr = (x.unflatten(1, (-1, b)) for x in (q, k, v, lr))
         return _Aligned(q, k, v, lr, None, frames, torch.full_like(frames, length))
 
     started = state.mini_batch_size > 0
@@ -204,13 +206,13 @@ def _state_after(weights: tuple[Tensor, ...], aligned: _Aligned) -> TTTState:
 def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:
     if state.W1.dtype == state.k.dtype == dtype:
         return state
-    return state._map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    return state.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 # --- choice of body -------------------------------------------------------------------------------------------------------------------
 
 
-def _choose_way(backend: str, inputs: _Inputs, state: TTTState, weights: tuple[Tensor, ...], b: int) -> str:
+def _choose_way(backend: str, inputs: TTTInputs, state: TTTState, weights: tuple[Tensor, ...], b: int) -> str:
     """"reference", "triton", "scan", or "decode", one frame without gradients unless Triton was asked for by name (why: benchmarks/GPU.md)."""
     if backend == "reference":
         return backend
@@ -230,6 +232,12 @@ def _choose_way(backend: str, inputs: _Inputs, state: TTTState, weights: tuple[T
     return "scan"
 
 
+def _body(way: str) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    if way != "scan":
+        return _triton_body()
+    return scan_as_one if torch.compiler.is_compiling() and not torch.is_grad_enabled() else scan_mini_batches
+
+
 def _triton_body() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
     from .ttt_kernels import scan_mini_batches as body
 
@@ -244,16 +252,17 @@ def _say_once(reason: str) -> None:
 # --- checks ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _check_options(mini_batch_size: int, group_size: int, backend: str) -> None:
-    if mini_batch_size < 1:
-        raise ValueError(f"mini_batch_size is {mini_batch_size}; it must be at least 1")
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}; it must be at least 1")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is '{backend}'; it must be one of {', '.join(BACKENDS)}")
+def _check_options(options: _Options) -> None:
+    if options.mini_batch_size < 1:
+        raise ValueError(f"mini_batch_size is {options.mini_batch_size}; it must be at least 1")
+    if options.group_size < 1:
+        raise ValueError(f"group_size is {options.group_size}; it must be at least 1")
+    for name, value, known in (("backend", options.backend, BACKENDS), ("inner_norm", options.inner_norm, INNER_NORMS)):
+        if value not in known:
+            raise ValueError(f"{name} is '{value}'; it must be one of {', '.join(known)}")
 
 
-def _check_shapes(inputs: _Inputs, mask: Tensor | None, mini_batch_size: int) -> None:
+def _check_shapes(inputs: TTTInputs, mask: Tensor | None, mini_batch_size: int) -> None:
     q = inputs.q
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, T, H, D] with at least one row and one frame")
@@ -262,7 +271,7 @@ def _check_shapes(inputs: _Inputs, mask: Tensor | None, mini_batch_size: int) ->
         "k": q.shape, "v": q.shape, "lr": (rows, length, heads), "token_weight": (mini_batch_size,),
         "norm_weight": (heads, dim), "norm_bias": (heads, dim),
     }  # fmt: skip
-    for name, tensor in zip(_Inputs._fields, inputs):
+    for name, tensor in zip(TTTInputs._fields, inputs):
         shape = wanted.get(name, q.shape)
         if tensor.shape != torch.Size(shape):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {tuple(shape)}")

@@ -1,22 +1,33 @@
-"""The memory of a TTT layer between two calls.
+"""What the TTT ops take, and the memory of a TTT layer between two calls.
 
 Shape letters: B rows (streams), H heads, D head dimension, F hidden width of the MLP (4 D), b mini-batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .rows import Entry, check_entries, check_names, row_mask
+
 WEIGHT_NAMES = ("W1", "b1", "W2", "b2")
 TOKEN_NAMES = ("k", "v", "lr", "frames")
 
-# What a saved entry has to be: its shape and its dtype.
-Entry = tuple[tuple[int, ...], torch.dtype]
+
+class TTTInputs(NamedTuple):
+    """What an op takes beside its state; bodies that run whole mini-batches get their tokens as `[B, N, b, ...]` in place of `[B, T, ...]`."""
+
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, T, H, D]
+    v: Tensor  # [B, T, H, D]: target + k
+    lr: Tensor  # [B, T, H]
+    token_weight: Tensor  # [b]
+    norm_weight: Tensor  # [H, D]
+    norm_bias: Tensor  # [H, D]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +56,7 @@ class TTTState:
     # What decoding steps keep of the open mini-batch; made again from k, v and lr whenever it is missing.
     open_factors: Any = field(default=None, repr=False)
     # The number in `frames`, where all rows are known to have the same: asking a GPU for it would have the host wait for all work before.
-    even_frames: int | None = None
+    lockstep_frames: int | None = None
 
     @classmethod
     def initial(
@@ -64,7 +75,7 @@ class TTTState:
         weights = tuple(w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2) if w is not None)
         none = W1.new_zeros(batch_size, 0, heads, dim)
         fresh = cls.of(weights, none, none, none[..., 0], torch.zeros(batch_size, dtype=torch.int64, device=W1.device))
-        return replace(fresh, even_frames=0)
+        return replace(fresh, lockstep_frames=0)
 
     @classmethod
     def of(cls, weights: tuple[Tensor, ...], k: Tensor, v: Tensor, lr: Tensor, frames: Tensor, open_factors: Any = None) -> TTTState:
@@ -102,14 +113,14 @@ class TTTState:
         """Whether no row has an open mini-batch; read from the device only where the host does not know."""
         if self.mini_batch_size == 0:
             return True
-        if self.even_frames is not None:
-            return self.even_frames % self.mini_batch_size == 0
+        if self.lockstep_frames is not None:
+            return self.lockstep_frames % self.mini_batch_size == 0
         return not bool(self.position.any())
 
     def select(self, rows: Sequence[int] | Tensor) -> TTTState:
         """The rows at these indices, in this order (a row may occur more than once)."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.W1.device)
-        return self._map(lambda x: x.index_select(0, index))
+        return self.map(lambda x: x.index_select(0, index))
 
     def reset(self, rows: Sequence[int] | Tensor, initial: TTTState) -> TTTState:
         """These rows as in `initial` (of batch size 1 or B, before its first call), the others as they are.
@@ -133,15 +144,25 @@ class TTTState:
         weights = tuple(blend(w, fresh) for w, fresh in zip(self.weights, initial.weights))
         return TTTState.of(weights, *(blend(x, torch.zeros_like(x)) for x in (self.k, self.v, self.lr, self.frames)))
 
+    def with_slots(self, b: int) -> TTTState:
+        """A state before its first token with empty slots for a mini-batch of b."""
+        rows, _, heads, dim = self.k.shape
+        empty = self.W1.new_zeros(rows, b, heads, dim)
+        return replace(self, k=empty, v=empty, lr=empty[..., 0])
+
+    def filled(self, b: int) -> TTTState:
+        """Likewise, with tensors of its own, and rows that are not taken to be in lockstep."""
+        return replace(self.with_slots(b).map(lambda x: x.contiguous().clone()), lockstep_frames=None)
+
     def detach(self) -> TTTState:
         """The same numbers, cut from the graph that made them."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
     def clone(self) -> TTTState:
-        return self._map(Tensor.clone)
+        return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str) -> TTTState:
-        return self._map(lambda x: x.to(device))
+        return self.map(lambda x: x.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything needed to save and restore it, by name; `from_tensors` is the way back."""
@@ -161,12 +182,14 @@ class TTTState:
             raise ValueError(f"W1 {tuple(W1.shape)} and k {tuple(k.shape)} of the saved TTT state must have 4 dimensions")
         rows, heads, dim, width = W1.shape
         check_entries("TTT state", tensors, saved_entries(rows, heads, dim, width if "W2" in names else None, k.shape[1]))
-        return cls.of(tuple(tensors[name] for name in names), *(tensors[name] for name in TOKEN_NAMES))
+        frames = tensors["frames"].tolist()
+        state = cls.of(tuple(tensors[name] for name in names), *(tensors[name] for name in TOKEN_NAMES))
+        return replace(state, lockstep_frames=frames[0] if len(set(frames)) == 1 else None)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
+    def map(self, change: Callable[[Tensor], Tensor]) -> TTTState:
         """The state with every tensor changed; the decoding factors are dropped, to be made again from the tokens."""
         changed = TTTState.of(tuple(map(change, self.weights)), *(change(x) for x in (self.k, self.v, self.lr, self.frames)))
-        return replace(changed, even_frames=self.even_frames)
+        return replace(changed, lockstep_frames=self.lockstep_frames)
 
 
 def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None) -> tuple[int, int]:
@@ -192,45 +215,3 @@ def saved_entries(rows: int, heads: int, dim: int, width: int | None, slots: int
         shapes |= {"W2": (rows, heads, width, dim), "b2": (rows, heads, 1, dim)}
     shapes |= {"k": (rows, slots, heads, dim), "v": (rows, slots, heads, dim), "lr": (rows, slots, heads)}
     return {name: (shape, torch.float32) for name, shape in shapes.items()} | {"frames": ((rows,), torch.int64)}
-
-
-def check_names(what: str, tensors: Iterable[str], wanted: Iterable[str]) -> None:
-    """ValueError unless the saved `what` has exactly these entries."""
-    given, wanted = set(tensors), list(wanted)
-    if missing := [name for name in wanted if name not in given]:
-        raise ValueError(f"the saved {what} lacks {_some(missing)}; load all of a state that the same model saved.")
-    if unknown := sorted(given - set(wanted)):
-        raise ValueError(f"the saved {what} has unknown entries {_some(unknown)}; load a state that the same model saved.")
-
-
-def check_entries(what: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Entry]) -> None:
-    """ValueError unless these entries of the saved `what` have these shapes and dtypes; floats may be of another width."""
-    for name, (shape, dtype) in wanted.items():
-        found = tensors[name]
-        if tuple(found.shape) != shape:
-            raise ValueError(f"{name} of the saved {what} has shape {tuple(found.shape)} where {shape} is needed; make it alike.")
-        if found.dtype != dtype and not (found.is_floating_point() and dtype.is_floating_point):
-            raise ValueError(f"{name} of the saved {what} has dtype {found.dtype} where {dtype} is needed; save what `state_dict()` gives.")
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """`[B]` bool from indices (none of them: no row) or from such a mask.
-
-    Raises:
-        ValueError: a mask of another length, or a row that does not exist; rows are not counted from the end.
-    """
-    rows = torch.as_tensor(rows, device=device)
-    if rows.dtype == torch.bool:
-        if rows.shape != (batch_size,):
-            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows, so it needs as many entries")
-        return rows
-    if rows.is_floating_point() and rows.numel():  # an empty list comes as float
-        raise ValueError(f"rows {rows.tolist()} are {rows.dtype}; they must be integers, or a bool mask [{batch_size}]")
-    rows = rows.to(torch.int64).reshape(-1)
-    if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < batch_size):
-        raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")
-    return torch.zeros(batch_size, dtype=torch.bool, device=device).index_fill(0, rows, True)

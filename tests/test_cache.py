@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import cut, random_frames, tiny_model, with_labels
+from tiny import cut, random_frames, rows_of, tiny_model, with_labels
 from transformers import DynamicCache
 
 from modeling_moshi_ttt import MoshiTTTCache
@@ -37,6 +37,17 @@ def test_saved_and_loaded_it_goes_on_exactly(heard):
     assert not torch.allclose(go_on(model, copy_of(model, memory), frames), other)
 
 
+@torch.no_grad()
+def test_it_goes_in_by_either_name_and_by_one_at_a_time(heard):
+    model, memory, frames = heard
+    expected = go_on(model, copy_of(model, memory), frames)
+    assert torch.equal(model(**frames, cache=copy_of(model, memory)).audio_logits, expected)
+    both = copy_of(model, memory)
+    assert torch.equal(model(**frames, cache=both, past_key_values=both).audio_logits, expected)
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        model(**frames, cache=copy_of(model, memory), past_key_values=copy_of(model, memory))
+
+
 def test_rows_are_reordered_with_all_they_remember(heard):
     model, memory, frames = heard
     order = torch.tensor([2, 0, 0])
@@ -58,13 +69,57 @@ def test_rows_are_reordered_with_all_they_remember(heard):
 def test_forgetting_attention_keeps_the_rest(heard):
     model, memory, frames = heard
     forgetful = copy_of(model, memory)
-    forgetful.forget_attention()
+    forgetful.reset_attention()
     assert forgetful.layers[0].get_seq_length() == 0
     assert torch.equal(forgetful.ttt_state(0).W1, memory.ttt_state(0).W1)
     assert torch.equal(forgetful.frames, memory.frames)
     without = go_on(model, forgetful, frames)
     assert not torch.allclose(without, go_on(model, copy_of(model, memory), frames))
     assert not torch.allclose(without, go_on(model, model.new_cache(3), frames))
+
+
+def labelled_losses(model, windows, memory) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(**window, past_key_values=memory).audio_loss for window in windows]
+
+
+def test_labels_of_delayed_codebooks_wait_for_their_step():
+    """A window without labels trains nothing, however short it is, and takes nothing from those before it: their delayed codebooks come after."""
+    model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
+    frames = with_labels(random_frames(model.config, rows=2, frames=9))
+    windows = [cut(frames, *ends) for ends in ((0, 5), (5, 6), (6, 9))]
+    del windows[1]["audio_labels"]
+    found = labelled_losses(model, [windows[0]], memory := model.new_cache(2))
+    model(**windows[1], past_key_values=memory)
+    found += labelled_losses(model, [windows[2]], memory)
+    windows[1]["audio_labels"] = torch.full((2, 3, 1), -100)
+    wanted = labelled_losses(model, windows, model.new_cache(2))
+    assert torch.equal(torch.stack(found), torch.stack([wanted[0], wanted[2]]))
+
+
+def test_after_padding_only_the_frames_that_count_are_history():
+    model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
+    frames = with_labels(random_frames(model.config, rows=2, frames=9))
+    padded, rest = cut(frames, 0, 6), cut(frames, 4, 9)
+    memory, plain = model.new_cache(2), model.new_cache(2)
+    labelled_losses(model, [padded | {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)}], memory)
+    found = labelled_losses(model, [rest], memory)
+    wanted = labelled_losses(model, [cut(frames, 0, 4), rest], plain)
+    assert torch.allclose(found[0], wanted[1], atol=1e-6, rtol=0)
+    assert torch.equal(memory.codes, plain.codes)
+    assert torch.equal(memory.labels, plain.labels)
+
+
+def test_a_reset_row_has_no_labels_left_to_train():
+    model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
+    frames = with_labels(random_frames(model.config, rows=2, frames=5))
+    memory = model.new_cache(2)
+    labelled_losses(model, [frames], memory)
+    memory.reset([1])
+    anew, fresh = rows_of(frames, [1]), model.new_cache(1)
+    both = {name: torch.cat([torch.full_like(tensor, -1), tensor]) for name, tensor in anew.items()}
+    memory.labels[0] = -100  # the other row goes on, and is not to be trained here
+    assert torch.allclose(*labelled_losses(model, [both], memory), *labelled_losses(model, [anew], fresh), atol=1e-6, rtol=0)
 
 
 def test_resetting_every_row_is_a_new_memory(heard):
@@ -76,16 +131,32 @@ def test_resetting_every_row_is_a_new_memory(heard):
         assert torch.equal(go_on(model, emptied, frames), fresh)
 
 
+def test_resets_before_the_next_frame_add_up(heard):
+    """Two rows reset one after another start anew as two reset at once, the third goes on."""
+    model, memory, frames = heard
+    together, in_turn = copy_of(model, memory), copy_of(model, memory)
+    together.reset([0, 2])
+    for row in (0, 2):
+        in_turn.reset([row])
+    expected, found = go_on(model, together, frames), go_on(model, in_turn, frames)
+    assert torch.equal(found, expected)
+    fresh = go_on(model, model.new_cache(3), frames)
+    assert torch.allclose(found[[0, 2]], fresh[[0, 2]], atol=1e-12)
+    assert torch.allclose(found[1], go_on(model, copy_of(model, memory), frames)[1], atol=1e-12)
+
+
 def test_it_keeps_a_window_and_no_more(heard):
     model, memory, frames = heard
     window = model.config.sliding_window
     assert [layer.get_seq_length() for layer in memory.layers] == [window - 1] * 2
     assert memory.get_seq_length() == 11
-    layer = model.new_cache(1).layers[0]
-    keys = torch.randn(1, 2, 20, 4)
-    for t in range(20):
-        seen, _ = layer.update(keys[:, :, t : t + 1], keys[:, :, t : t + 1])
-        assert torch.equal(seen, keys[:, :, max(0, t - window + 1) : t + 1])
+    cache = model.new_cache(1)
+    for _ in range(30):
+        with torch.no_grad():
+            model(**random_frames(model.config, rows=1, frames=1), past_key_values=cache)
+    assert cache.layers[0].keys.shape[2] == window
+    with pytest.raises(NotImplementedError, match="forward"):
+        cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
 
 
 def test_detach_and_to_keep_the_numbers(heard):
@@ -149,9 +220,6 @@ def test_a_state_that_is_not_whole_is_refused(heard):
     refused(model, {name: tensor for name, tensor in own.items() if ".ttt." not in name}, "lacks layers.0.ttt.W1, .* and 10 more")
     refused(model, {name: tensor for name, tensor in own.items() if "layers.1" not in name}, "lacks layers.1.keys")
     refused(model, own | {"layers.0.ttt.W9": own["frames"]}, "unknown entries layers.0.ttt.W9")
-    layer = model.new_cache(2).layers[0]
-    with pytest.raises(ValueError, match="lacks values"):
-        layer.load_tensors({"keys": own["layers.0.keys"]})
 
 
 def test_memories_that_hold_less_are_loaded(heard):
@@ -163,7 +231,7 @@ def test_memories_that_hold_less_are_loaded(heard):
         for row in range(3):
             cache.reset([row])
 
-    for change in (MoshiTTTCache.forget_attention, MoshiTTTCache.reset, row_by_row):
+    for change in (MoshiTTTCache.reset_attention, MoshiTTTCache.reset, row_by_row):
         changed = copy_of(model, memory)
         change(changed)
         assert torch.equal(go_on(model, copy_of(model, changed), frames), go_on(model, changed, frames))
@@ -197,7 +265,7 @@ def test_resetting_no_row_changes_nothing(heard):
     for rows in ([], torch.zeros(3, dtype=torch.bool), torch.zeros(0, dtype=torch.long)):
         same = copy_of(model, memory)
         same.reset(rows)
-        assert same.fresh is None
+        assert same.state.reset_mask is None
         assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in memory.state_dict().items())
 
 
@@ -230,8 +298,11 @@ def test_caches_of_other_kinds_are_refused_by_name(heard):
 def test_a_wrong_num_items_in_batch_moves_no_memory(heard):
     model, memory, frames = heard
     kept = copy_of(model, memory)
-    for wrong in (torch.ones(3), torch.ones(0)):
-        with pytest.raises(ValueError, match=f"`num_items_in_batch` holds {wrong.numel()} numbers"):
+    value = "`num_items_in_batch=.* must be finite and above 0 where anything is trained"
+    wrongs = [(torch.ones(n), f"`num_items_in_batch` holds {n} numbers") for n in (0, 3)]
+    wrongs += [(wrong, value) for wrong in (0, -2, float("nan"), float("inf"), torch.tensor(0), torch.tensor([0.0, 5.0]), torch.tensor([5.0, -1.0]))]
+    for wrong, words in wrongs:
+        with pytest.raises(ValueError, match=words):
             model(**with_labels(frames), past_key_values=kept, num_items_in_batch=wrong)
     assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in memory.state_dict().items())
 

@@ -1,6 +1,8 @@
 """Atomic files, manifests and names that stay inside their folder."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,30 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         atomic_write(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_written_survives_a_power_cut(tmp_path, monkeypatch, kind):
+    """The contents reach the disk before the name does, and the name before the call returns."""
+    order, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).relative_to(tmp_path).suffix or 'parent'}")
+        fsync(handle)
+
+    def renamed(old, new):
+        order.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", renamed)
+    if kind == "file":
+        atomic_write(tmp_path / "x", "1")
+        assert order == ["sync .tmp", "rename", "sync parent"]
+    else:
+        with atomic_folder(tmp_path / "x") as folder:
+            (folder / "a.txt").write_text("1")
+        assert order == ["sync .txt", "sync .tmp", "rename", "sync parent"]
 
 
 def test_atomic_folder_appears_whole_or_not_at_all(tmp_path):

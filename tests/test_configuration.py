@@ -35,6 +35,7 @@ def test_layers_are_stored_as_a_list(layers, expected):
         ({"ttt_layers": "last:3"}, "ttt_layers='last:3'.*num_hidden_layers=2"),
         ({"ttt_mixer": "gru"}, "ttt_mixer='gru'.*'linear', 'mlp'"),
         ({"ttt_rope": "yarn"}, "ttt_rope='yarn'"),
+        ({"ttt_inner_norm": "rms"}, "ttt_inner_norm='rms'.*'layer_norm', 'none'"),
         ({"ttt_implementation": "cuda"}, "ttt_implementation='cuda'"),
         ({"ttt_mini_batch_size": 0}, "ttt_mini_batch_size=0.*at least 1"),
         ({"scan_checkpoint_group_size": 0}, "scan_checkpoint_group_size=0"),
@@ -102,7 +103,10 @@ def test_round_trip_and_overrides(tmp_path):
     [
         ({"num_hidden_layers": 1}, "ttt_layers.*layer 1.*num_hidden_layers=1"),
         ({"semantic_loss_weight": -1.0}, "semantic_loss_weight=-1.0"),
-        ({"text_padding_ids": [99]}, "text_padding_ids.*99"),
+        ({"text_padding_ids": [99, 0]}, "text_padding_ids.*99"),
+        ({"text_padding_ids": [3]}, r"`text_padding_ids=\[3\]` must hold two token ids"),
+        ({"text_padding_ids": [3, -1]}, r"`text_padding_ids=\[3, -1\]` must hold two token ids"),
+        ({"semantic_loss_weight": 0, "num_codebooks": 1}, "`semantic_loss_weight=0` leaves no codebook with a weight"),
         ({"scan_checkpoint_group_size": 0}, "scan_checkpoint_group_size=0"),
         ({"audio_delays": [0, 1]}, "audio_delays=\\[0, 1\\].*6 delays"),
         ({"num_codebooks": 5}, "audio_delays.*8 delays.*num_codebooks=5.*num_user_codebooks=3.*or None"),
@@ -124,6 +128,9 @@ def test_overrides_are_checked_as_in_the_constructor(changes, words, tmp_path):
         ({"num_attention_heads": 4}, {"head_dim": 8, "num_key_value_heads": 4, "ttt_num_heads": 2}),
         ({"hidden_size": 64}, {"head_dim": 32, "ttt_head_dim": 32}),
         ({"ttt_mixer": "linear"}, {"ttt_base_lr": 1.0}),
+        ({"ttt_inner_norm": "none"}, {"ttt_base_lr": 2.0}),
+        ({"ttt_inner_norm": "none", "ttt_mixer": "linear", "ttt_head_dim": 12}, {"ttt_base_lr": 6.0}),
+        ({"ttt_inner_norm": "none", "ttt_base_lr": 0.3}, {"ttt_base_lr": 0.3}),
         ({"ttt_mixer": "mlp"}, {"ttt_base_lr": 0.5}),  # as it was: nothing follows from it anew
         ({"output_hidden_states": True, "return_dict": False}, {"output_hidden_states": True, "return_dict": False}),
         ({"dtype": "float16"}, {}),
@@ -167,3 +174,8 @@ def test_another_model_is_refused_before_its_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama'.*'moshi_ttt' and 'moshi'"):
         MoshiTTTConfig.from_pretrained(tmp_path)
+
+
+def test_attention_without_a_window_is_saved(tmp_path):
+    tiny_config(sliding_window=None).save_pretrained(tmp_path)
+    assert MoshiTTTConfig.from_pretrained(tmp_path).sliding_window is None

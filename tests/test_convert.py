@@ -211,6 +211,19 @@ def test_configuration_there_and_back(golden, source):
     assert config_from_kyutai(written, ttt_layers="last:2").to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("lm_kwargs", [{**MOSHI_7B, "context": None}, {k: v for k, v in MOSHI_7B.items() if k != "context"}], ids=["null", "absent"])
+def test_a_context_of_null_is_attention_without_a_window(lm_kwargs):
+    config = config_from_kyutai(lm_kwargs)
+    assert config.sliding_window is None
+    assert kyutai_from_config(config)["context"] is None
+
+
+def test_padding_ids_are_kyutais_both_ways():
+    config = config_from_kyutai({**MOSHI_7B, "existing_text_padding_id": 5, "existing_text_end_padding_id": 6})
+    assert config.text_padding_ids == [5, 6]
+    assert config_from_kyutai(kyutai_from_config(config)).text_padding_ids == [5, 6]
+
+
 def test_moshiko_has_the_published_sizes():
     config = config_from_kyutai(MOSHIKO)
     depth = config.depth_decoder_config
@@ -232,6 +245,8 @@ def test_moshiko_has_the_published_sizes():
         ({"norm": "layer_norm"}, "norm = 'layer_norm'"),
         ({"dep_q": 9}, "dep_q = 9"),
         ({"depformer_dim_feedforward": [1, 2, 3]}, "one integer"),
+        ({"model_type": "hibiki"}, "model_type = 'hibiki'"),
+        ({"dep_q": 6}, "dep_q = n_q = 6 .* begin anew after 3: .* predicts its user's codebooks too"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(golden, change, message):

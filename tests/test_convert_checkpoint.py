@@ -314,7 +314,7 @@ def test_earlier_ttt_checkpoints(tmp_path, wrapper, mixer):
     ("change", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "nothing that can be converted"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llama", "hidden_size": 4}'), "unknown setting 'hidden_size'"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama", "hidden_size": 4}'), "model_type = 'llama' has no counterpart"),
         (lambda f: save_file({"emb.0.weight": torch.ones(1)}, f / "model.safetensors"), "missing: depformer"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02 a pickle"), "no whole safetensors file"),
     ],
@@ -325,6 +325,25 @@ def test_what_does_not_fit_is_refused_and_nothing_is_half_written(kyutai, tmp_pa
     with pytest.raises(ValueError, match=message):
         convert(kyutai, tmp_path / "here")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("seanet", {"true_skip": False}, "seanet.true_skip = False"),
+        ("seanet", {"pad_mode": "replicate"}, "seanet.pad_mode = 'replicate'"),
+        ("quantizer", {"n_q_semantic": 2}, "unknown setting quantizer.n_q_semantic"),
+        ("quantizer", {"output_dimension": 24}, "quantizer.output_dimension = 24 .* only 16"),
+        ("transformer", {"gating": "silu"}, "transformer.gating = 'silu'"),
+        ("transformer", {"max_period": 100}, "transformer.max_period = 100"),
+        ("transformer", {"output_dimensions": [16, 16]}, "transformer.output_dimensions"),
+    ],
+)
+def test_a_codec_that_mimi_cannot_express_is_refused(part, change, message):
+    with pytest.raises(ValueError, match=message):
+        mimi_config(MIMI_SETTINGS | {part: MIMI_SETTINGS[part] | change})
+    with pytest.raises(ValueError, match="frame_rate = 25.0"):
+        mimi_config(MIMI_SETTINGS | {"frame_rate": 25.0})
 
 
 @pytest.mark.parametrize(("value", "dtype", "message"), [(float("nan"), None, "not finite"), (1e6, torch.float16, "up to 1e.06, too large")])

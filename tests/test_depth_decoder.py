@@ -53,7 +53,7 @@ def test_it_is_transformers_depth_decoder(activation):
 def test_decoding_is_the_training_pass(decoder, forced_codebooks):
     hidden, text, codes = frames()
     forced = codes.masked_fill(torch.arange(5) >= forced_codebooks, -2)
-    chosen = decoder.decode(hidden, text, forced, lambda logits: logits.argmax(-1))
+    chosen = decoder.decode(hidden, text, forced, lambda logits, codebook: logits.argmax(-1))
     assert torch.equal(chosen[:, :forced_codebooks], codes[:, :forced_codebooks])
     likeliest = decoder(hidden, text, chosen).argmax(-1).T
     assert torch.equal(chosen[:, forced_codebooks:], likeliest[:, forced_codebooks:])

@@ -1,5 +1,6 @@
 """Long recordings, read and encoded in pieces, are what they are in one piece; conversations answer frame for frame."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from hub_checkpoints import small_model, small_processor
 from modeling_moshi_ttt.common.audio import write_audio
 from modeling_moshi_ttt.common.recordings import Recording
 from modeling_moshi_ttt.evaluation import books, conversations
+from modeling_moshi_ttt.training.codes import recording_text
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +75,45 @@ def test_a_recording_has_both_sides_and_its_words(tmp_path, processor):
     assert silent.moshi.shape == (3, 20)
 
 
-def test_the_model_answers_every_frame_but_the_delay(processor):
+def test_words_of_one_time_keep_their_order_in_every_path(tmp_path, processor):
+    """In training, in the processor and in evaluation: sorted by start alone, so that the later of two replaces what is left of the first."""
+    write_audio(tmp_path / "talk.wav", noise(2.0, channels=2), 24000)
+    words = (("he", (0.9, 1.2), "SPEAKER_MAIN"), ("you", (0.2, 0.6), "SPEAKER_MAIN"), ("are", (0.2, 0.5), "SPEAKER_MAIN"))
+    recording = Recording(tmp_path / "talk.wav", 2.0, words)
+    expected = processor.text_frames(words, 25)
+    spoken = [(word.replace(" ", "").lstrip("\u2581"), start) for word, start in processor.words(torch.tensor(expected))]  # its tokenizer spells letters
+    assert spoken == [("are", 2 / 12.5), ("he", 11 / 12.5)]
+    samples = _sixteen_bit(noise(2.0, channels=2))
+    assert processor(samples, sampling_rate=24000, words=words)["input_ids"][0].tolist() == expected
+    assert recording_text(processor, recording, 25).tolist() == expected
+    assert books.encode_recording(processor, recording).text.tolist() == expected
+
+
+def test_the_model_answers_every_frame_at_its_time():
     model = small_model(audio_vocab_size=16)
     user = torch.randint(16, (3, 15), generator=torch.Generator().manual_seed(0))
-    first = conversations.answer(model, user, torch.Generator().manual_seed(1))
-    again = conversations.answer(model, user, torch.Generator().manual_seed(1))
-    assert first[0].shape == (15 - 1,)
-    assert first[1].shape == (3, 15 - 1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert int(first[1].min()) >= 0
-    with pytest.raises(ValueError, match="too few"):
-        conversations.answer(model, user[:, :1])
+    text, codes = conversations.answer(model, user, generator=torch.Generator().manual_seed(1))
+    expected = model.hear(user[None], generator=torch.Generator().manual_seed(1))
+    assert torch.equal(text, expected[0][0])
+    assert torch.equal(codes, expected[1][0])
+    assert (text.shape, codes.shape) == ((15,), (3, 15))
+    assert conversations.answer(model, user[:, :1])[0].shape == (1,)
+
+
+@pytest.mark.parametrize("delays", [[0, 1, 1], [0, 0, 0], [0, 2, 3]], ids=str)
+def test_talk_answers_live_as_hear_does(tmp_path, processor, delays, capsys):
+    spec = importlib.util.spec_from_file_location("talk", ROOT / "examples" / "talk.py")
+    talk = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(talk)
+    write_audio(tmp_path / "talk.wav", noise(1.0, channels=2), 24000)
+    model = small_model(audio_vocab_size=16, vocab_size=28, audio_delays=[*delays, *delays])
+    text, sound, _ = talk.converse(model, processor, Recording(tmp_path / "talk.wav", 1.0, None))
+    user = processor.encode_audio(torch.from_numpy(_sixteen_bit(noise(1.0, channels=2))[1:]))
+    expected, codes = model.hear(user, do_sample=False)
+    assert torch.equal(text, expected[0])
+    assert sound.shape == (13 * 1920,)
+    assert " ".join(word for word, _ in processor.words(text)).split() == capsys.readouterr().out.split()
+    assert np.allclose(sound, processor.decode_audio(codes)[0].numpy(), atol=1e-5)
 
 
 def test_the_model_before_fine_tuning_hears_the_same_user(tmp_path, processor):

@@ -9,11 +9,12 @@ from modeling_moshi_ttt.evaluation import inner_loss, recall_task
 from modeling_moshi_ttt.evaluation.scoring import CodeSequence
 from modeling_moshi_ttt.ttt_layer import TTTMLP, TTTInnerLosses, TTTLinear
 from modeling_moshi_ttt.ttt_reference import ttt_reference
+from modeling_moshi_ttt.ttt_state import TTTInputs
 
 
-def make_layer(mixer, b):
+def make_layer(mixer, b, inner_norm="layer_norm"):
     torch.manual_seed(2)
-    config = make_model(ttt_mixer=mixer, ttt_mini_batch_size=b).config
+    config = make_model(ttt_mixer=mixer, ttt_mini_batch_size=b, ttt_inner_norm=inner_norm).config
     layer = (TTTLinear if mixer == "linear" else TTTMLP)(config).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -31,26 +32,28 @@ def by_the_reference(layer, x):
         z = torch.einsum("bhd,bhdf->bhf", k[:, t], weights[0]) + weights[1][:, :, 0]
         if len(weights) == 4:
             z = torch.einsum("bhf,bhfd->bhd", torch.nn.functional.gelu(z, approximate="tanh"), weights[2]) + weights[3][:, :, 0]
-        z = z - z.mean(-1, keepdim=True)
-        z = z / (z.square().mean(-1, keepdim=True) + layer.config.ttt_norm_eps).sqrt() * shared[1] + shared[2]
+        if layer.config.ttt_inner_norm == "layer_norm":
+            z = z - z.mean(-1, keepdim=True)
+            z = z / (z.square().mean(-1, keepdim=True) + layer.config.ttt_norm_eps).sqrt() * shared[1] + shared[2]
         return 0.5 * (z - (v - k)[:, t]).square().sum(-1) * 2 / dim
 
     curves = []
     for t in range(x.shape[1]):
         if t % b == 0:
             before = state.weights
-        one = (token[:, t : t + 1] for token in (q, k, v, lr))
-        _, state = ttt_reference(*one, *shared, state, mini_batch_size=b, eps=layer.config.ttt_norm_eps)
+        one = TTTInputs(*(token[:, t : t + 1] for token in (q, k, v, lr)), *shared)
+        _, state = ttt_reference(one, state, mini_batch_size=b, eps=layer.config.ttt_norm_eps, inner_norm=layer.config.ttt_inner_norm)
         if t % b == b - 1:
             drift = sum((a - i).square().sum((1, 2, 3)) for a, i in zip(state.weights, first)).sqrt()
             curves.append((loss(first, t), loss(before, t), loss(state.weights, t), drift))
     return [torch.stack(column, 1) for column in zip(*curves)]
 
 
+@pytest.mark.parametrize("inner_norm", ["layer_norm", "none"])
 @pytest.mark.parametrize("mixer", ["linear", "mlp"])
 @pytest.mark.parametrize("b", [1, 4])
-def test_inner_losses_are_the_references(mixer, b):
-    layer = make_layer(mixer, b)
+def test_inner_losses_are_the_references(mixer, b, inner_norm):
+    layer = make_layer(mixer, b, inner_norm)
     x = torch.randn(2, 14, 32, dtype=torch.float64)
     with torch.no_grad():
         found = layer.inner_losses(x)

@@ -62,6 +62,24 @@ def test_the_heat_map_holds_the_numbers():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["none", "linear"]
 
 
+def test_the_heat_map_marks_what_attention_reaches_and_has_a_row_for_each_time_of_telling():
+    part = PARTS["remembers"]
+    late = [{**run, "results": [*run["results"], *[{**cell, "told_after": 9, "accuracy": 0.25} for cell in run["results"]]]} for run in part["runs"]]
+    figure = plots.draw({**part, "runs": late})
+    panels = figure.axes[:4]
+    assert [axes.get_title() for axes in panels] == [f"{pairs} pairs told after {told} frames" for told in (0, 9) for pairs in (4, 8)]
+    assert [axes.images[0].get_array().max() for axes in panels] == [50.0, 50.0, 25.0, 25.0]
+    assert [[label.get_text() for label in axes.get_xticklabels()] for axes in panels] == [["24*", "96"]] * 4
+    assert "attention reaches 31 frames: 2 layers of window 16" in figure.texts[0].get_text()
+
+
+def test_the_report_names_the_reach():
+    section = report.recall_section(PARTS["remembers"])
+    assert section["head"] == ["", "pairs", "told after", "24*", "96"]
+    assert section["rows"][0] == ["none", 4, 0, "50.0", "50.0"]
+    assert "reach 31 frames" in section["note"]
+
+
 def test_the_bars_stand_beside_chance_and_the_published_rows():
     (axes,) = plots.draw(PARTS["zero"]).axes
     assert [bar.get_height() for bar in axes.patches] == [60.0]

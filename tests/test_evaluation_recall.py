@@ -1,6 +1,7 @@
 """The recall task is what it says, window attention cannot do it, and a TTT layer can."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -38,6 +39,41 @@ def test_answers_are_the_values_of_the_repeated_keys():
     assert len(order) > 5
     with pytest.raises(ValueError, match="pairs is 51"):
         make_batch(1, 51, 0, torch.Generator())
+
+
+def test_pairs_are_told_after_as_many_frames_as_asked():
+    early, late = (make_batch(6, 3, 10, torch.Generator().manual_seed(0), told_after) for told_after in (0, 7))
+    assert late.user_audio_codes.shape == late.text_labels.shape[:1] + (1, 7 + 2 * 3 + 10 + 3 + 1)
+    assert (late.user_audio_codes[:, 0, :7] >= KEYS + VALUES).all()
+    for batch, start in ((early, 0), (late, 7)):
+        told = batch.user_audio_codes[:, 0, start : start + 6].reshape(6, 3, 2)
+        assert (told[..., 0] < KEYS).all()
+        assert ((told[..., 1] >= KEYS) & (told[..., 1] < KEYS + VALUES)).all()
+        assert (batch.user_audio_codes[:, 0, start + 6 : start + 16] >= KEYS + VALUES).all()
+        assert torch.equal(batch.text_labels[:, -3:].sort(1).values, (FIRST_TEXT + told[..., 1] - KEYS).sort(1).values)
+
+
+def test_the_reach_is_that_of_all_layers_together():
+    """A change of the oldest frame within the reach moves the newest output, one frame older does not."""
+    model = make_model(Variant(None), window=5).double()
+    frames = recall.reach(5)
+    assert frames == 2 * (5 - 1) + 1 == 9
+    codes = torch.zeros(1, 1, 20, dtype=torch.long)
+    base = model(user_audio_codes=codes, use_cache=False).logits[0, -1]
+    moved = []
+    for back in range(1, 20):  # the newest input is the frame before the last
+        changed = codes.clone()
+        changed[..., 19 - back] = 7
+        moved.append(not torch.equal(model(user_audio_codes=changed, use_cache=False).logits[0, -1], base))
+    assert moved == [back <= frames for back in range(1, 20)]
+
+
+def test_distances_within_reach_are_counted_by_hand():
+    # two layers of window 16 reach 31 frames: 30 back from the question. One pair at 29 frames of noise is 30 frames older, at 30 it is 31.
+    assert [recall.share_within_reach(1, distance, 16) for distance in (24, 29, 30, 32)] == [1.0, 1.0, 0.0, 0.0]
+    # four pairs at 24: 2 (4 - i) - 1 + 24 + j <= 30 for j <= 2 i - 1, so 0, 2, 4 and 4 questions
+    assert recall.share_within_reach(4, 24, 16) == 10 / 16
+    assert all(recall.share_within_reach(pairs, distance, 16) == 0 for pairs in (4, 8) for distance in (32, 48, 64, 96))
 
 
 def test_the_answer_is_not_in_what_the_model_is_given():
@@ -131,13 +167,17 @@ def small(tmp_path, **changes):
 
 
 def test_the_command_writes_numbers_and_the_picture(tmp_path, capsys):
-    assert cli.main(small(tmp_path)) == 0
+    assert cli.main(small(tmp_path, distances="[20, 40]", told_after="[0, 30]", train_told_after="[0, 3]")) == 0
     results = json.loads((tmp_path / "out" / "recall.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["window attention alone", "TTT-linear, b = 16"]
-    assert (results["window"], results["chance"]) == (16, 0.02)
+    assert (results["window"], results["reach"], results["chance"]) == (16, 31, 0.02)
+    cells = [(cell["told_after"], cell["distance"], cell["within_reach"]) for cell in results["runs"][0]["results"]]
+    assert cells == [(0, 20, 1.0), (0, 40, 0.0), (30, 20, 1.0), (30, 40, 0.0)]
     assert (tmp_path / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "recall.svg").is_file()
-    assert "TTT-linear, b = 16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"TTT-linear, b = 16 +2 pairs told after  30 +20\*: +[\d.]+% +40: +[\d.]+%", said)
+    assert "2 layers of window 16 reach 31 frames: 2 × (16 − 1) + 1" in said
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
@@ -175,6 +215,9 @@ def test_what_ran_out_of_time_is_trained_again_when_given_more(tmp_path, capsys)
         ({"pairs": "[]"}, "pairs is empty"),
         ({"distances": "[-1]"}, r"distances\[0\] is -1"),
         ({"train_distances": "[40, 24]"}, r"train_distances is \[40, 24\], it must be a lowest and a highest"),
+        ({"told_after": "[-1]"}, r"told_after\[0\] is -1"),
+        ({"told_after": "[]"}, "told_after is empty"),
+        ({"train_told_after": "[5]"}, r"train_told_after is \[5\], it must be a lowest and a highest"),
         ({"sequences": 0}, "sequences is 0"),
         ({"learning_rate": ".nan"}, "learning_rate is nan, it must be more than 0 and finite"),
         ({"seconds": ".inf"}, "seconds is inf"),
@@ -204,6 +247,23 @@ def test_a_damaged_file_of_an_earlier_run_is_named(tmp_path, capsys, damage):
     assert cli.main(small(tmp_path)) == 2
     assert (error := capsys.readouterr().err).startswith(f"error: {path} ")
     assert error.endswith("remove it, and what it held is measured again\n")
+
+
+def test_results_from_before_the_time_of_telling_go_on(tmp_path, capsys):
+    assert cli.main(small(tmp_path, variants="[{mixer: none}]")) == 0
+    path = tmp_path / "out" / "recall.json"
+    older = json.loads(path.read_text())
+    for name in ("told_after", "train_told_after"):
+        del older["settings"][name]
+    for cell in older["runs"][0]["results"]:
+        del cell["told_after"], cell["within_reach"]
+    del older["reach"]
+    path.write_text(json.dumps(older))
+    assert cli.main(small(tmp_path, variants="[{mixer: none}]")) == 0
+    assert "2 pairs told after   0   20*:" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == older
+    assert cli.main(small(tmp_path, told_after="[0, 5]")) == 2
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path, capsys):

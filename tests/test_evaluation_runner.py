@@ -80,6 +80,15 @@ def write(path, data):
     return str(path)
 
 
+def test_a_processor_with_other_padding_ids_than_the_model_is_refused(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_padding_ids": [5, 6]}))
+    subject = runner.Subject(EvaluateSettings(model=str(tmp_path / "model"), recall=RecallSettings()))
+    with pytest.raises(ValueError, match=r"model's `text_padding_ids=\[5, 6\]` differ from the processor's `text_padding_ids=\[3, 0\]`"):
+        subject.load()
+
+
 @pytest.fixture(scope="module")
 def finished(place):
     output = place / "out"

@@ -5,6 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_frames, tiny_model
 
+from modeling_moshi_ttt.delay_pattern import undelay
+from modeling_moshi_ttt.sampling_moshi_ttt import make_sampling
+
 
 def talk(stream, user: torch.Tensor) -> torch.Tensor:
     """`[B, 1 + K, T]` of what the stream answers to the user's codes `[B, K, T]`."""
@@ -21,18 +24,98 @@ def user_codes(model, rows: int, frames: int, seed: int = 1) -> torch.Tensor:
     return random_frames(model.config, rows, frames, seed)["user_audio_codes"]
 
 
-def test_the_stream_is_the_forward_pass(model):
+@pytest.mark.parametrize("delays", [None, [0, 3, 2, 0, 1, 1]])
+def test_the_stream_is_the_forward_pass(delays):
     """What the stream says, teacher-forced through the model, is what the model finds likeliest."""
+    model = tiny_model(audio_delays=delays)
     user = user_codes(model, rows=2, frames=30)
     said = talk(model.new_stream(2, do_sample=False), user)
     depth = max(model.config.delays)
     said, heard = said[..., depth:], user[..., 1:]  # the first call hears nothing
     output = model(said[:, 0], said[:, 1:], heard[..., : said.shape[-1]], use_cache=False)
-    # -2 of the model's first delayed codes has no teacher-forced counterpart; text has no delay.
+    # What is said of frames before the first has no teacher-forced counterpart; text has no delay.
     assert torch.equal(output.logits.argmax(-1)[:, 1:], said[:, 0, 1:])
-    delays = model.config.delays[1:4]
-    for k, d in enumerate(delays):
-        assert torch.equal(output.audio_logits[:, k, d + 1 :].argmax(-1), said[:, 1 + k, 1 : said.shape[-1] - d])
+    for k, d in enumerate(model.config.delays[1:4]):
+        assert torch.equal(output.audio_logits[:, k, depth:].argmax(-1), said[:, 1 + k, depth - d : said.shape[-1] - d])
+
+
+DELAYS = ([0, 1, 1], [0, 0, 0], [0, 1, 3], [1, 3, 0])
+
+
+def delayed_model(delays):
+    return tiny_model(audio_delays=[*delays, *delays])
+
+
+@pytest.mark.parametrize("delays", DELAYS, ids=str)
+def test_hear_is_generate_and_the_training_forward(delays):
+    """Of its own output the training forward finds every token likeliest, the first frame's and the last's too."""
+    model, late = delayed_model(delays), max(delays)
+    user = user_codes(model, rows=2, frames=30)
+    text, codes = model.hear(user, do_sample=False)
+    generated = model.generate(user_audio_codes=user, do_sample=False)
+    assert torch.equal(text, generated.sequences)
+    assert torch.equal(codes, generated.audio_codes)
+    assert (text.shape, codes.shape) == ((2, 30), (2, 3, 30))  # as many frames out as in
+    # The forward predicts the last frames of a late codebook in steps after the end, in which nothing is heard.
+    after = torch.cat([user, torch.full((2, 3, late), -1)], dim=-1)
+    longer = model.hear(after, do_sample=False)
+    assert torch.equal(longer[0][:, :30], text)
+    assert torch.equal(longer[1][..., :30], codes)
+    output = model(*longer, after, use_cache=False)
+    assert torch.equal(output.logits.argmax(-1)[:, :30], text)
+    assert torch.equal(undelay(output.audio_logits.argmax(-1), delays, -1)[..., :30], codes)
+
+
+def test_hear_samples_as_generate_does(model):
+    user = user_codes(model, rows=2, frames=12)
+    sampling = {"temperature": 1.0, "text_temperature": 1.2, "top_k": 5, "text_top_k": 7}
+    text, codes = model.hear(user, generator=torch.Generator().manual_seed(3), **sampling)
+    output = model.generate(user_audio_codes=user, generator=torch.Generator().manual_seed(3), **sampling)
+    assert torch.equal(text, output.sequences)
+    assert torch.equal(codes, output.audio_codes)
+
+
+def test_every_frame_of_the_user_matters_from_the_next_one_on(model):
+    """The first one too; and none before it was heard."""
+    user = user_codes(model, rows=1, frames=12).clamp(min=0)
+    text, codes = model.hear(user, do_sample=False)
+    for t in (0, 5):
+        changed = user.clone()
+        changed[..., t] = (changed[..., t] + 1) % model.config.audio_vocab_size
+        other_text, other_codes = model.hear(changed, do_sample=False)
+        assert torch.equal(other_text[:, : t + 1], text[:, : t + 1])
+        assert torch.equal(other_codes[:, 0, : t + 1], codes[:, 0, : t + 1])
+        assert not (torch.equal(other_text, text) and torch.equal(other_codes, codes))
+
+
+@pytest.mark.parametrize("delays", DELAYS[:3], ids=str)
+def test_a_live_loop_gives_the_frames_that_hear_gives(delays):
+    """Call s hears the user's frame s - 1 and returns Moshi's frame s - M: one call before the first sound, M - 1 after the last."""
+    model, late = delayed_model(delays), max(delays)
+    user = user_codes(model, rows=2, frames=10)
+    heard = [None, *user.unbind(-1), *[None] * late][: 10 + late]
+    stream = model.new_stream(2, do_sample=False)
+    frames = [stream.step(codes) for codes in heard]
+    assert [bool(frame.valid.all()) for frame in frames] == [s >= late for s in range(10 + late)]
+    text, codes = model.hear(user, do_sample=False)
+    assert torch.equal(torch.stack([frame.text for frame in frames[late:]], dim=-1), text)
+    assert torch.equal(torch.stack([frame.audio_codes for frame in frames[late:]], dim=-1), codes)
+
+
+@pytest.mark.parametrize(
+    ("user", "sampling", "words"),
+    [
+        (torch.zeros(3, 4, dtype=torch.long), {}, r"`user_codes` has shape \(3, 4\)"),
+        (torch.zeros(1, 2, 4, dtype=torch.long), {}, r"`user_codes` has shape \(1, 2, 4\); .* must be \(1, 3, 4\)"),
+        (torch.zeros(1, 3, 0, dtype=torch.long), {}, "`user_codes` has shape .*; give at least one frame"),
+        (torch.full((1, 3, 4), 20), {}, "`user_codes` holds 20"),
+        (torch.zeros(1, 3, 4), {}, "`user_codes` has dtype torch.float32"),
+        (torch.zeros(1, 3, 4, dtype=torch.long), {"temperature": 0.0}, "`temperature=0.0`"),
+    ],
+)
+def test_a_recording_that_cannot_be_heard_is_refused(model, user, sampling, words):
+    with pytest.raises(ValueError, match=words):
+        model.hear(user, **sampling)
 
 
 def test_rows_are_conversations_of_their_own(model):
@@ -77,7 +160,12 @@ def test_a_state_of_another_stream_is_refused_and_changes_nothing(model):
         ({"calls": saved["calls"][:1]}, r"calls of the saved stream has shape \(1,\)"),
         ({"heard": saved["heard"][:, :2]}, r"heard of the saved stream has shape"),
         ({"said": saved["said"].float()}, "said of the saved stream has dtype torch.float32"),
-        ({"generator": saved["generator"][:16]}, "generator of the saved stream has shape"),
+        ({"seeds": -saved["seeds"]}, "`seeds` of the saved stream"),
+        ({"sick": ~saved["sick"]}, "`sick` of the saved stream"),
+        ({"calls": saved["calls"] + 1}, "`calls` of the saved stream are not the frames"),
+        ({"said": saved["said"] + 1000}, "`said` holds"),
+        ({name: saved[name] * float("nan")}, "layers.1.ttt.W1 of the saved cache is not finite"),
+        ({"past_key_values.key_positions": saved["past_key_values.key_positions"].flip(1)}, "key_positions of the saved cache"),
     ]
     for change, words in changes:
         with pytest.raises(ValueError, match=words):
@@ -174,7 +262,8 @@ def test_generate_takes_a_processors_batch(model):
         ({"moshi_audio_codes": torch.zeros(2, 3, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(2, 3, 4\).*must be \(1, 3, 4\)"),
         ({"moshi_audio_codes": torch.zeros(1, 2, 4, dtype=torch.long)}, r"`moshi_audio_codes` has shape \(1, 2, 4\)"),
         ({"input_ids": torch.zeros(1, 4)}, "`input_ids` has dtype torch.float32"),
-        ({"top_k": None}, "`top_k=None` must be 0"),
+        ({"top_k": 2.5}, "`top_k=2.5` must be a whole number"),
+        ({"temperature": [1.0, 2.0, 3.0]}, "`temperature=.*must be a number, or 1 of them"),
     ],
 )
 def test_bad_prompts_are_refused(model, changes, words):
@@ -196,6 +285,49 @@ def test_sampling_stays_in_the_top_k_and_follows_its_generator(model):
     assert not torch.equal(one, other)
     greedy = talk(model.new_stream(2, do_sample=False), user)
     assert torch.equal(talk(model.new_stream(2, top_k=1, text_top_k=1), user), greedy)
+
+
+@pytest.mark.parametrize(("limit", "reached"), [(0, 8), (3, 3), (8, 8)])
+def test_of_the_top_k_all_are_chosen_and_no_other(limit, reached):
+    logits = torch.linspace(0.0, 1.0, 8).flip(0).expand(300, -1)  # the likeliest first
+    one = {"do_sample": True, "temperature": 1.0, "text_temperature": 1.0}
+    sampling = make_sampling(300, torch.device("cpu"), **one, top_k=limit, text_top_k=limit)
+    text, audio = sampling.noise(torch.arange(300), torch.zeros(300, dtype=torch.long), 8, 2, 8)
+    for chosen in (sampling.text(logits, text), sampling.audio(logits, audio[:, 0]), sampling.audio(logits, audio[:, 1])):
+        assert set(chosen.tolist()) == set(range(reached))
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    """Of 20,000 draws each entry's share is its probability, within four standard errors; no two streams share their noise."""
+    rows, logits = 20_000, torch.tensor([2.0, 1.0, 0.0, -1.0])
+    settings = {"do_sample": True, "temperature": 0.7, "text_temperature": 1.0, "top_k": 0, "text_top_k": 0}
+    sampling = make_sampling(rows, torch.device("cpu"), **settings)
+    text, audio = sampling.noise(torch.arange(rows), torch.arange(rows) % 7, 4, 2, 4)
+    for chosen, temperature in ((sampling.text(logits.expand(rows, -1), text), 1.0), (sampling.audio(logits.expand(rows, -1), audio[:, 1]), 0.7)):
+        shares, expected = torch.bincount(chosen, minlength=4) / rows, (logits / temperature).softmax(0)
+        assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / rows).sqrt()).all()
+    correlation = torch.corrcoef(torch.stack([text.flatten(), audio[:, 0].flatten(), audio[:, 1].flatten()]))
+    assert (correlation - torch.eye(3)).abs().max() < 0.02
+
+
+def test_the_colder_the_likelier(model):
+    user = user_codes(model, rows=2, frames=25)
+    greedy = talk(model.new_stream(2, do_sample=False), user)
+    for cold in (True, False):
+        temperature = 1e-4 if cold else 1e4
+        stream = model.new_stream(2, temperature=temperature, text_temperature=temperature, top_k=0, text_top_k=0)
+        assert torch.equal(talk(stream, user), greedy) == cold
+
+
+def test_a_prompt_alone_is_said_and_one_frame_is_a_talk(model):
+    prompt = {
+        "input_ids": torch.randint(0, model.config.vocab_size, (2, 3)),
+        "moshi_audio_codes": torch.randint(0, model.config.audio_vocab_size, (2, model.config.num_codebooks, 3)),
+    }
+    said = model.generate(**prompt, max_new_tokens=0)
+    assert torch.equal(said.sequences, prompt["input_ids"])
+    assert torch.equal(said.audio_codes, prompt["moshi_audio_codes"])
+    assert model.generate(user_audio_codes=user_codes(model, rows=2, frames=1)).sequences.shape == (2, 1)
 
 
 @pytest.mark.parametrize(

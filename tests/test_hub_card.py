@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from hub_checkpoints import save_adapter, save_checkpoint, small_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
-from modeling_moshi_ttt.tools.card import check_facts, summarise
-from modeling_moshi_ttt.tools.stage import stage
+from modeling_moshi_ttt.tools.card import check_facts, summarise, write_card
+from modeling_moshi_ttt.tools.stage import copy_others, stage
+from modeling_moshi_ttt.tools.verify import verify
 
 RUN = {
     "run_dir": "/users/somebody/runs/one",
@@ -172,3 +174,43 @@ def test_a_log_that_a_kill_has_torn_is_still_a_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match="metrics.jsonl, record 2: not JSON"):
         summarise(tmp_path / "metrics.jsonl")
+
+
+def test_links_of_the_hubs_cache_are_followed_and_links_elsewhere_are_refused(cards, tmp_path):
+    """A snapshot in the Hub's cache is links to blobs throughout; a link to a file that belongs to somebody else must not be published."""
+    plain, snapshot = tmp_path / "plain", tmp_path / "models--user--plain" / "snapshots" / "abc"
+    plain.mkdir()
+    for name in ("vocabulary.txt", "audio_tokenizer/config.json"):
+        blob, link = tmp_path / "models--user--plain" / "blobs" / name.replace("/", "-"), snapshot / name
+        for path in (plain / name, blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        (plain / name).write_text(name)
+        blob.write_text(name)
+        link.symlink_to(blob)
+    (plain / "again.txt").symlink_to("vocabulary.txt")
+    for number, folder in enumerate((plain, snapshot)):
+        copy_others(folder, tmp_path / str(number))
+        assert (tmp_path / str(number) / "audio_tokenizer" / "config.json").read_text() == "audio_tokenizer/config.json"
+        assert not any(path.is_symlink() for path in (tmp_path / str(number)).rglob("*"))
+    assert (tmp_path / "0" / "again.txt").read_text() == "vocabulary.txt"
+    (tmp_path / "secret.txt").write_text("secret")
+    for folder in (plain, snapshot):
+        (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+        with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret.txt, outside its folder"):
+            copy_others(folder, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "license"),
+    [("tiny", "apache-2.0"), ("configuration/model/tiny.json", "apache-2.0"), ("kmhf/hf-moshiko", "cc-by-4.0"), ("runs/moshiko", "cc-by-4.0")],
+)
+def test_weights_that_began_fresh_are_ours_to_license(cards, tmp_path, start, license):
+    """By the bare name of a packaged configuration as by a path; what began from Kyutai's weights keeps their license."""
+    shutil.copytree(cards / "whole", tmp_path / "whole")
+    run = json.loads((tmp_path / "whole" / "run_config.json").read_text())
+    run["model"]["path"] = start
+    (tmp_path / "whole" / "run_config.json").write_text(json.dumps(run))
+    (tmp_path / "whole" / "manifest.json").unlink()
+    write_card(tmp_path / "whole", "user/name", "full", verify(tmp_path / "whole", run_probe=False))
+    assert ModelCard.load(tmp_path / "whole" / "README.md").data.license == license

@@ -14,6 +14,7 @@ from modeling_moshi_ttt.common.files import check_manifest
 from modeling_moshi_ttt.common.hub import redact
 from modeling_moshi_ttt.tools.pull import pull
 from modeling_moshi_ttt.tools.push import push
+from modeling_moshi_ttt.tools.remote import look
 
 REPO = "user/name"
 
@@ -203,6 +204,13 @@ def test_what_does_not_belong_here_is_refused_before_any_weights(hub, api, tmp_p
         pull("user/other", tmp_path / "here", api=api)
     assert weights_were_read(hub) == []
     assert not (tmp_path / "here").exists()
+
+
+def test_a_repository_with_a_name_that_leaves_its_folder_is_refused_when_it_is_looked_at(hub, api):
+    """Also before a push, which downloads nothing but the small files it asks for by name."""
+    hub.add("user/other", {"config.json": b'{"model_type": "moshi_ttt"}', "../outside.py": b"x"})
+    with pytest.raises(ValueError, match=r"'\.\./outside\.py' leaves its folder"):
+        look(api, "user/other")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import modeling_moshi_ttt
 
 PACKAGE = Path(modeling_moshi_ttt.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parents[1]
 NAME = "modeling_moshi_ttt"
 HOME_ONLY = {"__init__.py", "version.py"}
 FLAT = sorted(path for path in PACKAGE.glob("*.py") if path.name not in HOME_ONLY)
@@ -25,12 +25,15 @@ MAY_IMPORT = {
 SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglob("*.py"))
 # The layers of the flat files, lowest first: a file may import from its own layer and from lower ones.
 LAYERS = [
-    {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt"}
-    | {"ttt_reference", "ttt_state", "ttt_scan", "ttt_decode"},
+    {"versions_moshi_ttt", "rings", "rows", "sampling_moshi_ttt", "tokens_moshi_ttt"},
+    {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt", "resampling"}
+    | {"ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_scan_op", "ttt_decode"},
     {"ttt_kernels", "ttt_kernels_device", "ttt_kernels_linear", "ttt_kernels_mlp"},
     {"ttt_ops"},
     {"ttt_layer", "cache_moshi_ttt"},
-    {"generation_moshi_ttt", "depth_decoder", "attention_moshi_ttt"},
+    {"outputs_moshi_ttt"},
+    {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt"},
+    {"generation_moshi_ttt"},
     {"modeling_moshi_ttt"},
 ]
 
@@ -120,3 +123,14 @@ def test_no_pickle_is_read_or_written():
             assert level or module.split(".")[0] not in {"pickle", "dill", "joblib"}, f"{identity(path)} imports {module}"
         for call in re.findall(r"torch\.load\([^)]*\)", path.read_text()):
             assert "weights_only=True" in call, f"{identity(path)}: {call}"
+
+
+def test_special_tokens_have_one_home():
+    """Their numbers and names stand in tokens_moshi_ttt.py alone; padding ids are a configuration's."""
+    homes = {"12.5": "tokens_moshi_ttt.py", "-100": "tokens_moshi_ttt.py", "'SPEAKER_MAIN'": "tokens_moshi_ttt.py", "'SPEAKER_USER'": "tokens_moshi_ttt.py"}
+    found: dict[str, set[str]] = {}
+    for path in [*FLAT, *SUB_FILES]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Constant, ast.UnaryOp)) and (text := ast.unparse(node)) in homes:
+                found.setdefault(text, set()).add(identity(path))
+    assert found == {text: {home} for text, home in homes.items()}

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny import CHECKPOINTING, cut, random_frames, recompute, rows_of, tiny_config, tiny_model, with_labels
+from tiny import cut, random_frames, rows_of, tiny_config, tiny_model, with_labels
 from transformers import MoshiConfig
 from transformers.models.moshi.modeling_moshi import MoshiForConditionalGeneration
 
@@ -112,6 +112,35 @@ def test_num_items_in_batch_joins_micro_batches():
         model(**frames, num_items_in_batch=torch.ones(3))
 
 
+def test_a_stream_that_is_trained_nowhere_weighs_nothing():
+    """Recordings without words: the whole has no text weight, and the text loss is 0."""
+    model = tiny_model()
+    frames = with_labels(random_frames(model.config, rows=2, frames=6))
+    frames["input_ids"][:], frames["text_labels"][:] = -1, -100
+    weights = model.loss_weights(frames["text_labels"], frames["audio_labels"])
+    output = model(**frames, num_items_in_batch=weights)
+    assert (float(weights[0]), output.text_loss.item()) == (0.0, 0.0)
+    assert torch.equal(output.audio_loss, model(**frames).audio_loss)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_without_a_window_everything_is_seen(implementation):
+    """As with a window longer than the recording: in one pass, in pieces, and frame by frame."""
+    model, wide = (tiny_model(sliding_window=window, attn_implementation=implementation) for window in (None, 40))
+    frames = random_frames(model.config, rows=2, frames=30)
+    whole = model(**frames, use_cache=False).logits
+    assert torch.equal(whole, wide(**frames, use_cache=False).logits)
+    assert not torch.allclose(whole, tiny_model()(**frames, use_cache=False).logits)
+    memory = model.new_cache(2)
+    parts = [model(**cut(frames, start, stop), past_key_values=memory).logits for start, stop in ((0, 11), (11, 12), (12, 30))]
+    assert (torch.cat(parts, 1) - whole).abs().max() <= (1e-10 if implementation == "sdpa" else 1e-5)  # eager takes its softmax in float32
+    user = frames["user_audio_codes"]
+    assert torch.equal(model.hear(user, do_sample=False)[1], wide.hear(user, do_sample=False)[1])
+    resumed = model.new_cache(2)
+    resumed.load_state_dict(memory.state_dict())
+    assert resumed.layers[0].get_seq_length() == 30
+
+
 @pytest.mark.parametrize("mixer", ["linear", "mlp"])
 def test_a_batch_is_its_rows(mixer):
     model = tiny_model(ttt_mixer=mixer)
@@ -191,7 +220,7 @@ def test_recomputation_changes_no_number(mixer):
         for checkpointing in (False, True):
             model = tiny_model(ttt_mixer=mixer, ttt_mini_batch_size=1, scan_checkpoint_group_size=group, ttt_layers=[1]).train()
             if checkpointing:
-                recompute(model)
+                model.activation_checkpointing_enable()
             frames = frames or with_labels(random_frames(model.config, rows=1, frames=188))
             results[group, checkpointing] = gradients_of(model, frames)
     loss, gradients = results.pop((16, False))
@@ -208,7 +237,7 @@ def test_checkpointing_carries_a_memory():
     for checkpointing in (False, True):
         model = tiny_model().train()
         if checkpointing:
-            recompute(model)
+            model.activation_checkpointing_enable()
         frames = frames or with_labels(random_frames(model.config, rows=2, frames=22))
         memory = model.new_cache(2)
         for start, stop in ((0, 9), (9, 22)):
@@ -223,7 +252,7 @@ def test_checkpointing_carries_a_memory():
     assert all((gradients[0][name] - gradients[1][name]).abs().max() <= 1e-10 for name in gradients[0])
 
 
-@pytest.mark.parametrize("enable", CHECKPOINTING)
+@pytest.mark.parametrize("enable", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_reentrant_checkpointing_is_refused(enable):
     model = tiny_model().train()

@@ -1,5 +1,6 @@
 """The processor: words to the text stream, sound to codes and back, whole and live, and its errors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor, EncodecFeatureExtractor, MimiConfig, MimiModel
 
+from modeling_moshi_ttt import MoshiTTTConfig
 from modeling_moshi_ttt.mimi_stream import MimiStream
-from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor, parse_word, resample, text_stream
+from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor, resample
+from modeling_moshi_ttt.tokens_moshi_ttt import parse_word, text_stream
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configuration" / "model" / "tiny"
@@ -99,6 +102,51 @@ def test_text_stream_properties(words, n_frames, keep):
             assert stream[t + 1] in (0, 3)
     if keep and n_frames == 70 and sum(len(tokens) for tokens, _ in words) < 5:
         assert [token for token in stream if token > 3] == [token for tokens, _ in words for token in tokens]
+
+
+def with_padding(ids) -> MoshiTTTProcessor:
+    """The tiny processor for a model with other ids of text padding."""
+    whole = MoshiTTTProcessor.from_pretrained(TINY)
+    return MoshiTTTProcessor(whole.feature_extractor, whole.tokenizer, whole.audio_tokenizer, text_padding_ids=ids)
+
+
+def test_padding_ids_are_the_models_everywhere(processor, tmp_path):
+    other = with_padding([5, 6])
+    words, usual = [("hello", 0.3, 0.9, "SPEAKER_MAIN"), ("there", 1.0, 1.4, "SPEAKER_MAIN")], {3: 5, 0: 6}
+    stream = processor.text_frames(words, 25)
+    expected = [usual.get(token, token) for token in stream]
+    assert other.text_frames(words, 25) == expected != stream
+    batch = other(noise(1, 2 * RATE), sampling_rate=RATE, words=words)
+    assert batch["input_ids"][0].tolist() == expected
+    assert other.words(torch.tensor(expected)) == processor.words(torch.tensor(stream)) != []
+    assert other.decode_text(torch.tensor(expected)) == processor.decode_text(torch.tensor(stream)) == "hello there"
+    other.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["text_padding_ids"] == [5, 6]
+    assert AutoProcessor.from_pretrained(tmp_path).text_padding_ids == [5, 6]
+
+
+def test_a_processor_saved_without_padding_ids_has_moshis(processor):
+    assert "text_padding_ids" not in json.loads((TINY / "processor_config.json").read_text())
+    assert processor.text_padding_ids == MoshiTTTConfig(hidden_size=32, num_attention_heads=2).text_padding_ids == [3, 0]
+
+
+def test_a_model_with_other_padding_ids_is_refused(processor):
+    config = MoshiTTTConfig(hidden_size=32, num_attention_heads=2, text_padding_ids=[5, 6])
+    with_padding([5, 6]).check_model(config)
+    with pytest.raises(ValueError, match=r"model's `text_padding_ids=\[5, 6\]` differ from the processor's `text_padding_ids=\[3, 0\]`"):
+        processor.check_model(config)
+
+
+def test_a_word_that_reads_as_padding_is_refused(processor):
+    (token,) = processor.encode_word("\u2581a".strip("\u2581"))[:1]
+    with pytest.raises(ValueError, match="'a', which reads as a special token"):
+        with_padding([token, 0]).encode_word("a")
+
+
+@pytest.mark.parametrize("ids", [[3], [3, 0, 1], [-1, 0], [3.0, 0], [True, 0], "30"])
+def test_padding_ids_that_cannot_be_are_refused(ids):
+    with pytest.raises(ValueError, match="`text_padding_ids=.*` must hold two token ids"):
+        with_padding(ids)
 
 
 # Sound
@@ -286,8 +334,7 @@ def test_the_memory_of_a_stream_does_not_grow():
     stream = MimiStream(mimi(), 1)
 
     def size() -> int:
-        states = (stream._encoder, stream._decoder)
-        return sum(x.numel() for s in states for x in (*s.tails.values(), *s.keys, *s.values, s.key_positions))
+        return sum(x.numel() for x in stream.state_dict().values())
 
     sizes = set()
     for seed in range(3):
@@ -295,6 +342,50 @@ def test_the_memory_of_a_stream_does_not_grow():
         stream.decode_frames(codes)
         sizes.add(size())
     assert len(sizes) == 1
+
+
+def test_rows_of_an_audio_stream_are_values():
+    """A row that pauses keeps its state; one moves to another stream and row; a sick row can be left out; frames of -2 are silence."""
+    codec = mimi()
+    sound = torch.from_numpy(noise(2, 12 * FRAME)).split(FRAME, dim=-1)
+    alone, two, other = MimiStream(codec, 1), MimiStream(codec, 2), MimiStream(codec, 3)
+    codes = [alone.encode(piece[:1]) for piece in sound]
+    spoken = [alone.decode(code) for code in codes]
+    nobody = torch.full_like(codes[0], -2)
+    for t, piece in enumerate(sound[:6]):
+        assert torch.equal(two.encode(piece)[0], codes[t][0])
+        assert (two.decode(torch.cat([codes[t], nobody]))[0] - spoken[t][0]).abs().max() <= 1e-5
+    before = two.row_state(0)
+    sick = torch.stack([torch.full((FRAME,), torch.nan), sound[6][1]])
+    assert two.encode(sick, [False, True])[0].tolist() == [-1] * codes[0].shape[1]
+    assert not two.decode(torch.cat([nobody, codes[6]]))[0].any()
+    assert not two.decode(torch.cat([codes[6], codes[6]]), [False, True])[0].any()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in two.row_state(0).items())
+    other.encode(torch.cat([sound[0], sound[0][:1]]))
+    other.load_row(2, before)
+    for t in range(6, 12):
+        assert torch.equal(other.encode(sound[t][:1].expand(3, -1))[2], codes[t][0])
+    mixed = torch.stack([nobody, codes[6], codes[7], nobody], dim=-1)
+    two.load_row(1, before)
+    expected = torch.cat([torch.zeros(1, FRAME), spoken[6], spoken[7], torch.zeros(1, FRAME)], dim=-1)
+    assert (two.decode_frames(mixed.expand(2, -1, -1))[0] - expected[0]).abs().max() <= 1e-5
+
+
+def test_a_saved_audio_stream_goes_on_and_foreign_states_are_refused():
+    codec, sound = mimi(), torch.from_numpy(noise(2, 4 * FRAME))
+    stream, resumed = MimiStream(codec, 2), MimiStream(codec, 2)
+    stream.decode_frames(stream.encode_frames(sound))
+    saved = stream.state_dict()
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.encode_frames(sound), stream.encode_frames(sound))
+    twin = copy.deepcopy(stream)
+    assert torch.equal(twin.encode_frames(sound), stream.encode_frames(sound))
+    held = resumed.state_dict()
+    name = next(iter(saved))
+    for bad in (saved | {name: saved[name][:1]}, saved | {name: saved[name] * torch.nan}, saved | {"tone": saved[name]}, {}):
+        with pytest.raises(ValueError, match="audio stream"):
+            resumed.load_state_dict(bad)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in resumed.state_dict().items())
 
 
 def test_streaming_does_not_write_to_the_codec():
@@ -460,7 +551,8 @@ def test_bad_frames_and_ids_are_named(processor):
         (torch.zeros(2, 1919), r"shape \(2, 1919\)"),
         (torch.zeros(1, FRAME), r"must be \[2, 1920\]"),
         (torch.zeros(2, FRAME, dtype=torch.int16), "divide"),
-        (torch.full((2, FRAME), torch.nan), "NaN"),
+        (torch.full((2, FRAME), torch.nan), "not finite"),
+        (torch.tensor([[0.0], [300.0]]).expand(2, FRAME), r"row \[1\] is not finite or beyond ±10"),
     ]:
         with pytest.raises(ValueError, match=message):
             stream.encode(frame)
@@ -468,7 +560,7 @@ def test_bad_frames_and_ids_are_named(processor):
         stream.decode(torch.zeros(1, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="one frame is"):
         stream.decode(torch.zeros(2, 8, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="`batch_size=0`"):
         processor.new_audio_stream(0)
     with pytest.raises(ValueError, match="ids hold 512"):
         processor.decode_text([512])

@@ -1,20 +1,24 @@
-"""Everything in the README runs: its Python as it stands, its commands against a local Hub, its files and links are there."""
+"""Everything in the README runs: its Python as it stands, its commands against a local Hub, its files are there."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from tree import ROOT, project_files
+from version_matrix import SHOWN, lower_bounds
 
+import modeling_moshi_ttt
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.evaluation import recall
 from modeling_moshi_ttt.tools.cli import COMMANDS
+from modeling_moshi_ttt.versions_moshi_ttt import TRANSFORMERS, release
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(modeling_moshi_ttt.__file__).parent
 README = (ROOT / "README.md").read_text()
 PICTURE_OF_A_MACHINE = re.compile(r"(?<![\w.])/(?:work|root|home|farm)/")
 
@@ -24,8 +28,8 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_runs_as_it_stands(code, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_python_runs_as_it_stands(code, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert capsys.readouterr().out.splitlines() == re.findall(r"^print.*  # (.*)$", code, flags=re.MULTILINE) != []
@@ -59,15 +63,15 @@ def without_what_varies(lines: str) -> list[str]:
 
 
 def test_every_command_of_the_road_runs_and_says_what_is_shown(tmp_path):
-    """From recordings to an adapter on the Hub and back, as the README says it, in a copy of the checkout, against a local Hub."""
-    place = tmp_path / "checkout"
+    """From recordings to an adapter on the Hub and back, as the README says it, in an empty folder, against a local Hub."""
+    place = tmp_path / "anywhere"
     place.mkdir()
-    for name in ("configuration", "examples"):
-        shutil.copytree(ROOT / name, place / name)
     start = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt prepare"))
     stop = next(i for i, line in enumerate(shell_lines()) if line.startswith("moshi-ttt convert runs"))
     road = [line for line in shell_lines()[start : stop + 1] if not line.startswith("hf auth login")]
-    assert [line.split()[0] for line in road] == ["moshi-ttt", "accelerate", *["moshi-ttt"] * 5]
+    assert [line.split()[:2] for line in road[:2]] == [["moshi-ttt", "prepare"], ["moshi-ttt", "train"]]
+    assert {line.split()[0] for line in road} == {"moshi-ttt"}
+    assert len(road) == 7
     # `make demo` has trained the base by then: three steps stand in for its training here.
     demo = road[1].split(" run_dir=")[0] + " optim.steps=3 evaluate_start=false"
     road = [demo, *(line.replace("optim.steps=20", "optim.steps=2 evaluate_start=false") for line in road)]
@@ -84,12 +88,14 @@ def test_every_command_of_the_road_runs_and_says_what_is_shown(tmp_path):
 
 
 def test_the_table_of_recall_is_of_the_pictures_numbers():
-    """At every distance: chance without TTT, 97% of four pairs and 90% of eight with it, in ten minutes."""
+    """At every distance beyond the reach of attention: chance without TTT, 97% of four pairs and 90% of eight with it, in ten minutes."""
     measured = json.loads((ROOT / "docs" / "pictures" / "recall.json").read_text())
     assert (measured["window"], measured["settings"]["distances"]) == (16, [24, 32, 48, 64, 96])
     assert {run["name"] for run in measured["runs"][1:]} == {f"TTT-{mixer}, b = {b}" for mixer in ("linear", "mlp") for b in (1, 4, 16)}
     for run in measured["runs"]:
-        found = {pairs: [cell["accuracy"] for cell in run["results"] if cell["pairs"] == pairs] for pairs in (4, 8)}
+        beyond = [cell for cell in run["results"] if not recall.share_within_reach(cell["pairs"], cell["distance"], measured["window"])]
+        assert {cell["distance"] for cell in beyond} == {32, 48, 64, 96}
+        found = {pairs: [cell["accuracy"] for cell in beyond if cell["pairs"] == pairs] for pairs in (4, 8)}
         assert run["training"]["seconds"] <= 600
         if run["name"] == "window attention alone":
             assert max(found[4] + found[8]) <= 0.04
@@ -101,6 +107,24 @@ def test_the_table_of_recall_is_of_the_pictures_numbers():
         assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in README
 
 
+def version_rows() -> list[dict[str, str]]:
+    header = next(line for line in README.splitlines() if line.startswith("| libraries | Python |"))
+    table = README[README.index(header) :].split("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_the_table_of_versions_shows_both_ends_of_the_range():
+    rows = version_rows()
+    assert {row["libraries"] for row in rows} == {"lowest", "newest"}
+    for row in rows:
+        assert re.fullmatch(r"\d+ passed(, \d+ (skipped|deselected|warnings?))*", row["quick core"]), row
+        if row["libraries"] == "lowest":
+            assert {name: release(row[name]) for name in SHOWN} == {name: release(lower_bounds()[name]) for name in SHOWN}
+    newest = max(release(row["transformers"]) for row in rows)
+    assert newest[1] + 1 == release(TRANSFORMERS[1])[1]
+
+
 def test_named_commands_targets_and_files_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)", README.replace("and make,", "")):
@@ -109,15 +133,11 @@ def test_named_commands_targets_and_files_exist():
         assert command in COMMANDS, command
     paths = re.findall(r"(?:configuration|examples|benchmarks|docs|tests|modeling_moshi_ttt|hub)/[\w./*-]+", README)
     for path in paths:
-        assert list(ROOT.glob(path.rstrip("./"))), path
-    for link in re.findall(r"\]\(([^)h#][^)]*)\)", README):
-        assert (ROOT / link).exists(), link
+        assert [found for root in (ROOT, PACKAGE.parent) for found in root.glob(path.rstrip("./"))], path
 
 
 def test_the_project_speaks_of_itself_alone():
-    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
-    texts = [name for name in tracked if name.endswith((".md", ".py", ".yaml", ".cfg", ".sh", ".toml", ".txt", ".jinja", ".html", ".json"))]
-    texts = texts or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
-    assert texts
-    named = [name for name in texts if PICTURE_OF_A_MACHINE.search((ROOT / name).read_text(errors="replace")) and name != "tests/test_readme.py"]
-    assert named == []
+    kinds = {".md", ".py", ".yaml", ".cfg", ".cff", ".in", ".sh", ".toml", ".txt", ".jinja", ".html", ".json"}
+    texts = [name for name in project_files() if name.suffix in kinds and name.name != "test_readme.py"]
+    assert len(texts) > 100
+    assert [name for name in texts if PICTURE_OF_A_MACHINE.search((ROOT / name).read_text(errors="replace"))] == []

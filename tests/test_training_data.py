@@ -188,7 +188,7 @@ def test_words_that_are_legal(tmp_path, processor, spoken, says):
     manifest = make_source(tmp_path, ["a"])
     (tmp_path / "a.json").write_text(json.dumps(spoken))
     (one,) = prepare_set(str(manifest), DataSettings(train=str(manifest)), CodesCache(tmp_path / "cache", processor)).recordings
-    assert says_words(one.text) == says
+    assert says_words(one.text, [3, 0]) == says
 
 
 # ---- batches
@@ -243,6 +243,8 @@ def test_noise_replaces_its_share_and_repeats(tmp_path):
     assert 0.42 < changed[0, :990].float().mean() < 0.58
     assert 0.05 < (noisy.user_audio_codes != batch.user_audio_codes).any(1)[0, :990].float().mean() < 0.15
     assert set(noisy.input_ids[noisy.input_ids != batch.input_ids].tolist()) == {3}
+    padded = add_noise(batch, settings, 2000, [(0, 1), (0, 2)], 9).input_ids
+    assert set(padded[padded != batch.input_ids].tolist()) == {9}
     assert torch.equal(noisy.moshi_audio_codes[1, :, 500:], batch.moshi_audio_codes[1, :, 500:])  # what is absent stays absent
     assert torch.equal(noisy.audio_labels, batch.audio_labels)
     again, other = (add_noise(batch, settings, 2000, [seed, (0, 2)]) for seed in ((0, 1), (0, 3)))

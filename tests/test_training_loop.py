@@ -15,8 +15,6 @@ from modeling_moshi_ttt.training.data import Loader, WindowReader
 from modeling_moshi_ttt.training.lanes import Window
 from modeling_moshi_ttt.training.memory import LaneMemory
 from modeling_moshi_ttt.training.report import read_metrics
-from modeling_moshi_ttt.training.run_config import OptimSettings
-from modeling_moshi_ttt.training.schedule import rate_factor
 from modeling_moshi_ttt.training.trainer import word_hits
 
 LENGTHS = [21, 13, 30, 9, 17, 26, 11, 24]
@@ -90,22 +88,6 @@ def test_validation_covers_the_whole_set_with_right_averages(tmp_path):
     assert scores["eval_text_loss"] == pytest.approx(float(sums[0] / counts[0]), abs=1e-5)
     assert scores["eval_audio_loss"] == pytest.approx(float(sums[1] / counts[1]), abs=1e-5)
     assert scores["eval_text_accuracy"] == pytest.approx(float(hits[0] / hits[1]))
-
-
-def test_one_cycle_is_torchs():
-    for steps, warmup in ((100, 0.05), (37, 0.3)):
-        parameter = torch.nn.Parameter(torch.zeros(1))
-        optimizer = torch.optim.SGD([parameter], lr=1.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=steps, pct_start=warmup, cycle_momentum=False)
-        for step in range(steps):
-            assert rate_factor(step, OptimSettings(steps=steps, warmup=warmup)) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-            optimizer.step()
-            if step < steps - 1:
-                schedule.step()
-    cosine = [rate_factor(step, OptimSettings(steps=20, warmup=0.1, schedule="cosine")) for step in range(20)]
-    assert cosine[2] == 1.0
-    assert cosine[2:] == sorted(cosine[2:], reverse=True)
-    assert cosine[-1] < 0.02
 
 
 # ---- lanes

@@ -123,6 +123,13 @@ def test_groups_have_their_rates_and_decay_spares_norms_biases_gates():
     assert by_name["decoder.model.layers.0.mlp.fc1.weight"] == (1e-3, 0.1)
 
 
+def test_gates_are_spared_by_their_name_whatever_their_shape():
+    shapes = {"ttt_gate.gating_alpha": (2, 3), "ttt.W1": (2, 3, 3)}
+    named = [(f"decoder.model.layers.0.{name}", torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    groups = modes.parameter_groups(named, 1e-3, 2e-3, 3e-3, 0.1)
+    assert {group["name"]: group["weight_decay"] for group in groups} == {"gate, no decay": 0.0, "ttt": 0.1}
+
+
 def test_frozen_copies_are_dropped_in_training(tmp_path):
     trainer = make_trainer(make_run(tmp_path / "run", "lora+ttt"), make_recordings(tmp_path / "codes", [20] * 4, make_model().config))
     assert not any("original_module" in name for name, _ in trainer.model.named_parameters())

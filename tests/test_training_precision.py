@@ -4,7 +4,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny import recompute
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training import setup
@@ -45,7 +44,7 @@ def test_recomputing_layers_changes_no_gradient(tmp_path, carry):
     for checkpointing in (False, True):
         model = make_model(seed=3).double()
         if checkpointing:
-            recompute(model)
+            model.activation_checkpointing_enable()
         recordings = make_recordings(tmp_path / "codes", [30, 26], model.config)
         run = make_run(tmp_path / f"{checkpointing}", data={"carry": carry, "tbptt_windows": turns})
         trainer = make_trainer(run, recordings, model)

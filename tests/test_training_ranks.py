@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import recompute
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training import setup
@@ -158,7 +157,7 @@ def test_bf16_shards_keep_memory_losses_and_what_is_trained_in_float32(tmp_path,
         run = make_run(tmp_path, mode, data=data, optim={"steps": 3})
         run.model.dtype = dtype
         model = make_model().to(getattr(torch, dtype))
-        recompute(model)
+        model.activation_checkpointing_enable()
         recordings = make_recordings(tmp_path / f"codes{rank}", LENGTHS, model.config)
         trainer = make_trainer(run, recordings, model, accelerator=setup.make_accelerator(run))
         seen = set()

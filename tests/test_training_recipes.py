@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from modeling_moshi_ttt.training import modes, setup
 from modeling_moshi_ttt.training.run_config import load_run_config
+from modeling_moshi_ttt.training.train import train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configuration" / "train").glob("*.yaml"))
@@ -34,9 +37,46 @@ def test_recipe_builds_the_tiny_model(path):
     groups = modes.parameter_groups(adapted.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
     assert sum(p.numel() for group in groups for p in group["params"]) > 0
     assert model.config.ttt_layers == ([] if run.mode == "lora" else model.config.ttt_layers)
-    assert "accelerate launch" in path.read_text()
-    launch = next(word for word in path.read_text().split() if word.startswith("configuration/accelerate/"))
-    assert (ROOT / launch).exists()
+    (recipe, launch) = re.search(r"#   moshi-ttt train (\w+) --launch (\w+)\n", path.read_text()).groups()
+    assert recipe == path.stem
+    assert launch in {other.stem for other in LAUNCHES}
+
+
+def test_a_recipe_sets_the_weights_of_the_losses():
+    """0 for padding leaves the words, 100 times less for the first codebook is its part of the loss alone."""
+    demo = str(ROOT / "configuration" / "train" / "demo.yaml")
+    kept, changed = (
+        setup.build_model(load_run_config(demo, [f"model.path={TINY}", *weights]).model, 0)
+        for weights in ([], ["model.text_padding_weight=0", "model.semantic_loss_weight=1"])
+    )
+    assert (kept.config.text_padding_weight, kept.config.semantic_loss_weight) == (0.5, 100.0)
+    assert (changed.config.text_padding_weight, changed.config.semantic_loss_weight) == (0.0, 1.0)
+    text, audio = torch.tensor([[3, 0, 7, 3]]), torch.zeros(1, 8, 4, dtype=torch.long)
+    # the first codebook has 4 frames, the seven that are late by one predict 3 of them
+    assert kept.loss_weights(text, audio).tolist() == [2.5, 400 + 21]
+    assert changed.loss_weights(text, audio).tolist() == [1.0, 4 + 21]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.text_padding_weight=-1", "model.text_padding_weight is -1"),
+        ("model.semantic_loss_weight=.nan", "model.semantic_loss_weight is nan"),
+        ("data.text_weight=-0.5", "data.text_weight is -0.5"),
+    ],
+)
+def test_weights_of_losses_that_cannot_be_are_refused(setting, words):
+    with pytest.raises(ValueError, match=words):
+        load_run_config(str(ROOT / "configuration" / "train" / "demo.yaml"), [setting])
+
+
+def test_a_processor_with_other_padding_ids_than_the_model_is_refused_before_any_data(tmp_path):
+    config = json.loads(Path(TINY).read_text()) | {"text_padding_ids": [5, 6]}
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'other.json'}", f"model.processor={TINY.removesuffix('.json')}"]
+    run = load_run_config(str(ROOT / "configuration" / "train" / "demo.yaml"), [*settings, "trackers=[]", "data.train=nowhere.jsonl"])
+    with pytest.raises(ValueError, match=r"model's `text_padding_ids=\[5, 6\]` differ from the processor's `text_padding_ids=\[3, 0\]`"):
+        train(run)
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
@@ -100,6 +140,7 @@ def test_slurm_script_launches_one_launcher_a_node(tmp_path):
         ("seed=-1", r"seed is -1, it must be between 0 and"),
         ("data.tbptt_windows=2", r"tbptt_windows is > 1 but data\.carry is 'none'"),
         ("optim.betas=[0.9]", r"optim\.betas is \[0.9\], it must be two"),
+        ("optim.betas=[0.8, 0.95]", r"optim\.betas is \[0\.8, 0\.95\], but under optim\.schedule 'onecycle'.*choose the schedule cosine"),
         ("data.evaluation=null", r"evaluate_every is set but data\.evaluation is missing"),
         ("optim.steps=fast", r"optim\.steps is 'fast'"),
         ("trackers=[tensorbord]", "trackers holds 'tensorbord'"),

@@ -62,7 +62,7 @@ def test_a_masked_frame_parts_rows_that_stood_together(mixer):
     state, outputs = start(mixer, values, 2), []
     for t in range(11):
         out, state = run(mixer, values, state, slice(t, t + 1), mask if t == 5 else None)
-        assert state.open_factors.together == (t < 5)
+        assert state.open_factors.lockstep == (t < 5)
         outputs.append(out)
     expected, end = run(mixer, values, start(mixer, values, 2), slice(0, 11), mask)
     torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-12)

@@ -11,6 +11,7 @@ from ttt_cases import OPS, WEIGHTS, largest_difference, make_inputs, run, run_al
 
 from modeling_moshi_ttt import ttt_ops
 from modeling_moshi_ttt.ttt_ops import TTTState
+from modeling_moshi_ttt.ttt_state import TTTInputs
 
 MIXERS = ["linear", "mlp"]
 BACKENDS = ["reference", "scan"]
@@ -315,7 +316,7 @@ def test_one_frame_on_a_gpu_is_decoded_in_torch(monkeypatch):
 
     def way(frames, backend="auto", learning=False):
         q = OnGPU(is_cuda=True, shape=(1, frames, 1, 32), requires_grad=learning)
-        return ttt_ops._choose_way(backend, ttt_ops._Inputs(*[q] * 7), state, state.weights, 4)
+        return ttt_ops._choose_way(backend, TTTInputs(*[q] * 7), state, state.weights, 4)
 
     assert [way(1), way(2), way(1, "triton"), way(1, learning=True)] == ["decode", "triton", "triton", "triton"]
 
@@ -331,17 +332,18 @@ def test_positions_that_the_host_knows_are_not_asked_of_the_device(mixer, monkey
         outputs.append(out)
         state = state.select([0, 1]).detach() if last != 9 else state
     assert torch.allclose(torch.cat(outputs, 1), whole)
-    assert state.even_frames == 13
+    assert state.lockstep_frames == 13
 
 
-def test_positions_are_asked_for_again_after_a_mask_a_reset_or_loading():
+def test_rows_are_known_to_be_in_lockstep_until_a_mask_or_a_reset():
     values = {name: x.detach() for name, x in make_inputs("linear", 2, 8, 2, 4, 4).items()}
     _, state = run("linear", values, start("linear", values, 2))
-    assert state.even_frames == 8
+    assert state.lockstep_frames == 8
     _, masked = run("linear", values, state, mask=torch.tensor([[True] * 8, [True] * 7 + [False]]))
     reset = masked.reset([1], start("linear", values, 2))
-    for one in (masked, reset, TTTState.from_tensors(state.tensors())):
-        assert one.even_frames is None
+    loaded = TTTState.from_tensors(state.tensors())
+    assert (masked.lockstep_frames, reset.lockstep_frames, loaded.lockstep_frames) == (None, None, 8)
+    for one in (masked, reset, loaded):
         expected, _ = run("linear", values, one, backend="reference")
         assert torch.allclose(run("linear", values, one)[0], expected)
     assert not masked.between_mini_batches

@@ -5,8 +5,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from ttt_cases import INPUTS, OPS, WEIGHTS, largest_difference, make_inputs, run, run_all, start
 
+from modeling_moshi_ttt.ttt_functions import Gelu
 from modeling_moshi_ttt.ttt_ops import TTTState
-from modeling_moshi_ttt.ttt_scan import Gelu, scan_mini_batches
+from modeling_moshi_ttt.ttt_scan import scan_mini_batches
+from modeling_moshi_ttt.ttt_state import TTTInputs
 
 MIXERS = ["linear", "mlp"]
 
@@ -24,8 +26,8 @@ def test_backward_gives_true_derivatives(mixer):
         given = dict(zip(values, tensors))
         tokens = [given[name].unflatten(1, (4, 2)) for name in ("q", "k", "v", "lr")]
         weights = tuple(given[name].expand(2, *given[name].shape) for name in WEIGHTS[mixer])
-        shared = given["token_weight"], given["norm_weight"], given["norm_bias"]
-        out, after = scan_mini_batches(*tokens, *shared, weights, complete, group_size=3, eps=1e-3)
+        inputs = TTTInputs(*tokens, given["token_weight"], given["norm_weight"], given["norm_bias"])
+        out, after = scan_mini_batches(inputs, weights, complete, group_size=3, eps=1e-3)
         return (out, *after)
 
     assert torch.autograd.gradcheck(body, tuple(values.values()), atol=1e-6)

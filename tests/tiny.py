@@ -1,17 +1,8 @@
 """Tiny models and random frames for tests."""
 
 import torch
-from transformers import PreTrainedModel
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
-
-# transformers 5.2x renames the first to the second.
-CHECKPOINTING = [name for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable") if hasattr(PreTrainedModel, name)]
-
-
-def recompute(model, *options) -> None:
-    """Switch recomputation of the layers on, by the newest name that there is."""
-    getattr(model, CHECKPOINTING[-1])(*options)
 
 
 def tiny_config(**changes) -> MoshiTTTConfig:

@@ -9,11 +9,14 @@ from modeling_moshi_ttt.ttt_ops import TTTState, ttt_linear, ttt_mlp
 
 OPS = {"linear": ttt_linear, "mlp": ttt_mlp}
 INPUTS = ("q", "k", "v", "lr", "token_weight", "norm_weight", "norm_bias")
+AT_THE_BOUND = {"linear": 3.0, "mlp": 0.6}  # values of `write` at which the bound of inner_norm "none" holds some shares, and leaves others
 WEIGHTS = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
 
 
-def make_inputs(mixer: str, rows: int, length: int, heads: int, dim: int, b: int, dtype=torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    """Random op inputs and initial weights by name, all requiring grad."""
+def make_inputs(
+    mixer: str, rows: int, length: int, heads: int, dim: int, b: int, dtype=torch.float64, seed: int = 0, write: float = 1.0
+) -> dict[str, Tensor]:
+    """Random op inputs and initial weights by name, all requiring grad; `write` scales the rates."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -23,7 +26,7 @@ def make_inputs(mixer: str, rows: int, length: int, heads: int, dim: int, b: int
     tokens |= {name: torch.nn.functional.normalize(tokens[name], dim=-1) for name in "qk"}
     width = dim if mixer == "linear" else 4 * dim
     values = tokens | {
-        "lr": torch.rand(rows, length, heads, generator=g, dtype=torch.float64) * 0.3,
+        "lr": torch.rand(rows, length, heads, generator=g, dtype=torch.float64) * 0.3 * write,
         "token_weight": 1 / torch.arange(1, b + 1, dtype=torch.float64) + 0.1 * torch.rand(b, generator=g, dtype=torch.float64),
         "norm_weight": 1 + normal(heads, dim, scale=0.1),
         "norm_bias": normal(heads, dim, scale=0.1),
@@ -74,7 +77,7 @@ def layer_config(**changes) -> SimpleNamespace:
     """A small configuration with the fields that the layer reads."""
     fields = {
         "hidden_size": 24, "ttt_mixer": "mlp", "ttt_num_heads": 3, "ttt_head_dim": 8, "ttt_mini_batch_size": 4, "ttt_base_lr": 1.0,
-        "ttt_rope": "mini_batch", "ttt_norm_eps": 1e-6, "scan_checkpoint_group_size": 3, "ttt_implementation": "scan",
+        "ttt_inner_norm": "layer_norm", "ttt_rope": "mini_batch", "ttt_norm_eps": 1e-6, "scan_checkpoint_group_size": 3, "ttt_implementation": "scan",
     }  # fmt: skip
     assert changes.keys() <= fields.keys()
     return SimpleNamespace(**(fields | changes))

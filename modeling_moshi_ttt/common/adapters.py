@@ -102,7 +102,7 @@ def adapter_run(folder: Path) -> dict[str, Any]:
 
 
 def _run_ttt(folder: Path) -> dict[str, Any]:
-    """Fields that the run put on top of its base's configuration."""
+    """TTT fields that the run put on top of its base's configuration."""
     return dict(adapter_run(folder).get("model", {}).get("ttt") or {})
 
 

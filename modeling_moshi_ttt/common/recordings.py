@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 from .files import inside, parse_json, read_text
+from .packaged import resolve
 
-MAIN_SPEAKER = "SPEAKER_MAIN"
-USER_SPEAKER = "SPEAKER_USER"
 Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
 
 
@@ -30,10 +30,11 @@ class Recording:
 def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, problems: list[str] | None = None) -> list[Recording]:
     """Read a jsonl of {"path", "duration"} lines; paths are relative to the file, words come from the .json beside each sound.
 
+    `path` may be the bare name of a packaged manifest.
     `allow_outside` permits absolute paths and '..'. With a list in `problems`, bad lines are described there and left out;
     without it they raise one ValueError that names them all. A missing or empty manifest always raises.
     """
-    path = Path(path)
+    path = Path(resolve("data", path))
     if not path.is_file():
         raise FileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     found: list[str] = []

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from . import packaged
 from .files import read_text
 
 T = TypeVar("T")
@@ -31,14 +32,18 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
-def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> T:
+def load_settings(
+    cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), kind: packaged.Kind | None = None
+) -> T:
     """Fill the dataclass `cls` from the YAML file `path` (None: defaults alone) and overrides such as "optim.lr=1e-4".
+
+    `path` may be the bare name of a packaged file of this `kind`.
 
     Raises ValueError naming the key (with the nearest known one) or the wrong type; FileNotFoundError when the file is missing.
     """
     data: dict[str, Any] = {}
     if path is not None:
-        data = _read(Path(path))
+        data = _read(Path(path), kind)
     for override in overrides:
         _override(data, override)
     where = str(path) if path is not None else cls.__name__
@@ -114,12 +119,13 @@ def check_entries(name: str, entries: Sequence[Any]) -> None:
             raise ValueError(f"{name} holds {entry!r} twice; name it once.")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: packaged.Kind | None) -> dict[str, Any]:
     try:
-        data = _parse(read_text(path))
+        data = _parse(read_text(packaged.resolve(kind, path) if kind else path))
     except FileNotFoundError:
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml")))
-        raise FileNotFoundError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}.") from None
+        hint = f", and the package none of this name; {packaged.known(kind, path)}" if kind else "."
+        raise FileNotFoundError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}{hint}") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; name the settings file in it.") from None
     except yaml.YAMLError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.audio import audio_duration, read_audio
-from ..common.recordings import MAIN_SPEAKER, Recording
-from ..processing_moshi_ttt import text_stream
+from ..common.audio import audio_pieces
+from ..common.recordings import Recording
 from .scoring import CodeSequence
 
-PIECE_FRAMES = 125  # 10 s read and encoded at once
+PIECE_SECONDS = 10.0  # read and encoded at once
 
 
 def find_books(folder: str | Path) -> dict[str, list[Path]]:
@@ -40,32 +40,24 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
 
 def encode_book(processor: Any, paths: Sequence[Path], max_frames: int | None = None) -> CodeSequence:
     """Mono files one after the other as one voice, Moshi's; the user and the text are absent. At most `max_frames` frames."""
-    codes = _encode(processor, (piece.mean(0, keepdims=True) for path in paths for piece in _pieces(path, processor)), 1, max_frames)
+    rate = processor.sampling_rate
+    pieces = (piece.mean(0, keepdims=True) for path in paths for piece in audio_pieces(path, rate, PIECE_SECONDS))
+    codes = _encode(processor, pieces, 1, max_frames)
     return CodeSequence(codes[0])
 
 
 def encode_recording(processor: Any, recording: Recording, max_frames: int | None = None) -> CodeSequence:
     """A recording of ours: left channel Moshi, right the user (absent when mono), the main speaker's words as text."""
-    first = next(_pieces(recording.path, processor))
-    codes = _encode(processor, _pieces(recording.path, processor), len(first), max_frames)
+    pieces = audio_pieces(recording.path, processor.sampling_rate, PIECE_SECONDS)
+    first = next(pieces)
+    codes = _encode(processor, chain([first], pieces), len(first), max_frames)
     text = None
     if recording.words is not None:
-        spoken = sorted((start, word) for word, (start, end), speaker in recording.words if speaker == MAIN_SPEAKER and start < end)
-        tokens = [(ids, start) for start, word in spoken if (ids := processor.encode_word(word))]
-        text = torch.tensor(text_stream(tokens, codes.shape[-1], processor.frame_rate))
+        text = torch.tensor(processor.text_frames(recording.words, codes.shape[-1]))
     return CodeSequence(codes[0], codes[1] if len(codes) == 2 else None, text)
 
 
-def _pieces(path: Path, processor: Any) -> Iterator[np.ndarray]:
-    """The file as [channels, samples] pieces of 10 s at the codec's rate."""
-    seconds = PIECE_FRAMES / processor.frame_rate
-    length, start = audio_duration(path), 0.0
-    while start < length:
-        yield read_audio(path, processor.sampling_rate, start, seconds)
-        start += seconds
-
-
-def _encode(processor: Any, pieces: Iterator[np.ndarray], channels: int, max_frames: int | None) -> Tensor:
+def _encode(processor: Any, pieces: Iterable[np.ndarray], channels: int, max_frames: int | None) -> Tensor:
     """Codes [channels, K, T] of all samples as one stream; the last frame is filled up with silence."""
     stream = processor.new_audio_stream(channels)
     size, rest, codes, frames = processor.frame_size, np.zeros((channels, 0), np.float32), [], 0

@@ -15,15 +15,10 @@ from .dialogue import Behaviour, summarise
 from .dialogue import measure as measure_behaviour
 
 
-@torch.no_grad()
-def answer(model: Any, user_codes: Tensor, generator: torch.Generator | None = None, **sampling: Any) -> tuple[Tensor, Tensor]:
-    """What the model says while it hears `user_codes` [K, T]: text [T'] and audio codes [K, T'], T' shorter by the delay."""
-    stream = model.new_stream(1, generator=generator, **sampling)
-    frames = [stream.step(user_codes[None, :, t].to(model.device)) for t in range(user_codes.shape[-1])]
-    complete = [frame for frame in frames if bool(frame.valid[0])]
-    if not complete:
-        raise ValueError(f"the recording has {user_codes.shape[-1]} frames, too few for the model's delay; give a longer one")
-    return torch.stack([frame.text[0] for frame in complete]).cpu(), torch.stack([frame.audio_codes[0] for frame in complete], -1).cpu()
+def answer(model: Any, user_codes: Tensor, **sampling: Any) -> tuple[Tensor, Tensor]:
+    """What the model says while it hears `user_codes` [K, T]: text [T] and audio codes [K, T]; `sampling` as in its `hear`."""
+    text, codes = model.hear(user_codes[None].to(model.device), **sampling)
+    return text[0].cpu(), codes[0].cpu()
 
 
 def measure(
@@ -50,10 +45,8 @@ def measure(
         user_codes = processor.encode_audio(torch.from_numpy(samples[1:]))[0]
         for name, speaker in speakers.items():
             generator = torch.Generator(speaker.device).manual_seed(seed + number)
-            text, codes = answer(speaker, user_codes, generator, **(sampling or {}))
-            voice = processor.decode_audio(codes[None])[0].float().numpy()
-            both = np.zeros((2, samples.shape[1]), np.float32)
-            both[0, : len(voice)] = voice[: samples.shape[1]]
-            both[1] = samples[1]
+            text, codes = answer(speaker, user_codes, generator=generator, **(sampling or {}))
+            voice = processor.decode_audio(codes[None])[0, : samples.shape[1]].float().numpy()  # the last frame may go on past the sound
+            both = np.stack([voice, samples[1]])
             found[name].append(measure_behaviour(both, rate, processor.decode_text(text), transcript))
     return {"kind": "dialogue", "recordings": len(recordings), **{name: summarise(behaviours) for name, behaviours in found.items()}}

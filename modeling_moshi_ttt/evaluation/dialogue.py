@@ -8,59 +8,29 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-STEP = 0.02  # seconds, the grain of voice activity
-GAP = 0.3  # shorter pauses do not end a turn
-SHORTEST = 0.1  # shorter sounds are no speech
-LONGEST_REPLY = 10.0  # what starts later answers nothing
+from .voice import IndistinctVoice, Segment, voice_activity
 
-Segment = tuple[float, float]  # (start, end) in seconds
+LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """One conversation. Delays and pace are None where nothing was said to measure them by."""
+    """One conversation. Numbers are None where nothing was said to measure them by, and where `withheld` says why they cannot be known."""
 
     duration: float  # seconds
     reply_delays: list[float]  # seconds from the end of each answered user turn to Moshi's voice
     unanswered: int  # user turns that nobody answered before the next one
     greeting: float | None  # seconds until Moshi's first sound
-    overlap: float  # share of the time in which both speak
-    silence: float  # share of the time in which neither speaks
+    overlap: float | None  # share of the time in which both speak
+    silence: float | None  # share of the time in which neither speaks
     words_per_minute: float | None
     word_errors: int | None
     reference_words: int | None
-
-
-def voice_activity(samples: np.ndarray, sample_rate: int, threshold_db: float = 35.0) -> list[Segment]:
-    """Segments in which `samples` [N] float carry voice: louder than `threshold_db` below the loud parts, pauses under 0.3 s bridged.
-
-    A channel quieter than -60 dB full scale throughout holds no voice.
-    """
-    if samples.ndim != 1:
-        raise ValueError(f"voice_activity: samples must be one channel [N], their shape is {samples.shape}")
-    step = round(STEP * sample_rate)
-    frames = samples[: len(samples) // step * step].reshape(-1, step)  # [F, step]
-    if len(frames) == 0:
-        return []
-    level = np.sqrt(np.mean(frames.astype(np.float64) ** 2, axis=1))
-    loud = np.percentile(level, 95)
-    active = level > max(loud * 10 ** (-threshold_db / 20), 1e-3)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], active.astype(np.int8), [0]])))
-    segments = [(start * STEP, end * STEP) for start, end in zip(edges[::2].tolist(), edges[1::2].tolist())]
-    return [(start, end) for start, end in _bridge(segments, GAP) if end - start >= SHORTEST]
-
-
-def _bridge(segments: Sequence[Segment], gap: float) -> list[Segment]:
-    joined: list[Segment] = []
-    for start, end in segments:
-        if joined and start - joined[-1][1] < gap:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
+    withheld: str | None = None  # why nothing is known of who spoke when
 
 
 def reply_delays(user: Sequence[Segment], moshi: Sequence[Segment]) -> tuple[list[float], int]:
@@ -112,41 +82,62 @@ def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, refe
     if samples.ndim != 2 or samples.shape[0] != 2:
         raise ValueError(f"measure: samples must be stereo [2, N] with Moshi on the left, their shape is {samples.shape}")
     duration = samples.shape[1] / sample_rate
-    moshi, user = (voice_activity(channel, sample_rate) for channel in samples)
-    delays, unanswered = reply_delays(user, moshi)
-    overlap, silence = shares(moshi, user, duration)
+    turns: dict[str, Any] = {"reply_delays": [], "unanswered": 0, "greeting": None, "overlap": None, "silence": None}
+    try:
+        moshi, user = (_voice(name, channel, sample_rate) for name, channel in zip(("Moshi", "user"), samples))
+    except IndistinctVoice as reason:
+        turns["withheld"] = str(reason)
+    else:
+        delays, unanswered = reply_delays(user, moshi)
+        overlap, silence = shares(moshi, user, duration)
+        greeting = moshi[0][0] if moshi else None
+        turns = {"reply_delays": delays, "unanswered": unanswered, "greeting": greeting, "overlap": overlap, "silence": silence}
     said = None if text is None else normalise_words(text)
     wanted = None if reference is None else normalise_words(reference)
     return Behaviour(
         duration=duration,
-        reply_delays=delays,
-        unanswered=unanswered,
-        greeting=moshi[0][0] if moshi else None,
-        overlap=overlap,
-        silence=silence,
+        **turns,
         words_per_minute=None if said is None else 60.0 * len(said) / duration,
         word_errors=None if said is None or wanted is None else word_errors(wanted, said),
         reference_words=None if wanted is None else len(wanted),
     )
 
 
-def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | None]:
-    """One row of a table: times weigh by duration, word errors by words, delays each alike."""
+def _voice(name: str, channel: np.ndarray, sample_rate: int) -> list[Segment]:
+    try:
+        return voice_activity(channel, sample_rate)
+    except IndistinctVoice as reason:
+        raise IndistinctVoice(f"{name}'s channel: {reason}") from None
+
+
+def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | str | None]:
+    """One row of a table: times weigh by duration, word errors by words, delays each alike; None over nothing.
+
+    Conversations of which nothing is known of who spoke when count in the words alone; "withheld" says how many, and why the first.
+    """
     if not behaviours:
         raise ValueError("summarise: no recordings; check the manifest")
-    total = sum(b.duration for b in behaviours)
-    delays = [delay for b in behaviours for delay in b.reply_delays]
-    turns = len(delays) + sum(b.unanswered for b in behaviours)
-    greetings = [b.greeting for b in behaviours if b.greeting is not None]
-    paced = [b for b in behaviours if b.words_per_minute is not None]
+    known = [b for b in behaviours if b.withheld is None]
+    delays = [delay for b in known for delay in b.reply_delays]
+    turns = len(delays) + sum(b.unanswered for b in known)
+    greetings = [b.greeting for b in known if b.greeting is not None]
     worded = [b for b in behaviours if b.word_errors is not None and b.reference_words]
     words = sum(b.reference_words or 0 for b in worded)
+    reasons = [b.withheld for b in behaviours if b.withheld is not None]
     return {
         "reply delay, median s": float(np.median(delays)) if delays else None,
         "turns answered, share": len(delays) / turns if turns else None,
         "first sound, median s": float(np.median(greetings)) if greetings else None,
-        "overlap, share": sum(b.overlap * b.duration for b in behaviours) / total,
-        "silence, share": sum(b.silence * b.duration for b in behaviours) / total,
-        "words a minute": sum((b.words_per_minute or 0) * b.duration for b in paced) / sum(b.duration for b in paced) if paced else None,
+        "overlap, share": _over_time([(b.overlap, b.duration) for b in known]),
+        "silence, share": _over_time([(b.silence, b.duration) for b in known]),
+        "words a minute": _over_time([(b.words_per_minute, b.duration) for b in behaviours]),
         "word error rate": sum(b.word_errors or 0 for b in worded) / words if words else None,
+        "withheld": f"{len(reasons)} of {len(behaviours)} recordings: {reasons[0]}" if reasons else None,
     }
+
+
+def _over_time(values: Sequence[tuple[float | None, float]]) -> float | None:
+    """The mean of (value, seconds) weighed by the seconds, of the values that are known; None over no time."""
+    known = [(value, seconds) for value, seconds in values if value is not None]
+    total = sum(seconds for _, seconds in known)
+    return sum(value * seconds for value, seconds in known) / total if total else None

@@ -15,6 +15,7 @@ import torch
 from .scoring import CodeSequence, check_sequences, collate
 
 CURVES = ("initial", "before", "after")
+CHUNK = 1024  # frames at once where attention has no window
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def inner_losses(model: Any, sequence: CodeSequence, chunk: int | None = None) -
     """layer -> {"position" [N], "initial", "before", "after" [N] (mean over heads), "drift" [N]} of one recording, streamed in chunks."""
     check_sequences(model.config, [sequence])
     model.eval()
-    frames, step = sequence.moshi.shape[-1], chunk or model.config.sliding_window
+    frames, step = sequence.moshi.shape[-1], chunk or model.config.sliding_window or CHUNK
     inputs, cache = collate(model.config, [sequence], "cpu"), model.new_cache(1)
     found: dict[int, dict[str, list[np.ndarray]]] = {layer: {} for layer in model.config.ttt_layers}
     for start in range(0, frames, step):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.audio import READING
 from ..common.recordings import Recording, read_manifest
 from . import books, zero_shot
 from .contents import content
@@ -54,7 +55,7 @@ def _recording(one: Sequence[Path] | Recording) -> str:
 
 
 def _digest(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(READING.encode())
     for line in lines:
         digest.update(f"{line}\n".encode())
     return digest.hexdigest()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..delay_pattern import delay, undelay
-from .scoring import ABSENT, CodeSequence, check_sequences, collate, gather_log_probs
+from ..tokens_moshi_ttt import ZERO
+from .scoring import CodeSequence, check_sequences, collate, gather_log_probs
 from .statistics import bootstrap_interval, paired_test
 
 TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED = "TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"
@@ -69,13 +70,12 @@ def stream_losses(
     inputs = collate(model.config, [sequence], "cpu")
     targets = torch.cat([inputs["input_ids"][:, None], inputs["moshi_audio_codes"]], dim=1)  # [1, S, T]
     delays = [0, *model.config.audio_delays[: model.config.num_codebooks]]
-    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ABSENT))
+    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ZERO))
     parameters, cache = condition_parameters(model, condition), model.new_cache(1)
     losses = torch.full(targets.shape, torch.nan)
     for start, end in _chunks(frames, chunk or window, window if condition == RESET else frames):
         if condition == RESET and start % window == 0:
-            for layer in cache.ttt_layers:
-                cache.layers[layer].ttt_state = None
+            cache.reset_ttt()
         piece = {name: tensor[..., start:end].to(model.device) for name, tensor in inputs.items()}
         output = torch.func.functional_call(model, parameters, (), piece | {"past_key_values": cache})
         losses[..., start:end] = -gather_log_probs(output.logits, output.audio_logits, delayed[..., start:end].to(model.device)).cpu()
@@ -115,8 +115,8 @@ def bucket_edges(window: int, longest: int, per_octave: int = 2) -> list[int]:
     return sorted({*edges[:-1], longest})
 
 
-def curve(losses: Sequence[np.ndarray], edges: Sequence[int], blocks: int = 8, seed: int = 0) -> dict[str, list[Any]]:
-    """Mean loss in each bucket of positions, with a 95% interval over recordings (with one alone: over `blocks` parts of the bucket)."""
+def curve(losses: Sequence[np.ndarray], edges: Sequence[int], seed: int = 0) -> dict[str, list[Any]]:
+    """Mean loss in each bucket of positions, with a 95% interval over the recordings that reach it; one alone has none."""
     result: dict[str, list[Any]] = {"position": [], "loss": [], "low": [], "high": [], "frames": []}
     for low, high in zip(edges[:-1], edges[1:]):
         parts = [row[low:high][np.isfinite(row[low:high])] for row in losses]
@@ -124,8 +124,6 @@ def curve(losses: Sequence[np.ndarray], edges: Sequence[int], blocks: int = 8, s
         if not parts:
             continue
         units = [part.mean() for part in parts]
-        if len(losses) == 1:
-            units = [piece.mean() for piece in np.array_split(parts[0], min(blocks, parts[0].size))]
         interval = bootstrap_interval(units, seed) if len(units) > 1 else (None, None)
         values = (
             float(np.sqrt(max(low, 1) * high)),
@@ -143,17 +141,16 @@ def gain(
 ) -> dict[str, Any]:
     """Paired test of the loss beyond the window: control minus TTT, positive where TTT is better.
 
-    Pairs are recordings; with one recording alone, its windows. `beyond` [T] bool narrows the frames that count.
+    Pairs are recordings, for parts of one are not independent: with one alone there is a mean and no test. `beyond` [T] bool narrows the
+    frames that count.
     """
     differences = []
     for number, (a, b) in enumerate(zip(control, ttt, strict=True)):
         difference = (a - b).astype(np.float64)
         if beyond is not None:
             difference[~beyond[number]] = np.nan
-        pieces = [difference[window:]]
-        if len(ttt) == 1:
-            pieces = [difference[start : start + window] for start in range(window, len(difference), window)]
-        differences += [float(np.nanmean(piece)) for piece in pieces if np.isfinite(piece).any()]
+        if np.isfinite(difference[window:]).any():
+            differences.append(float(np.nanmean(difference[window:])))
     return paired_test(differences, seed)
 
 
@@ -196,7 +193,7 @@ def measure(
         "kind": "long_context",
         "window": window,
         "frames": dict(zip(books, lengths)),
-        "unit": "recordings" if len(books) > 1 else "windows of one recording",
+        "unit": "recordings",
         "streams": streams,
         "conditions": curves,
         "differences": differences,
@@ -231,8 +228,10 @@ def check_conditions(conditions: Sequence[str]) -> None:
             raise ValueError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}")
 
 
-def check_books(books: Mapping[str, CodeSequence], window: int, conditions: Sequence[str]) -> None:
+def check_books(books: Mapping[str, CodeSequence], window: int | None, conditions: Sequence[str]) -> None:
     """Raise a ValueError where the protocol could say nothing."""
+    if window is None:
+        raise ValueError("long context: the model's attention has no window (`sliding_window` is null), so nothing lies beyond it")
     if not books:
         raise ValueError("long context: no recordings; check the folder or the manifest")
     check_conditions(conditions)

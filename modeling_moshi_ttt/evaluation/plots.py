@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..common.files import atomic_write
+from . import recall
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
@@ -58,22 +60,30 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
 
 
 def recall_figure(data: dict[str, Any]) -> Figure:
-    """Heat maps: a panel for each number of pairs, a row for each model, a column for each distance; accuracy in percent."""
-    cells = {(run["name"], cell["pairs"], cell["distance"]): cell["accuracy"] for run in data["runs"] for cell in run["results"]}
-    counts = sorted({pairs for _, pairs, _ in cells})
-    names = [run["name"] for run in data["runs"]]
-    figure = Figure(figsize=(2.4 + 2.6 * len(counts), 1.2 + 0.36 * len(names)), layout="constrained")
-    for axes, pairs in zip(np.atleast_1d(figure.subplots(1, len(counts), sharey=True)), counts):
-        distances = sorted({distance for _, p, distance in cells if p == pairs})
-        grid = np.array([[100.0 * cells.get((name, pairs, distance), np.nan) for distance in distances] for name in names])
-        image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        _annotate(axes, grid)
-        axes.set_xticks(range(len(distances)), [str(distance) for distance in distances])
+    """Heat maps: a panel for each number of pairs and time of telling, a row for each model, a column for each distance; accuracy in percent.
+
+    A star marks distances at which attention itself reaches some of the pairs.
+    """
+    found = recall.panels(data)
+    names = list(dict.fromkeys(name for name, _, _ in found))
+    counts, told = sorted({pairs for _, pairs, _ in found}), sorted({after for _, _, after in found})
+    figure = Figure(figsize=(2.4 + 2.6 * len(counts), 0.4 + len(told) * (0.8 + 0.36 * len(names))), layout="constrained")
+    grid = figure.subplots(len(told), len(counts), sharey=True, squeeze=False)
+    for axes, (after, pairs) in zip(grid.flat, itertools.product(told, counts)):
+        rows = [{recall.label(data, cell): cell["accuracy"] for cell in found.get((name, pairs, after), [])} for name in names]
+        labels = sorted({label for row in rows for label in row}, key=lambda label: int(label.rstrip("*")))
+        values = np.array([[100.0 * row.get(label, np.nan) for label in labels] for row in rows])
+        image = axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        _annotate(axes, values)
+        axes.set_xticks(range(len(labels)), labels)
         axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel("frames between hearing and asking")
-        axes.set_title(f"{pairs} pairs, attention window {data['window']}", fontsize=9)
+        axes.set_title(f"{pairs} pairs told after {after} frames", fontsize=9)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("frames between hearing and asking")
+    reach = f"attention reaches {recall.reach(data['window'])} frames: {recall.LAYERS} layers of window {data['window']}   * partly within that"
+    figure.text(0.5, -0.01, reach, ha="center", va="top", fontsize=8)
     figure.colorbar(image, ax=figure.axes, label=f"recall, % (chance {100 * data['chance']:.0f})")
     return figure
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,21 @@ from ..common.files import atomic_write
 from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
 
 KEYS = 50  # that there are, and so the most pairs
+LAYERS = 2  # of every model that is trained
+
+
+def reach(window: int) -> int:
+    """Frames that window attention sees through all layers together, the newest among them: layers × (window − 1) + 1."""
+    return LAYERS * (window - 1) + 1
+
+
+def share_within_reach(pairs: int, distance: int, window: int) -> float:
+    """Share of the answers whose value, `distance` frames of noise before the first question, attention can still reach at the question.
+
+    Every pair is asked at every place alike. The value of pair i is 2 (pairs − i) − 1 + `distance` + j frames older than question j.
+    """
+    ages = [2 * (pairs - i) - 1 + distance + j for i in range(pairs) for j in range(pairs)]
+    return sum(age < reach(window) for age in ages) / len(ages)
 
 
 @dataclass
@@ -51,6 +66,8 @@ class RecallSettings:
     pairs: list[int] = field(default_factory=lambda: [4, 8])
     distances: list[int] = field(default_factory=lambda: [24, 32, 48, 64, 96])
     train_distances: list[int] = field(default_factory=lambda: [24, 40])
+    told_after: list[int] = field(default_factory=lambda: [0])  # frames of noise before the pairs, measured
+    train_told_after: list[int] = field(default_factory=lambda: [0, 0])  # lowest and highest
     sequences: int = 512  # measured for each number of pairs and distance
     steps: int = 1500
     batch_size: int = 64
@@ -61,13 +78,16 @@ class RecallSettings:
     variants: list[VariantSettings] = field(default_factory=_variants)
 
     def __post_init__(self) -> None:
-        check_numbers(self, window=1, pairs=(1, KEYS), distances=0, train_distances=0, sequences=1, steps=1, batch_size=1)
+        check_numbers(self, window=1, pairs=(1, KEYS), distances=0, train_distances=0, told_after=0, train_told_after=0, sequences=1, steps=1, batch_size=1)
         check_numbers(self, learning_rate=ABOVE_ZERO, seconds=ABOVE_ZERO, seed=SEEDS, threads=0)
         check_entries("pairs", self.pairs)
         check_entries("distances", self.distances)
+        check_entries("told_after", self.told_after)
         check_entries("variants", [variant.name for variant in self.variants])
-        if len(self.train_distances) != 2 or self.train_distances[0] > self.train_distances[1]:
-            raise ValueError(f"train_distances is {self.train_distances}, it must be a lowest and a highest.")
+        for name in ("train_distances", "train_told_after"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
+                raise ValueError(f"{name} is {bounds}, it must be a lowest and a highest.")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +117,7 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str
         if not any(_stands(run, settings.seconds) for run in earlier):
             new = _run_variant(variant, settings, show_progress)
             results["runs"] = [run for run in results["runs"] if run not in earlier] + [new]
-            results["date"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+            results["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
             atomic_write(target, json.dumps(results, indent=1) + "\n")
     with kept_shape(target):
         save(draw(results), settings.output / "recall")
@@ -115,9 +135,10 @@ def resume(settings: RecallSettings) -> dict[str, Any]:
 
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         about = {"hardware": f"CPU, {os.cpu_count()} cores", "command": command, "settings": kept}
-        return {"kind": "recall", "window": settings.window, "chance": CHANCE, "runs": [], **about}
+        facts = {"kind": "recall", "window": settings.window, "reach": reach(settings.window), "chance": CHANCE}
+        return {**facts, "runs": [], **about}
     results = read_kept(target)
-    if results.get("settings") != kept:
+    if {"told_after": [0], "train_told_after": [0, 0]} | (results.get("settings") or {}) != kept:
         raise ValueError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
     with kept_shape(target):
         summary(results)  # reads most of it
@@ -143,14 +164,14 @@ def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progre
         torch.set_num_threads(settings.threads)
     chosen = Variant(None if variant.mixer == "none" else variant.mixer, variant.mini_batch_size, variant.base_lr)
     model = make_model(chosen, settings.window, settings.seed)
-    low, high = settings.train_distances
     training = TrainSettings(
         steps=settings.steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         seconds=settings.seconds,
         pairs=tuple(settings.pairs),
-        distances=(low, high),
+        distances=(settings.train_distances[0], settings.train_distances[1]),
+        told_after=(settings.train_told_after[0], settings.train_told_after[1]),
         seed=settings.seed,
     )
     with tqdm(total=settings.steps, desc=variant.name, disable=not show_progress) as bar:
@@ -160,17 +181,39 @@ def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progre
             bar.set_postfix(loss=f"{loss:.3f}", recall=f"{100 * accuracy:.1f}%", refresh=False)
 
         trained = train(model, training, report)
-    cells = measure_all(model, settings.pairs, settings.distances, settings.sequences)
+    cells = measure_all(model, settings.pairs, settings.distances, settings.sequences, settings.told_after)
     return {"name": variant.name, "variant": asdict(variant), "training": trained, "results": cells}
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each model and number of pairs."""
+    """A line for each model, number of pairs and time of telling; then the reach, and what the numbers are of."""
     lines = []
+    for (name, pairs, told_after), cells in panels(results).items():
+        shown = "  ".join(f"{label(results, cell)}: {100 * cell['accuracy']:5.1f}%" for cell in cells)
+        lines.append(f"{name:<24} {pairs} pairs told after {told_after:>3}   {shown}")
+    lines += [f"{done['name']} ran out of time; give more seconds" for done in results["runs"] if _out_of_time(done)]
+    return [*lines, note(results)]
+
+
+def panels(results: dict[str, Any]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
+    """(model, pairs, told after) -> its cells, one for each distance."""
+    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for done in results["runs"]:
-        for pairs in sorted({cell["pairs"] for cell in done["results"]}):
-            cells = [cell for cell in done["results"] if cell["pairs"] == pairs]
-            shown = "  ".join(f"{cell['distance']}: {100 * cell['accuracy']:5.1f}%" for cell in cells)
-            cut = "   (ran out of time; give more seconds)" if _out_of_time(done) else ""
-            lines.append(f"{done['name']:<24} {pairs} pairs   {shown}{cut}")
-    return lines
+        for cell in done["results"]:  # earlier files have no `told_after`: pairs were told first
+            found.setdefault((done["name"], cell["pairs"], cell.get("told_after", 0)), []).append(cell)
+    return found
+
+
+def label(results: dict[str, Any], cell: dict[str, Any]) -> str:
+    """The distance, with a star where attention reaches some of the pairs itself."""
+    within = share_within_reach(cell["pairs"], cell["distance"], results["window"])
+    return f"{cell['distance']}{'*' if within else ''}"
+
+
+def note(results: dict[str, Any]) -> str:
+    """What the star and the numbers mean."""
+    frames = reach(results["window"])
+    return (
+        f"{LAYERS} layers of window {results['window']} reach {frames} frames: {LAYERS} × ({results['window']} − 1) + 1. * some pairs lie "
+        "within that reach, so window attention could know them. Accuracy over fresh sequences, 95% intervals over these; one model each."
+    )

@@ -1,7 +1,8 @@
 """Recall beyond the attention window: what was heard longer ago than the window must come back as text.
 
-A sequence holds P key-value pairs as user audio codes (a frame for the key, a frame for its value), noise for longer than the window, then
-the keys again in another order. One frame after each key the text stream must give its value. Window attention alone cannot know it.
+A sequence holds N frames of noise, P key-value pairs as user audio codes (a frame for the key, a frame for its value), D frames of noise,
+then the keys again in another order. One frame after each key the text stream must give its value. Where D is beyond the reach of all
+attention windows together, window attention alone cannot know it.
 
 Shapes: B rows, P pairs, T frames.
 """
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .recall import KEYS
+from ..tokens_moshi_ttt import IGNORED, ZERO
+from .recall import KEYS, LAYERS, share_within_reach
 from .statistics import bootstrap_interval
 
 VALUES, NOISE = 50, 28
@@ -34,18 +36,20 @@ class Batch:
     text_labels: Tensor
 
 
-def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator) -> Batch:
-    """`rows` fresh sequences; `distance` frames of noise lie between the last value and the first repeated key."""
-    if not 1 <= pairs <= KEYS or distance < 0:
-        raise ValueError(f"pairs is {pairs} and distance {distance}; pairs must be 1 to {KEYS} and distance at least 0")
+def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator, told_after: int = 0) -> Batch:
+    """`rows` fresh sequences: `told_after` frames of noise before the first key, `distance` between the last value and the first repeated key."""
+    if not 1 <= pairs <= KEYS or distance < 0 or told_after < 0:
+        raise ValueError(
+            f"pairs is {pairs}, distance {distance} and told_after {told_after}; pairs must be 1 to {KEYS}, the others at least 0"
+        )
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # [B, P], no key twice
     values = torch.randint(VALUES, (rows, pairs), generator=generator)
     told = torch.stack([keys, KEYS + values], dim=-1).flatten(1)  # [B, 2 P]
-    noise = KEYS + VALUES + torch.randint(NOISE, (rows, distance), generator=generator)
+    noise = KEYS + VALUES + torch.randint(NOISE, (rows, distance + told_after), generator=generator)
     order = torch.rand(rows, pairs, generator=generator).argsort(1)
-    silence = torch.full((rows, 1), -1)  # the frame in which the last answer is given
-    codes = torch.cat([told, noise, keys.gather(1, order), silence], dim=1)
-    labels = torch.full_like(codes, -100)
+    silence = torch.full((rows, 1), ZERO)  # the frame in which the last answer is given
+    codes = torch.cat([noise[:, distance:], told, noise[:, :distance], keys.gather(1, order), silence], dim=1)
+    labels = torch.full_like(codes, IGNORED)
     labels[:, -pairs:] = FIRST_TEXT + values.gather(1, order)
     return Batch(codes[:, None], labels)
 
@@ -66,7 +70,7 @@ def make_model(variant: Variant, window: int = 16, seed: int = 0) -> MoshiTTTFor
     config = MoshiTTTConfig(
         vocab_size=FIRST_TEXT + VALUES,
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=4,
         ffn_dim=256,
@@ -99,6 +103,7 @@ class TrainSettings:
     seconds: float = 600.0  # the cool-down starts after this long at the latest
     pairs: tuple[int, ...] = (4, 8)
     distances: tuple[int, int] = (24, 40)  # lowest and highest; longer ones are never trained
+    told_after: tuple[int, int] = (0, 0)  # lowest and highest
     seed: int = 0
 
 
@@ -114,8 +119,8 @@ def train(model: Any, settings: TrainSettings, report: Callable[[int, float, flo
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min((step + 1) / settings.warm_up, (last - step) / settings.cool_down, 1.0)
         pairs = settings.pairs[int(torch.randint(len(settings.pairs), (), generator=generator))]
-        distance = int(torch.randint(settings.distances[0], settings.distances[1] + 1, (), generator=generator))
-        loss, accuracy = _answers(model, make_batch(settings.batch_size, pairs, distance, generator))
+        distance, told_after = (_between(bounds, generator) for bounds in (settings.distances, settings.told_after))
+        loss, accuracy = _answers(model, make_batch(settings.batch_size, pairs, distance, generator, told_after))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,6 +136,12 @@ def train(model: Any, settings: TrainSettings, report: Callable[[int, float, flo
     return {"steps": step, **seconds, "running_accuracy": running, "out_of_time": out_of_time}
 
 
+def _between(bounds: tuple[int, int], generator: torch.Generator) -> int:
+    """A number from the lowest to the highest; where they are one nothing is drawn, so that runs from before an axis was added stay as they were."""
+    low, high = bounds
+    return low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
+
+
 def _answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The text loss, and which answers [B, P] were right."""
     output = model(user_audio_codes=batch.user_audio_codes, text_labels=batch.text_labels, use_cache=False)
@@ -140,18 +151,28 @@ def _answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure(model: Any, pairs: int, distance: int, rows: int = 512, seed: int = 1234) -> dict[str, Any]:
-    """Accuracy on fresh sequences, the same for every model, with a bootstrap interval over sequences."""
+def measure(model: Any, pairs: int, distance: int, rows: int = 512, seed: int = 1234, told_after: int = 0) -> dict[str, Any]:
+    """Accuracy on fresh sequences, the same for every model, with a bootstrap interval over sequences, which are independent."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     rights = []
     for start in range(0, rows, 128):
-        batch = make_batch(min(128, rows - start), pairs, distance, generator)
+        batch = make_batch(min(128, rows - start), pairs, distance, generator, told_after)
         rights.append(_answers(model, batch)[1].double().mean(1))
     accuracy = torch.cat(rights)
     interval = list(bootstrap_interval(accuracy.numpy(), seed))
-    return {"pairs": pairs, "distance": distance, "accuracy": float(accuracy.mean()), "interval": interval, "sequences": rows}
+    return {
+        "pairs": pairs,
+        "told_after": told_after,
+        "distance": distance,
+        "within_reach": share_within_reach(pairs, distance, model.config.sliding_window),
+        "accuracy": float(accuracy.mean()),
+        "interval": interval,
+        "sequences": rows,
+    }
 
 
-def measure_all(model: Any, pairs: Sequence[int], distances: Sequence[int], rows: int = 512) -> list[dict[str, Any]]:
-    return [measure(model, p, d, rows) for p in pairs for d in distances]
+def measure_all(
+    model: Any, pairs: Sequence[int], distances: Sequence[int], rows: int = 512, told_after: Sequence[int] = (0,)
+) -> list[dict[str, Any]]:
+    return [measure(model, p, d, rows, told_after=n) for p in pairs for n in told_after for d in distances]

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from ..common.files import atomic_write, inside
+from . import recall
 from .kept import kept_shape
 from .plots import DPI, FIGURES, draw, save
 from .zero_resource import FREQUENCY_BANDS, comparison_table
@@ -24,6 +25,7 @@ HEADINGS = {
     "recall": ("Can it recall?", "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."),
 }
 TEMPLATE = Path(__file__).with_name("report.html")
+WITHHELD = "withheld"  # why numbers of a conversation are not given
 
 
 def write_report(results: dict[str, Any], folder: str | Path) -> Path:
@@ -90,7 +92,7 @@ def long_context_section(part: dict[str, Any]) -> Section:
         for stream, test in streams.items():
             p = "–" if test["p"] is None else "< 0.0001" if test["p"] < 1e-4 else f"{test['p']:.4f}"
             rows.append([f"{condition} − TTT, {stream}", f"{test['mean']:.4f}", _interval(test["interval"], digits=4), p, test["pairs"]])
-    note = f"Loss beyond the window of {part['window']} frames, in nats; positive: TTT is better. Paired over {part['unit']}."
+    note = f"Loss beyond the window of {part['window']} frames, in nats; positive: TTT is better. Paired over {part['unit']}; one alone has no interval."
     return {"head": ["", "difference", "95% interval", "p", "pairs"], "rows": rows, "note": note}
 
 
@@ -108,15 +110,31 @@ def inner_loss_section(part: dict[str, Any]) -> Section:
 
 def dialogue_section(part: dict[str, Any]) -> Section:
     """The reference recordings beside what the model, and the one before fine-tuning, said over the same user."""
-    names = list(part["reference"])
+    names = [name for name in part["reference"] if name != WITHHELD]
     sides = {"reference": "recorded answer", "before": "before fine-tuning", "model": "this model"}
     sides = {side: head for side, head in sides.items() if side in part}
     rows = [[name, *[_number(part[side].get(name)) for side in sides]] for name in names]
     return {
         "head": ["", *sides.values()],
         "rows": rows,
-        "note": f"{part['recordings']} recordings.",
+        "note": " ".join([f"{part['recordings']} recordings.", *(_withheld(head, part[side]) for side, head in sides.items())]).strip(),
     }
+
+
+def _withheld(head: str, numbers: dict[str, Any]) -> str:
+    reason = numbers.get(WITHHELD)
+    return f"Who spoke when is not known of {reason} ({head})." if reason else ""
+
+
+def recall_section(part: dict[str, Any]) -> Section:
+    """Accuracy of every model at every distance, with what attention reaches by itself in the note."""
+    found = recall.panels(part)
+    labels = list(dict.fromkeys(recall.label(part, cell) for cells in found.values() for cell in cells))
+    rows = []
+    for (name, pairs, told_after), cells in found.items():
+        shown = {recall.label(part, cell): _percent(100 * cell["accuracy"]) for cell in cells}
+        rows.append([name, pairs, told_after, *[shown.get(label, "") for label in labels]])
+    return {"head": ["", "pairs", "told after", *labels], "rows": rows, "note": recall.note(part)}
 
 
 def _number(value: float | None) -> str:
@@ -128,4 +146,5 @@ TABLES: dict[str, Callable[[dict[str, Any]], Section]] = {
     "long_context": long_context_section,
     "inner_loss": inner_loss_section,
     "dialogue": dialogue_section,
+    "recall": recall_section,
 }

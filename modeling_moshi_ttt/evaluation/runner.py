@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from ..common.adapters import check_loadable, checked_config, is_adapter, load_base
+from ..common.audio import READING
 from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import hub_errors, is_hub_name
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from ..processing_moshi_ttt import TEXT_PADDING, MoshiTTTProcessor
+from ..processing_moshi_ttt import MoshiTTTProcessor
 from . import books, conversations, inner_loss, inputs, long_context, recall, zero_shot
 from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
@@ -56,7 +57,8 @@ class Subject:
         return digest.hexdigest()
 
     def load(self) -> tuple[Any, Any]:
-        """(model, processor)."""
+        """(model, processor); ValueError where they do not belong together."""
+        self._processor.check_model(self.model.config)
         return self.model, self._processor
 
     @cached_property
@@ -144,7 +146,7 @@ def run_evaluation(settings: EvaluateSettings, show_progress: bool = True) -> Pa
         begin = time.perf_counter()
         part = RUNNERS[name](subject, section, settings, show_progress)
         results["tasks"][name] = part | {"settings": key, "seconds": round(time.perf_counter() - begin, 1)}
-        results["written"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        results["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         atomic_write(settings.output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return write_report(results, settings.output)
 
@@ -201,9 +203,9 @@ def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
 def _zero_shot(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
     model, processor = subject.load()
     weights = ScoreWeights(section.semantic_weight, section.acoustic_weight)
-    text: str | int = TEXT_PADDING if section.text == "padding" else "absent"
+    text: str | int = model.config.text_padding_ids[0] if section.text == "padding" else "absent"
     scorer = SpeechScorer(model, lambda waves: encode_waves(processor, waves), weights, section.user, text, settings.batch_size)
-    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text}
+    header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text, "reading": READING}
     tasks = {}
     for task in section.tasks:
         pairs = zero_shot.read_task(task.task, task.folder, task.split, task.parts)

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 
 from ..delay_pattern import delay, undelay
-
-ABSENT = -1
+from ..resampling import resample
+from ..tokens_moshi_ttt import ZERO
 
 
 class CodeSequence(NamedTuple):
@@ -93,7 +92,7 @@ def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
     output = model(**inputs, use_cache=False, return_dict=True)
     delays = [0, *model.config.audio_delays[: model.config.num_codebooks]]
     targets = torch.cat([inputs["input_ids"][:, None], inputs["moshi_audio_codes"]], dim=1)  # [B, 1 + K, T]
-    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ABSENT))
+    delayed = delay(targets, delays, targets.new_full((*targets.shape[:2], max(max(delays), 1)), ZERO))
     logprobs = undelay(gather_log_probs(output.logits, output.audio_logits, delayed), delays, 0.0)
     # a step past the row's end is no step of the row: what it predicts does not count
     steps = torch.arange(frames, device=model.device) + torch.tensor(delays, device=model.device)[:, None]  # [1 + K, T]
@@ -119,9 +118,9 @@ def collate(config: Any, batch: Sequence[CodeSequence], device: torch.device | s
     """Recordings of any lengths as the model's inputs, padded with absent tokens on the right."""
     frames = max(sequence.moshi.shape[-1] for sequence in batch)
     inputs = {
-        "input_ids": torch.full((len(batch), frames), ABSENT, dtype=torch.long),
-        "moshi_audio_codes": torch.full((len(batch), config.num_codebooks, frames), ABSENT, dtype=torch.long),
-        "user_audio_codes": torch.full((len(batch), config.num_user_codebooks, frames), ABSENT, dtype=torch.long),
+        "input_ids": torch.full((len(batch), frames), ZERO, dtype=torch.long),
+        "moshi_audio_codes": torch.full((len(batch), config.num_codebooks, frames), ZERO, dtype=torch.long),
+        "user_audio_codes": torch.full((len(batch), config.num_user_codebooks, frames), ZERO, dtype=torch.long),
     }
     for row, sequence in enumerate(batch):
         for name, stream in zip(inputs, (sequence.text, sequence.moshi, sequence.user)):
@@ -186,7 +185,7 @@ class SpeechScorer:
         model: `MoshiTTTForConditionalGeneration`.
         encode: list of mono float32 arrays at 24 kHz -> list of codes [K, T], as the processor gives them.
         user: "absent" (the zero token), or "silence": what the codec makes of silence of the same length.
-        text: "absent", or a text id that stands in every frame (Moshi's padding is 3); neither is scored.
+        text: "absent", or a text id that stands in every frame (such as `config.text_padding_ids[0]`); neither is scored.
         sample_rate: of the waveforms that come in; they are resampled to 24 kHz.
     """
 
@@ -251,15 +250,9 @@ class SpeechScorer:
         """
         if used_token_modality not in (None, "SPEECH"):
             raise ValueError(f"used_token_modality is {used_token_modality!r}; speech alone is scored: leave it out or say 'SPEECH'")
-        waves = [self._resample(wave.float().cpu().numpy()) for wave in _unpadded(wavs, lens)]
+        waves = [resample(wave.float().cpu(), self.sample_rate, 24000).numpy() for wave in _unpadded(wavs, lens)]
         scores = [found.score(self.weights, mean_nll) for found in self.score_waves(waves)]
         return torch.tensor(scores, device=self.device)
-
-    def _resample(self, wave: np.ndarray) -> np.ndarray:
-        if self.sample_rate == 24000:
-            return wave
-        common = math.gcd(24000, self.sample_rate)
-        return resample_poly(wave, 24000 // common, self.sample_rate // common).astype(np.float32)
 
 
 def _unpadded(wavs: Tensor | Sequence[Tensor], lens: Tensor | None) -> list[Tensor]:

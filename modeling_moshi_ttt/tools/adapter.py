@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from ..common import adapters
 from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, write_base_config
 from ..common.files import atomic_write, read_json
+from ..common.packaged import resolve
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .probe import compare, probe_loss, read_probe, stage_probe
@@ -58,7 +59,7 @@ def _fresh_base(folder: Path) -> MoshiTTTForConditionalGeneration:
     from ..training.setup import build_model
 
     run = adapters.adapter_run(folder)
-    if not str(run.get("model", {}).get("path", "")).endswith(".json"):
+    if not resolve("model", str(run.get("model", {}).get("path", ""))).endswith(".json"):
         raise ValueError(f"the adapter names no base model: name it in {folder / ADAPTER_CONFIG}, as base_model_name_or_path")
     return build_model(ModelSettings(**run["model"]), int(run["seed"]))
 

@@ -8,6 +8,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..common.adapters import BASE_CONFIG
 from ..common.files import atomic_write, read_json, read_log
+from ..common.packaged import resolve
+from ..tokens_moshi_ttt import FRAME_RATE
 from .verify import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -16,7 +18,6 @@ CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.js
 CARD_FACTS = "card.json"
 FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license", "time")
 FACT_LISTS = ("datasets", "languages")
-FRAME_RATE = 12.5
 CHANCE = 50.0
 # Kyutai's weights and everything that derives from them.
 LICENSE = "cc-by-4.0"
@@ -46,7 +47,8 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
     """Render README.md for a staged folder from what lies in it: configuration, run_config.json, results.json and pictures."""
     run, results, summary, details = (_optional(folder / name) for name in (RUN_CONFIG, RESULTS, SUMMARY, CARD_FACTS))
     config = read_json(folder / (BASE_CONFIG if kind == "adapter" else "config.json"))
-    fresh = str(run.get("model", {}).get("path", "")).endswith(".json")
+    window = config["sliding_window"]  # null: attention sees everything
+    fresh = resolve("model", str(run.get("model", {}).get("path", ""))).endswith(".json")
     rows = evaluation_rows(results)
     base = facts.base or details.get("base_model") or _hub_name(run.get("model", {}).get("path", ""))
     data = ModelCardData(
@@ -71,8 +73,8 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
         processor=(folder / "processor_config.json").is_file(),
         ttt_layers=_spans(facts.ttt_layers),
         ttt_mixer="linear" if facts.ttt_mixer == "linear" else "two-layer",
-        window=config["sliding_window"],
-        window_seconds=round(config["sliding_window"] / FRAME_RATE, 1),
+        window=window,
+        window_seconds=None if window is None else round(window / FRAME_RATE, 1),
         facts=fact_rows(facts, config),
         training=training_rows(run, summary, details),
         description=details.get("description", ""),

@@ -11,6 +11,7 @@ from ..version import __version__
 
 # name: (module with configure(parser) and run(args) -> exit code, one line of help)
 COMMANDS = {
+    "init": ("modeling_moshi_ttt.tools.init", "write copies of the recipes, the tiny model, the examples and their data, to edit"),
     "prepare": ("modeling_moshi_ttt.training.prepare", "turn stereo recordings with word times into training tokens"),
     "annotate": ("modeling_moshi_ttt.training.annotate", "write word times beside recordings, with a speech recogniser"),
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
@@ -57,7 +58,7 @@ def _run(module_name: str, name: str, arguments: Sequence[str]) -> int:
         prog=f"moshi-ttt {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.configure(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # key=value words may stand on both sides of an option
     try:
         return int(module.run(options) or 0)
     except ModuleNotFoundError as error:

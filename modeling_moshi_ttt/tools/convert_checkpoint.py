@@ -202,7 +202,7 @@ def _write_processor(out: Path, tokenizer: Any, config: MoshiTTTConfig) -> None:
 
     codec = MimiModel.from_pretrained(out / CODEC)
     extractor = EncodecFeatureExtractor(feature_size=codec.config.audio_channels, sampling_rate=codec.config.sampling_rate)
-    MoshiTTTProcessor(extractor, tokenizer, codec, num_codebooks=config.num_codebooks).save_pretrained(out)
+    MoshiTTTProcessor(extractor, tokenizer, codec, config.num_codebooks, config.text_padding_ids).save_pretrained(out)
 
 
 def from_moshi(folder: Path, weights: Path | None, out: Path, options: Options) -> str:

@@ -4,6 +4,7 @@ The codec's table follows Kyutai's modules (SEANet, projected transformers, spli
 checkpoints lie on the Hub. Its transformers rotate interleaved pairs there and halves here, as the model's.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ FIELDS = {
         "layer_scale": "layer_scale_initial_scale",
     },
 }
+# Settings that this codec has only one value for: written so, and another one is refused, by name.
+ONLY: dict[str, dict[str, Any]] = {
+    "seanet": {"causal": True, "activation": "ELU", "norm": "none", "pad_mode": "constant", "true_skip": True, "disable_norm_outer_blocks": 0},
+    "quantizer": {},
+    "transformer": {
+        **{"causal": True, "conv_layout": True, "gating": "none", "norm": "layer_norm", "positional_embedding": "rope"},
+        "max_period": 10000,
+    },
+}
+WIDTHS = ("d_model", "input_dimension", "output_dimension", "output_dimensions")  # all of them the encoder's `dimension`
 LAYER = (
     ("rotary_qkv", "self_attn.in_projs.{k}.weight", "self_attn.{p}_proj.weight"),
     ("same", "self_attn.out_projs.0.weight", "self_attn.o_proj.weight"),
@@ -50,10 +61,29 @@ CODEBOOK = (("_initialized", "initialized"), ("cluster_usage", "cluster_usage"),
 SPECIAL_TOKENS = {"unk_token": 0, "bos_token": 1, "eos_token": 2, "pad_token": 3}
 
 
+def _check(kyutai: dict[str, Any]) -> None:
+    width = kyutai["seanet"]["dimension"]
+    for part, names in FIELDS.items():
+        only = ONLY[part] | {name: [width] if name == "output_dimensions" else width for name in WIDTHS}
+        for name, value in kyutai[part].items():
+            if name not in names and name not in only:
+                raise ValueError(f"unknown setting {part}.{name} = {value!r} of Kyutai's Mimi: this codec has no counterpart of it")
+            if name in only and value != only[name]:
+                raise ValueError(f"{part}.{name} = {value!r} of Kyutai's Mimi has no counterpart here: only {only[name]!r} can be converted")
+    # Between the encoder and the quantizer there is one convolution of stride 2.
+    frame_rate = kyutai["sample_rate"] / math.prod(kyutai["seanet"]["ratios"]) / 2
+    if kyutai.get("frame_rate", frame_rate) != frame_rate:
+        raise ValueError(f"frame_rate = {kyutai['frame_rate']} of Kyutai's Mimi: its sample_rate and ratios give {frame_rate} here")
+
+
 def mimi_config(kyutai: dict[str, Any] | None) -> MimiConfig:
-    """MimiConfig for Kyutai's codec settings; None is the published Mimi."""
+    """MimiConfig for Kyutai's codec settings; None is the published Mimi.
+
+    Raises ValueError naming a setting that is unknown or that transformers' Mimi cannot express.
+    """
     if kyutai is None:
         return MimiConfig()
+    _check(kyutai)
     fields = {ours: kyutai[part][theirs] for part, names in FIELDS.items() for theirs, ours in names.items() if theirs in kyutai[part]}
     hidden = fields["hidden_size"]
     return MimiConfig(
@@ -68,12 +98,10 @@ def mimi_config(kyutai: dict[str, Any] | None) -> MimiConfig:
 
 def kyutai_mimi(config: MimiConfig) -> dict[str, Any]:
     """The codec's settings as Kyutai's loader takes them; `mimi_config` reads them back to the same codec."""
-    parts = {part: {theirs: getattr(config, ours) for theirs, ours in names.items()} for part, names in FIELDS.items()}
+    parts = {part: ONLY[part] | {theirs: getattr(config, ours) for theirs, ours in names.items()} for part, names in FIELDS.items()}
     width = {"input_dimension": config.hidden_size}
-    parts["seanet"] |= {"causal": True, "activation": "ELU", "norm": "none", "pad_mode": "constant", "true_skip": True}
     parts["quantizer"] |= {**width, "output_dimension": config.hidden_size}
-    parts["transformer"] |= {"d_model": config.hidden_size, "causal": True, "conv_layout": True, "gating": "none", "norm": "layer_norm"}
-    parts["transformer"] |= {"positional_embedding": "rope", "max_period": 10000, **width, "output_dimensions": [config.hidden_size]}
+    parts["transformer"] |= {"d_model": config.hidden_size, **width, "output_dimensions": [config.hidden_size]}
     return {"sample_rate": config.sampling_rate, "channels": config.audio_channels, "frame_rate": config.frame_rate, **parts}
 
 

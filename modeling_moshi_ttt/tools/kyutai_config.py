@@ -10,6 +10,7 @@ NORM_EPS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}
 
 # Kyutai's settings that this architecture has only one value for: another one is refused, by name.
 ONLY: dict[str, Any] = {
+    "model_type": "moshi",
     "causal": True,
     "layer_scale": None,
     "gating": "silu",
@@ -82,7 +83,7 @@ MOSHI_7B: dict[str, Any] = {
 
 # What a repository's config.json says about its files, not about the model.
 REPOSITORY_KEYS = (
-    *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type", "lm_gen_config", "tts_config"),
+    *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "lm_gen_config", "tts_config"),
     *("stt_config", "model_id", "lora", "lora_rank", "lora_scaling"),
 )
 
@@ -123,6 +124,13 @@ def _check(lm_kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"delays[0] = {lm_kwargs['delays'][0]}: the text stream must not be delayed")
     if not 1 <= lm_kwargs["dep_q"] <= lm_kwargs["n_q"]:
         raise ValueError(f"dep_q = {lm_kwargs['dep_q']} must lie between 1 and n_q = {lm_kwargs['n_q']}")
+    half, odd = divmod(lm_kwargs["n_q"], 2)
+    delays = lm_kwargs["delays"][1:]
+    if lm_kwargs["dep_q"] == lm_kwargs["n_q"] and not odd and delays[:half] == delays[half:] and len(set(delays)) > 1:
+        raise ValueError(
+            f"dep_q = n_q = {lm_kwargs['n_q']} with audio delays that begin anew after {half}: this model predicts its user's codebooks too, "
+            f"which has no counterpart here; only a depth transformer of Moshi's own codebooks (dep_q = {half}) can be converted"
+        )
 
 
 def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConfig:
@@ -140,7 +148,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConf
     if not isinstance(depth_feedforward, int):
         raise ValueError(f"depformer_dim_feedforward = {depth_feedforward!r}: one integer for all codebooks is needed")
     own = lm_kwargs["dep_q"]
-    context = lm_kwargs.get("context") or 3000
+    context = lm_kwargs.get("context")  # null, and Kyutai's default: attention without a window
     padding = [lm_kwargs.get("existing_text_padding_id", 3), lm_kwargs.get("existing_text_end_padding_id", 0)]
     depth = {
         "hidden_size": depth_dim,
@@ -158,7 +166,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConf
         num_attention_heads=lm_kwargs["num_heads"],
         ffn_dim=_gated_width(int(scale * dim), dim),
         audio_vocab_size=lm_kwargs["card"],
-        max_position_embeddings=context,
+        max_position_embeddings=context or 3000,
         sliding_window=context,
         rms_norm_eps=norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": float(lm_kwargs.get("max_period", 10000))},

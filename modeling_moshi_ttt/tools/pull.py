@@ -32,11 +32,13 @@ def pull(repo_id: str, dest: str | os.PathLike[str], revision: str | None = None
     with hub_errors(f"pulling {repo_id}", then=f"what has arrived is kept in {part}; run the same command again to go on"):
         remote = look(api, repo_id, revision)
         check_ours(remote)
+        base = None
         if remote.adapter:
-            check_base(api, str(remote.adapter.get("base_model_name_or_path")), remote.adapter.get("revision"), remote.ttt_layers)
+            base = check_base(api, str(remote.adapter.get("base_model_name_or_path")), remote.adapter.get("revision"), remote.ttt_layers)
         api.snapshot_download(repo_id, revision=remote.sha, local_dir=part, ignore_patterns=unwanted(remote.files) or None)
     _check(part, repo_id, set(remote.files))
     facts = verify(part)
+    facts.base_code = base.code if base else None
     if dest.exists():
         dest.rmdir()
     part.rename(dest)

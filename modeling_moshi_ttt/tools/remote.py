@@ -11,12 +11,13 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from ..common.adapters import ADAPTER_CONFIG, BASE_CONFIG, check_layers, check_model_type
 from ..common.files import MANIFEST, inside, read_json
 from ..common.hub import is_hub_name
+from .carried_code import STAMP, Range, code_range
 from .shards import PICKLES
 
 
 @dataclass
 class Remote:
-    """A revision of a repository: its commit, its file names, and its small JSON files as read."""
+    """A revision of a repository: its commit, its file names, and what its small files say."""
 
     repo_id: str
     sha: str
@@ -24,6 +25,7 @@ class Remote:
     config: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     manifest: list[str] = field(default_factory=list)
+    code: Range | None = None  # the transformers that its code, if any, is for
 
     @property
     def ttt_layers(self) -> list[int]:
@@ -48,7 +50,7 @@ def look(api: HfApi, repo_id: str, revision: str | None = None) -> Remote:
     with TemporaryDirectory() as folder:
         for name in names:
             inside(folder, name)
-        for name in (MANIFEST, "config.json", ADAPTER_CONFIG, BASE_CONFIG):
+        for name in (MANIFEST, "config.json", ADAPTER_CONFIG, BASE_CONFIG, STAMP):
             if name in names:
                 api.hf_hub_download(repo_id, name, revision=remote.sha, local_dir=folder)
         root = Path(folder)
@@ -57,6 +59,7 @@ def look(api: HfApi, repo_id: str, revision: str | None = None) -> Remote:
         remote.config = read_json(root / config) if config in names else {}
         listed = read_json(root / MANIFEST).get("files", {}) if MANIFEST in names else {}
         remote.manifest = sorted(str(name) for name in listed)
+        remote.code = code_range(names, root)
     return remote
 
 

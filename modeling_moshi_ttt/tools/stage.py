@@ -123,12 +123,20 @@ def _is_weights(path: Path) -> bool:
 
 
 def copy_others(folder: Path, target: Path) -> None:
-    """Processor, tokenizer, codec, generation configuration: what stands beside the weights, apart from pickles, code and hidden files."""
+    """Processor, tokenizer, codec, generation configuration: what stands beside the weights, apart from pickles, code and hidden files.
+
+    Links are followed where they stay in the folder, or lead to the blobs of a snapshot in the Hub's cache; ValueError names any other.
+    """
+    homes = [folder.resolve()] + ([folder.resolve().parents[1] / "blobs"] if folder.resolve().parent.name == "snapshots" else [])
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         replaced = len(name.parts) == 1 and (_is_weights(path) or path.name in REWRITTEN)
-        if path.is_file() and not path.is_symlink() and not hidden and not replaced and path.suffix not in (*PICKLES, ".py", ".pyc"):
+        if hidden or replaced or path.suffix in (*PICKLES, ".py", ".pyc"):
+            continue
+        if not any(path.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there, or remove the link")
+        if path.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if not (target / name).exists():
                 shutil.copyfile(path, target / name)

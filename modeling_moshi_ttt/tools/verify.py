@@ -1,4 +1,4 @@
-"""Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, and the loss on its probe."""
+"""Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, the loss on its probe, and its code."""
 
 import argparse
 import math
@@ -13,6 +13,7 @@ from ..common.adapters import check_model_type, is_adapter
 from ..common.files import MANIFEST, check_manifest, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .carried_code import Range, describe_code, folder_code, runs_here
 from .probe import compare, probe_loss, read_probe
 from .shards import PICKLES, TensorFiles, largest
 
@@ -33,6 +34,8 @@ class Facts:
     base: str = ""
     size: int = 0  # bytes of all files
     probe: float | None = None
+    code: Range | None = None  # the transformers that its own code, if any, is for
+    base_code: Range | None = None  # the same of its base
 
     @property
     def total(self) -> int:
@@ -50,7 +53,14 @@ class Facts:
             f"dtype: {dtypes}",
             "probe: none stored" if self.probe is None else f"probe: loss {self.probe:.6f}, as stored",
         ]
+        codes = (("code", self.code), ("its base's code", self.base_code))
+        lines += [describe_code(code, what) for what, code in codes if code is not None]
         return "\n".join(lines)
+
+    @property
+    def code_runs_here(self) -> bool:
+        """Whether the installed transformers is one that all of its code is for."""
+        return all(runs_here(code) for code in (self.code, self.base_code) if code is not None)
 
 
 def human_size(size: float) -> str:
@@ -149,6 +159,7 @@ def verify(folder: str | os.PathLike[str], run_probe: bool = True) -> Facts:
         facts = verify_adapter(folder, run_probe)
     else:
         facts = _verify_full(folder, run_probe)
+    facts.code, facts.base_code = folder_code(folder), folder_code(Path(facts.base)) if facts.base else None
     facts.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return facts
 
@@ -175,6 +186,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(verify(args.folder, run_probe=not args.no_probe).describe())
-    print("all is well")
+    facts = verify(args.folder, run_probe=not args.no_probe)
+    print(facts.describe())
+    print("all is well" if facts.code_runs_here else "all is well but the code it carries")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..common.audio import read_audio
+from ..common.audio import READING, read_audio
 from ..common.files import atomic_write, sha256
-from ..common.recordings import USER_SPEAKER, Recording
-from ..processing_moshi_ttt import ABSENT, END_OF_PADDING, MAIN_SPEAKER, TEXT_PADDING, parse_word, text_stream
+from ..common.recordings import Recording
+from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER, ZERO, parse_word
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"
@@ -25,8 +25,8 @@ CUT_TOLERANCE = 0.2
 
 
 def codec_fingerprint(processor: Any) -> str:
-    """Sixteen hexadecimal digits that change when the codec's weights or its frame layout change."""
-    digest = hashlib.sha256(LAYOUT.encode())
+    """Sixteen hexadecimal digits that change when the codec's weights, its frame layout or the way of reading sounds change."""
+    digest = hashlib.sha256(f"{LAYOUT} {READING}".encode())
     codec = processor.codec
     for name, tensor in sorted(codec.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -125,21 +125,19 @@ def recording_text(processor: Any, recording: Recording, frames: int) -> np.ndar
         ValueError: a word ends before it starts, begins outside the recording, or cannot be encoded; or no label of a speaker is known.
     """
     if recording.words is None:
-        return np.full(frames, ABSENT, dtype=np.int32)
-    spoken, speakers = [], set()
+        return np.full(frames, ZERO, dtype=np.int32)
+    speakers = set()
     for index, word in enumerate(recording.words):
         text, start, end, speaker = parse_word(index, word)
         _check_start(index, text, start, end, frames / processor.frame_rate)
         speakers.add(speaker)
-        if speaker == MAIN_SPEAKER and start < end:
-            spoken.append((processor.encode_word(text), start))
     _check_speakers(speakers)
-    return np.array(text_stream([word for word in spoken if word[0]], frames, processor.frame_rate), dtype=np.int32)
+    return np.array(processor.text_frames(recording.words, frames), dtype=np.int32)
 
 
-def says_words(text: np.ndarray) -> bool:
+def says_words(text: np.ndarray, padding_ids: Sequence[int]) -> bool:
     """Whether anything but padding stands in a text stream [T]; a recording in which only the user speaks holds padding alone."""
-    return bool((~np.isin(text, (ABSENT, TEXT_PADDING, END_OF_PADDING))).any())
+    return bool((~np.isin(text, (ZERO, *padding_ids))).any())
 
 
 def _check_start(index: int, text: str, start: float, end: float, length: float) -> None:

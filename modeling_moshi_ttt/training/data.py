@@ -17,14 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..common.recordings import Recording
+from ..tokens_moshi_ttt import IGNORED, ZERO
 from .codes import CodesCache, code_frames, read_codes, recording_text
 from .lanes import EMPTY, Lanes, Plan, ShuffledWindows, WeightedOrder, Window
 from .run_config import DataSettings
 from .sources import read_sources
-
-FRAME_RATE = 12.5
-ZERO = -1
-NOT_TRAINED = -100
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class WindowReader(Dataset):
         text = torch.full((rows, frames), ZERO, dtype=torch.long)
         codes = torch.full((rows, 2 * k, frames), ZERO, dtype=torch.long)
         mask = torch.zeros(rows, frames, dtype=torch.long)
-        labels = torch.full((rows, k, frames), NOT_TRAINED, dtype=torch.long)
+        labels = torch.full((rows, k, frames), IGNORED, dtype=torch.long)
         for row, window in enumerate(windows):
             if window.frames == 0:
                 continue
@@ -151,8 +148,8 @@ class WindowReader(Dataset):
             if window.last:
                 # nothing comes after the window in which a delayed codebook's last frames would be predicted
                 for codebook, delay in enumerate(self.delays):
-                    labels[row, codebook, max(there - delay, 0) :] = NOT_TRAINED
-        text_labels = text.masked_fill(text < 0, NOT_TRAINED)
+                    labels[row, codebook, max(there - delay, 0) :] = IGNORED
+        text_labels = text.masked_fill(text < 0, IGNORED)
         reset = torch.tensor([window.reset for window in windows])
         names = [self.recordings[w.recording].name if w.recording >= 0 else "" for w in windows]
         return Batch(text, codes[:, :k], codes[:, k:], text_labels, labels, mask, reset, names)

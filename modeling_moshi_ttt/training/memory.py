@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
 from ..delay_pattern import last_frames
+from ..tokens_moshi_ttt import IGNORED
 from .data import Batch
 from .run_config import Carry
 
@@ -35,10 +37,11 @@ class LaneMemory:
         if bool(reset.any()):
             cache.reset(reset)
         if self.carry == "state":
-            cache.forget_attention()
-        if cache.fresh is None:
+            cache.reset_attention()
+        if cache.state.reset_mask is None:
             # ranks must agree on which parameters get a gradient: where no row begins, that of the initial fast weights is 0
-            cache.fresh = torch.zeros(self.rows, dtype=torch.bool, device=cache.frames.device)
+            nobody = torch.zeros(self.rows, dtype=torch.bool, device=cache.frames.device)
+            cache.state = replace(cache.state, reset_mask=nobody)
         return cache
 
     def leave(self, micro: int) -> None:
@@ -54,17 +57,15 @@ class LaneMemory:
     def loss_weights(self, micro: int, batches: list[Batch]) -> torch.Tensor:
         """[turns, 2] (text, audio) loss weights of windows that follow one another, known before any of them runs."""
         shadow = MoshiTTTCache(self.model.config, self.rows, device=self.model.device) if self.caches else None
-        if shadow is not None:
-            shadow.labels = self.caches[micro].labels
+        labels = self.caches[micro].labels if self.caches else None  # all that the weights need of a cache
         weights = []
         for batch in batches:
-            if shadow is not None:
-                shadow.labels = shadow.labels.masked_fill(batch.reset[:, None, None], -100)
+            if shadow is not None and labels is not None:
+                labels = labels.masked_fill(batch.reset[:, None, None], IGNORED)
+                shadow.state = replace(shadow.state, labels=labels)
+                labels = last_frames(batch.audio_labels, labels, batch.attention_mask.sum(dim=1))
             inputs = batch.inputs()
-            labels = (batch.text_labels, batch.audio_labels, inputs["attention_mask"])
-            weights.append(self.model.loss_weights(*labels, past_key_values=shadow))
-            if shadow is not None:
-                shadow.labels = last_frames(batch.audio_labels, shadow.labels, batch.attention_mask.sum(dim=1))
+            weights.append(self.model.loss_weights(batch.text_labels, batch.audio_labels, inputs["attention_mask"], past_key_values=shadow))
         return torch.stack(weights)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -12,14 +12,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..tokens_moshi_ttt import TEXT_PADDING_IDS
 from .data import Batch
 from .run_config import DataSettings
 
-TEXT_PADDING = 3
 
-
-def add_noise(batch: Batch, settings: DataSettings, entries: int, seeds: list[tuple[int, ...]]) -> Batch:
-    """The batch with a share of its frames replaced: codes by random ones below `entries`, words by padding.
+def add_noise(
+    batch: Batch, settings: DataSettings, entries: int, seeds: list[tuple[int, ...]], padding: int = TEXT_PADDING_IDS[0]
+) -> Batch:
+    """The batch with a share of its frames replaced: codes by random ones below `entries`, words by the text id `padding`.
 
     Args:
         seeds: one for each row, of the run, the step and the row's place in it: a resumed run repeats its noise, and so does one
@@ -32,7 +33,7 @@ def add_noise(batch: Batch, settings: DataSettings, entries: int, seeds: list[tu
         random = np.random.default_rng(seed)
         for codes, share in ((own[row], settings.own_noise), (user[row], settings.user_noise)):  # [K, T]
             _replace(codes, share, torch.from_numpy(random.integers(entries, size=codes.shape)), random)
-        _replace(text[row], settings.text_noise, torch.full(text[row].shape, TEXT_PADDING), random)
+        _replace(text[row], settings.text_noise, torch.full(text[row].shape, padding), random)
     return replace(batch, input_ids=text, moshi_audio_codes=own, user_audio_codes=user)
 
 

@@ -13,7 +13,7 @@ import dataclasses
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("sources", help='what to prepare: "path:weight,path:weight"')
-    parser.add_argument("--processor", required=True, help="folder or Hub name of the processor with its codec")
+    parser.add_argument("--processor", required=True, help="folder or Hub name of the processor with its codec, or tiny")
     parser.add_argument("--cache", required=True, help="folder that the codes go to")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad files out instead of stopping at the end")
     parser.add_argument("--allow-outside", action="store_true", help="accept absolute paths and '..' in manifests")
@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..common.files import make_folder
+    from ..tokens_moshi_ttt import FRAME_RATE
     from .codes import CodesCache, says_words
-    from .data import FRAME_RATE, prepare_set
+    from .data import prepare_set
     from .run_config import DataSettings, check_columns
     from .setup import read_processor
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     processor = read_processor(args.processor, "--processor")
     cache = CodesCache(make_folder(args.cache, "--cache"), processor)
     found = prepare_set(args.sources, settings, cache, lambda items: tqdm(items, desc="encoding"))
-    spoken = sum(says_words(recording.text) for recording in found.recordings)
+    spoken = sum(says_words(recording.text, processor.text_padding_ids) for recording in found.recordings)
     hours = sum(found.lengths) / FRAME_RATE / 3600
     print(f"{len(found.recordings)} recordings, {hours:.2f} hours, {spoken} of them with words; codes in {cache.folder}")
     return 0

@@ -95,6 +95,11 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def shown(value: float | None, spec: str) -> str:
+    """A number as `format` writes it by `spec`; "-" where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
 def plot_curve(metrics: Path, picture: Path) -> None:
     """Draw text and audio loss over the steps, with the validation's points, into a PNG."""
     os.environ.setdefault("MPLBACKEND", "Agg")

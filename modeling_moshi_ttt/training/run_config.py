@@ -10,6 +10,7 @@ from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, t
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
+BETA1 = 0.9
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -23,9 +24,11 @@ COLUMNS = {
 class ModelSettings:
     """The model that is trained.
 
-    path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights.
-    processor: where the processor is; None looks beside the weights.
+    path: a folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights; "tiny" is a packaged one.
+    processor: where the processor is, or "tiny" for the packaged one; None looks beside the weights.
     ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
+    text_padding_weight, semantic_loss_weight: of padding in the text loss and of the first codebook in the audio loss, words and the other
+        codebooks weighing 1; None keeps what the model's configuration says (Moshi's: 0.5 and 100).
     dtype: of the weights that rest; those that are trained are float32. bfloat16 makes the arithmetic bfloat16 as well, and float32 leaves it
         to the launcher's mixed_precision.
     matmul_precision: of float32 products (torch.set_float32_matmul_precision). "high" lets a GPU's tensor cores do them in TF32, several
@@ -35,9 +38,17 @@ class ModelSettings:
     path: str
     processor: str | None = None
     ttt: dict[str, Any] = field(default_factory=dict)
+    text_padding_weight: float | None = None
+    semantic_loss_weight: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     matmul_precision: Literal["highest", "high", "medium"] | None = None
     activation_checkpointing: bool = True
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of MoshiTTTConfig that the recipe sets."""
+        weights = {name: getattr(self, name) for name in ("text_padding_weight", "semantic_loss_weight")}
+        return self.ttt | {name: weight for name, weight in weights.items() if weight is not None}
 
 
 @dataclass
@@ -56,15 +67,16 @@ class DataSettings:
     """Where recordings come from and how they are cut.
 
     train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .tar shard or .parquet of sounds, a folder of these, or
-        hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub.
+        hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub; "dialogues/train" is a packaged one.
     columns: names of parquet columns that are not the usual ones, as in {path: file, alignments: words}; the roles are audio, path,
         alignments and speakers.
     cache: folder of the Mimi codes, encoded once, and of what was downloaded or unpacked; None keeps it in the run folder.
     window_seconds: length of one window. carry: what a batch row takes on from window to window ("none": shuffled windows).
     tbptt_windows: windows through which gradients flow before the state is cut from its past.
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
-    own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay.
-    text_weight: what the text loss counts beside the audio loss.
+    own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
+        with them what the depth decoder is given within a frame.
+    text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint.
     on_bad_files: stop with a list of them, or skip them. allow_outside: accept absolute paths and '..' in manifests.
     require_words: a recording without words is a bad file. workers: processes that read ahead; 0 reads in the training process.
     """
@@ -95,6 +107,8 @@ class OptimSettings:
     optimizer: "adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix, next
         to nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. Not
         with FSDP.
+    schedule: "onecycle" is moshi-finetune's, torch's OneCycleLR with its defaults: rates rise from 1/25 and fall to 1/250000, and AdamW's
+        beta1 falls from 0.95 to 0.85 meanwhile and rises back, in place of the first of `betas`. "cosine" and "constant" keep beta1.
     clip: largest norm of all gradients together. warmup: share of the steps in which rates rise. max_bad_steps: not finite in a row.
     """
 
@@ -103,7 +117,7 @@ class OptimSettings:
     lr: float = 2e-6
     ttt_lr: float | None = None
     gate_lr: float | None = None
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[float] = field(default_factory=lambda: [BETA1, 0.95])
     weight_decay: float = 0.1
     clip: float = 1.0
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
@@ -148,8 +162,8 @@ class RunConfig:
 
 
 def load_run_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and its overrides; ValueError names what is wrong."""
-    return load_settings(RunConfig, path, overrides)
+    """Read a recipe, by path or bare name, and its overrides; ValueError names what is wrong."""
+    return load_settings(RunConfig, path, overrides, kind="train")
 
 
 def check_columns(columns: dict[str, str]) -> None:
@@ -166,6 +180,7 @@ def _check(run: RunConfig) -> None:
         raise ValueError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
     share = (0, 1)
     check_numbers(run, evaluate_every=0, seed=SEEDS)
+    check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
     check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
@@ -175,6 +190,11 @@ def _check(run: RunConfig) -> None:
         check_numbers(run.lora, "lora.", rank=1, dropout=(0, 1 - 1e-9), scaling=ABOVE_ZERO)
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
         raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
+    if run.optim.schedule == "onecycle" and run.optim.betas[0] != BETA1:
+        raise ValueError(
+            f"optim.betas is {run.optim.betas!r}, but under optim.schedule 'onecycle' beta1 goes from 0.95 to 0.85 and back; "
+            f"leave it at {BETA1}, or choose the schedule cosine or constant."
+        )
     check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
         raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")

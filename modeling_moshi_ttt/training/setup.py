@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from ..common.adapters import check_loadable, is_adapter, named_base, raw_config
 from ..common.files import read_json
 from ..common.hub import check_place
+from ..common.packaged import resolve
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
@@ -23,9 +24,10 @@ from .run_config import ModelSettings, RunConfig
 
 
 def read_processor(source: str, setting: str) -> Any:
-    """The processor with its codec from a folder or the Hub; ValueError naming the setting where there is none."""
+    """The processor with its codec from a folder, the package or the Hub; ValueError naming the setting where there is none."""
     from ..processing_moshi_ttt import MoshiTTTProcessor
 
+    source = resolve("processor", source)
     check_place(source, setting)
     try:
         return MoshiTTTProcessor.from_pretrained(source)
@@ -39,13 +41,14 @@ def load_processor(settings: ModelSettings) -> Any:
     """The processor with its codec, from `settings.processor`, or from where the weights are."""
     if settings.processor:
         return read_processor(settings.processor, "model.processor")
-    if settings.path.endswith(".json"):
+    if resolve("model", settings.path).endswith(".json"):
         raise ValueError("model.processor is missing: with a config.json as model.path, name a folder or Hub name that holds a processor.")
     return read_processor(settings.path, "model.processor is not given, model.path")
 
 
 def check_start(path: str) -> None:
     """ValueError or FileNotFoundError for a model.path that is no model, with the way on; of adapters, transformers would load the base."""
+    path = resolve("model", path)
     place = Path(path)
     if path.endswith(".json"):
         if not place.is_file():
@@ -64,8 +67,8 @@ def check_start(path: str) -> None:
     raw_config(path, "model.path")
 
 
-def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
-    """The model with its weights, or with fresh ones (the same for the same seed) where the path is a config.json.
+def model_config(settings: ModelSettings) -> MoshiTTTConfig:
+    """The configuration that the model will have; no weights are read.
 
     Raises:
         ValueError, FileNotFoundError: an unknown field in model.ttt, or one that the configuration refuses; no whole model at model.path.
@@ -74,23 +77,32 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     if unknown:
         raise ValueError(f"model.ttt holds {unknown[0]!r}, which is no TTT setting of MoshiTTTConfig; they begin with 'ttt_'.")
     check_start(settings.path)
-    dtype = getattr(torch, settings.dtype)
-    if settings.path.endswith(".json"):
-        set_seed(seed)
-        config = MoshiTTTConfig.from_json_file(settings.path)
-        if settings.ttt:
-            config = MoshiTTTConfig.from_dict(config.to_dict(), **settings.ttt)
+    path = resolve("model", settings.path)
+    if path.endswith(".json"):
+        config = MoshiTTTConfig.from_json_file(path)
+        return MoshiTTTConfig.from_dict(config.to_dict(), **settings.config_changes) if settings.config_changes else config
+    return MoshiTTTConfig.from_pretrained(path, **settings.config_changes)
+
+
+def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
+    """The model with its weights. Fresh ones are the same for the same seed in every process: all of them where the path is a
+    config.json, and the TTT layers that a checkpoint lacks.
+
+    Raises:
+        ValueError, FileNotFoundError: as in `model_config`; weights that cannot be loaded.
+    """
+    config, dtype, path = model_config(settings), getattr(torch, settings.dtype), resolve("model", settings.path)
+    set_seed(seed)
+    if path.endswith(".json"):
         model = MoshiTTTForConditionalGeneration(config).to(dtype)
     else:
         try:
-            model = MoshiTTTForConditionalGeneration.from_pretrained(settings.path, dtype=dtype, **settings.ttt)
+            model = MoshiTTTForConditionalGeneration.from_pretrained(path, dtype=dtype, **settings.config_changes)
         except (SafetensorError, RuntimeError) as error:
             reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
             raise ValueError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
     if settings.activation_checkpointing:
-        # transformers 5.2x renames it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        model.activation_checkpointing_enable()
     return model
 
 

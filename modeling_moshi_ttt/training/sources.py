@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from ..common.audio import audio_duration
 from ..common.files import inside
 from ..common.hub import hub_errors
+from ..common.packaged import resolve
 from ..common.recordings import Recording, read_manifest, read_words
 from .archives import ARCHIVE_SUFFIXES, SOUND_SUFFIXES, add_parquet_words, read_archive
 from .run_config import DataSettings
@@ -86,7 +87,7 @@ def _is_sound(recording: Recording, require_words: bool, problems: list[str]) ->
 
 
 def _read(name: str, settings: DataSettings, store: Path, problems: list[str]) -> list[Recording]:
-    path = _download(name, store / "hub") if name.startswith(HUB) else Path(name)
+    path = _download(name, store / "hub") if name.startswith(HUB) else Path(resolve("data", name))
     if path.is_dir():
         return _read_folder(path, settings, store, problems)
     if path.suffix in ARCHIVE_SUFFIXES and path.is_file():

@@ -1,33 +1,51 @@
-"""`moshi-ttt train`: a recipe, and what to change of it; the same as `accelerate launch examples/finetune.py`."""
+"""`moshi-ttt train`: a recipe, and what to change of it; one process, or those of an accelerate configuration with --launch."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..common.adapters import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
+from ..common.packaged import known, names, resolve
 from ..common.settings import describe
 from .run_config import RunConfig, load_run_config
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("recipe", help="a YAML file such as configuration/train/demo.yaml")
+    parser.add_argument("recipe", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
+    packaged = ", ".join(names("accelerate"))
+    parser.add_argument("--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}")
     parser.epilog = describe(RunConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step was reached."""
+    config = load_run_config(args.recipe, args.overrides)
+    if args.launch:
+        return launch(args.launch, [args.recipe, *args.overrides])
     try:
-        train(load_run_config(args.recipe, args.overrides))
+        train(config)
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
     return 0
+
+
+def launch(launch_file: str, arguments: list[str]) -> int:
+    """`moshi-ttt train` with these arguments in every process of an accelerate configuration; the launcher's exit code."""
+    path = resolve("accelerate", launch_file)
+    if not Path(path).is_file():
+        hint = known("accelerate", launch_file)
+        raise FileNotFoundError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
+    return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.tools.cli", "train", *arguments], check=False).returncode
 
 
 def train(config: RunConfig) -> Path:
@@ -46,11 +64,11 @@ def train(config: RunConfig) -> Path:
     if config.mode == "frozen":
         raise ValueError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    setup.check_start(config.model.path)  # before the data, whose preparation may take hours
+    model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
     accelerator = setup.make_accelerator(config)
     try:
-        train_set, held_out, processor = _load_data(config, accelerator)
+        train_set, held_out, processor = _load_data(config, model_config, accelerator)
         model = setup.adapt(setup.build_model(config.model, config.seed), config)
         if accelerator.is_main_process:
             print(modes.parameter_table(model), flush=True)
@@ -68,7 +86,7 @@ def train(config: RunConfig) -> Path:
         accelerator.wait_for_everyone()
 
 
-def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
+def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
     """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
     from tqdm import tqdm
 
@@ -77,6 +95,7 @@ def _load_data(config: RunConfig, accelerator: Any) -> tuple[Any, Any, Any]:
     from .data import prepare_set
 
     processor = setup.load_processor(config.model)
+    processor.check_model(model_config)
     cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / "codes", "data.cache"), processor)
 
     def progress(items: Any) -> Any:

@@ -18,14 +18,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..common.files import atomic_write, read_json, tensors_written
+from ..tokens_moshi_ttt import FRAME_RATE
+from ..version import __version__
 from . import modes
 from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
-from .data import FRAME_RATE, Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
+from .data import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 from .memory import LaneMemory
 from .noise import add_noise
-from .report import MetricsFile, peak_memory
-from .run_config import RunConfig
-from .schedule import rate_factor
+from .objective import objective, ratio
+from .report import MetricsFile, peak_memory, shown
+from .run_config import DataSettings, ModelSettings, RunConfig
+from .schedule import set_rates
 from .state import load_weights_and_moments, weights_and_moments
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,8 @@ class Trainer:
                 step = next(steps)
                 record = self._step(step, time.perf_counter() - begin, begin)
                 self._tell(metrics, record)
-                bar.set_postfix_str(f"loss {record['loss']:.3f} text {record['text_loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s")
+                loss, text, speed = (shown(record[name], spec) for name, spec in (("loss", ".3f"), ("text_loss", ".3f"), ("tokens_per_second", ".0f")))
+                bar.set_postfix_str(f"loss {loss} text {text}, {speed} tokens/s")
                 bar.update()
                 self._after_step(metrics)
         return self.progress
@@ -116,8 +120,9 @@ class Trainer:
         if run.evaluate_every and (now % run.evaluate_every == 0 or last):
             scores = self.evaluate()
             self._tell(metrics, {"step": now, **scores})
-            if scores["eval_loss"] < self.progress.best_loss:
-                self.progress.best_loss, self.progress.best_step = scores["eval_loss"], now
+            loss = scores["eval_loss"]
+            if loss is not None and loss < self.progress.best_loss:
+                self.progress.best_loss, self.progress.best_step = loss, now
         keep_best = self.progress.best_step == now
         if last or keep_best or (run.checkpoint.every and now % run.checkpoint.every == 0):
             self.save()
@@ -127,35 +132,47 @@ class Trainer:
         self.model.train()
         device = self.accelerator.device
         micro_batches = [[batch.to(device) for batch in micro] for micro in step.micro_batches]
-        factor = rate_factor(self.progress.step, self.run.optim)
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * factor
+        factor = set_rates(self.optimizer.param_groups, self.rates, self.progress.step, self.run.optim)
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        losses = torch.zeros(2, dtype=torch.float64, device=device)
+        totals = torch.zeros(3, dtype=torch.float64, device=device)  # text loss, audio loss, frames
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
-                losses += self._micro_batch(micro, batches, whole)
-        losses = self.accelerator.reduce(losses, "sum")
+                totals[:2] += self._micro_batch(micro, batches, whole)
+            totals[2] += sum(batch.frames for batch in batches)
+        totals = self.accelerator.reduce(totals, "sum")
         norm = self._clip()
-        finite = bool(torch.isfinite(losses).all() and torch.isfinite(norm))
+        finite = bool(torch.isfinite(totals).all() and torch.isfinite(norm))
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.place = step.state
         self._count(finite, micro_batches)
-        frames = sum(batch.frames for batches in micro_batches for batch in batches)
-        return self._record(losses, norm, factor, finite, frames, waited, begin)
+        *losses, frames = totals.tolist()
+        text, audio = (loss if weight > 0 else None for loss, weight in zip(losses, whole.tolist()))
+        took = time.perf_counter() - begin
+        return {
+            "step": self.progress.step,
+            "loss": objective(text, audio, self.run.data.text_weight),
+            "text_loss": text,
+            "audio_loss": audio,
+            "gradient_norm": float(norm),
+            "lr": self.run.optim.lr * factor,
+            "skipped": not finite,
+            "tokens_per_second": frames * self.tokens_per_frame / took if frames > 0 else None,
+            "data_wait": waited / took,
+            "peak_memory_gb": peak_memory(self.accelerator.device),
+        }
 
     def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
         """Forward through windows that follow one another, then one backward; returns (text, audio) loss [2]."""
         data, total, parts = self.run.data, None, torch.zeros(2, dtype=torch.float64, device=whole.device)
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
-            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn))
+            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
             output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True)
-            loss = data.text_weight * output.text_loss + output.audio_loss
+            loss = objective(output.text_loss, output.audio_loss, data.text_weight)
             total = loss if total is None else total + loss
             parts += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
@@ -208,36 +225,18 @@ class Trainer:
             f"{path}. Lower optim.lr or look at these recordings."
         )
 
-    def _record(
-        self, losses: torch.Tensor, norm: torch.Tensor, factor: float, finite: bool, frames: int, waited: float, begin: float
-    ) -> dict[str, Any]:
-        took = time.perf_counter() - begin
-        text, audio = losses.tolist()
-        return {
-            "step": self.progress.step,
-            "loss": text + audio,
-            "text_loss": text,
-            "audio_loss": audio,
-            "gradient_norm": float(norm),
-            "lr": self.run.optim.lr * factor,
-            "skipped": not finite,
-            "tokens_per_second": frames * self.tokens_per_frame * self.accelerator.num_processes / took,
-            "data_wait": waited / took,
-            "peak_memory_gb": peak_memory(self.accelerator.device),
-        }
-
     def _tell(self, metrics: MetricsFile | None, record: dict[str, Any]) -> None:
         if metrics is not None:
             metrics.write(record)
         if self.run.trackers:
-            numbers = {name: float(value) for name, value in record.items() if name != "step"}
+            numbers = {name: float(value) for name, value in record.items() if name != "step" and value is not None}
             self.accelerator.log(numbers, step=record["step"])
 
     # ---- validation
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Losses and text accuracy over all held-out recordings, each divided once by the weight of them all."""
+    def evaluate(self) -> dict[str, float | None]:
+        """Losses and text accuracy over all held-out recordings, each divided once by the weight of them all; None where that is 0."""
         if self.held_out is None:
             raise ValueError("There is nothing to evaluate on: set data.evaluation to a manifest.")
         self.model.eval()
@@ -257,12 +256,12 @@ class Trainer:
             right, words = word_hits(output.logits, batch.text_labels, self.config.text_padding_ids)
             totals += torch.cat([(losses * weights).double(), weights.double(), torch.stack([right, words]).double()])
         text, audio, text_weight, audio_weight, right, words = self.accelerator.reduce(totals, "sum").clamp(min=0).tolist()
-        text, audio = text / max(text_weight, 1e-12), audio / max(audio_weight, 1e-12)
+        text_loss, audio_loss = ratio(text, text_weight), ratio(audio, audio_weight)
         return {
-            "eval_loss": text + audio,
-            "eval_text_loss": text,
-            "eval_audio_loss": audio,
-            "eval_text_accuracy": right / max(words, 1),
+            "eval_loss": objective(text_loss, audio_loss, data.text_weight),
+            "eval_text_loss": text_loss,
+            "eval_audio_loss": audio_loss,
+            "eval_text_accuracy": ratio(right, words),
         }
 
     # ---- checkpoints
@@ -278,7 +277,7 @@ class Trainer:
             own |= {f"model.{name}": tensor for name, tensor in weights.items()} | {f"optimizer.{name}": t for name, t in moments.items()}
             shared = {}
         state = {"progress": vars(self.progress), "random": plain, "world": self.accelerator.num_processes, "run": self.run.to_dict()}
-        state["data"] = self.data_mark
+        state |= {"data": self.data_mark, "version": __version__}
         return self.folder.save(self.progress.step, Snapshot(state, shared, own), self.progress.best_step)
 
     def _resume(self) -> bool:
@@ -299,9 +298,21 @@ class Trainer:
             self.memory.load_state_dict(_below(own, "memory."))
             set_random_state(own, snapshot.state["random"])
         self.progress = Progress(**snapshot.state["progress"])
+        if "version" not in snapshot.state:
+            self._take_over(path)
         self.plan.load_state_dict(self.progress.place)
         logger.info("Going on from %s.", path)
         return True
+
+    def _take_over(self, path: Path) -> None:
+        """Go on from a checkpoint of version 0.1.0, whose settings meant something else in three places."""
+        logger.warning(
+            "%s was written by version 0.1.0. From here on the schedule onecycle moves AdamW's beta1 as well, noise spares what the depth "
+            "decoder is given within a frame, and the loss that is logged and chooses the best checkpoint counts data.text_weight.",
+            path,
+        )
+        if self.run.data.text_weight != 1:  # the best by another number
+            self.progress.best_step, self.progress.best_loss = None, float("inf")
 
     def _check_world(self, state: dict[str, Any]) -> None:
         saved, now = state["world"], self.accelerator.num_processes
@@ -336,6 +347,9 @@ class Trainer:
             before = read_json(path).get("fixed")
             if not isinstance(before, dict):
                 raise ValueError(f"{path} was not written by a training run here; use another run_dir.")
+            # settings that came with a later version were at their defaults
+            unset = _fixed(RunConfig("", ModelSettings(""), DataSettings(""), mode="full").to_dict())
+            before = {key: value for key, value in unset.items() if key in now} | before
             keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
             if keys:
                 changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)

@@ -1,0 +1,79 @@
+"""What the models give.
+
+Shapes: B rows, T frames, E width, K Moshi's codebooks, V text vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from .cache_moshi_ttt import MoshiTTTCache
+from .frames_moshi_ttt import take_frames
+from .ttt_layer import TTTInnerLosses
+
+
+class _OutputWithCache(ModelOutput):
+    """An output whose field `cache`, transformers' name from 5.24 on, can be read as `past_key_values` as well."""
+
+    cache: MoshiTTTCache | None
+
+    @property
+    def past_key_values(self) -> MoshiTTTCache | None:
+        return self.cache
+
+
+@dataclass
+class MoshiTTTModelOutput(_OutputWithCache):
+    """What the temporal transformer gives.
+
+    Args:
+        last_hidden_state: `[B, T, E]`, normalised.
+        cache: the streams' memory after these frames; also `past_key_values`.
+        hidden_states: `[B, T, E]` before each layer, and `last_hidden_state`, when asked for.
+        attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
+        inner_losses: the inner losses of each TTT layer by its number, when asked for.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache: MoshiTTTCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    inner_losses: dict[int, TTTInnerLosses] | None = None
+
+
+@dataclass
+class MoshiTTTOutput(_OutputWithCache):
+    """What Moshi-TTT gives.
+
+    Args:
+        loss: `text_loss + audio_loss`, of those whose labels were given.
+        text_loss, audio_loss: weighted mean cross-entropies in nats.
+        logits: `[B, T, V]`; step t predicts text frame t.
+        audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
+        last_hidden_state, cache, hidden_states, attentions, inner_losses: as in [`MoshiTTTModelOutput`].
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    audio_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    audio_logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    cache: MoshiTTTCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    inner_losses: dict[int, TTTInnerLosses] | None = None
+
+
+def put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
+    """Bring outputs of packed frames back to where the caller's frames stood."""
+    result.logits = take_frames(result.logits, order, 1)
+    result.audio_logits = take_frames(result.audio_logits, order, 2)
+    result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
+    if result.hidden_states is not None:
+        result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
+    if result.attentions is not None:
+        frames = order.shape[1]  # the keys of remembered frames, before those of these frames, stay where they are
+        by_query = (take_frames(weights, order, 2) for weights in result.attentions)
+        result.attentions = tuple(torch.cat([w[..., :-frames], take_frames(w[..., -frames:], order, 3)], dim=3) for w in by_query)

@@ -1,0 +1,240 @@
+"""Rows of a stream: each depends on nothing but its own past and its seed, and a step that fails has changed nothing."""
+
+import copy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_model
+
+from modeling_moshi_ttt import MoshiTTTFrame
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module", params=["linear", "mlp"])
+def model(request):
+    return tiny_model(ttt_mixer=request.param)
+
+
+def user_codes(model, rows: int, frames: int, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.audio_vocab_size, (rows, model.config.num_user_codebooks, frames), generator=generator)
+
+
+def tokens(frame: MoshiTTTFrame) -> torch.Tensor:
+    return torch.cat([frame.text[:, None], frame.audio_codes, frame.valid[:, None]], dim=1)  # [B, 2 + K]
+
+
+def talk(stream, user, active=None) -> torch.Tensor:
+    said = [tokens(stream.step(user[..., t], active)) for t in range(user.shape[-1])]
+    return torch.stack(said, -1) if said else torch.empty(0)
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+event = st.tuples(st.sampled_from(["pause", "reset", "nan", "nothing", "replace"]), st.integers(1, 4))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(event, min_size=12, max_size=24), st.integers(0, 2**40))
+def test_a_row_in_any_company_is_that_row_alone(model, events, seed):
+    """Row 0 pauses at random; the others come, go, are reset, turn NaN and are replaced: it says what it says alone."""
+    together, alone = model.new_stream(5, seeds=[seed, 1, 2, 3, 4]), model.new_stream(1, seeds=[seed])
+    user = user_codes(model, 5, len(events), seed % 1000)
+    for t, (what, row) in enumerate(events):
+        active = torch.tensor([(seed >> t) % 3 > 0, *(what != "pause" or row != i for i in range(1, 5))])
+        if what == "reset":
+            together.reset([row], seeds=[t])
+        elif what == "replace":
+            together.load_row(row, model.new_stream(1).row_state(0))
+        elif what == "nan":
+            poison(together, row)
+        frame = tokens(together.step(user[..., t], active))[0]
+        if active[0]:
+            assert torch.equal(frame, tokens(alone.step(user[:1, :, t]))[0])
+        else:
+            assert not frame[-1]
+
+
+def poison(stream, row: int) -> None:
+    """A row's fast weights become NaN, as after an inner step that diverged."""
+    cache = stream.past_key_values
+    sick = [None if ttt is None else replace(ttt, b1=ttt.b1.index_fill(0, torch.tensor([row]), NAN)) for ttt in cache.state.ttt_states]
+    cache.state = replace(cache.state, ttt_states=tuple(sick))
+
+
+def test_a_sick_row_is_named_and_healed_by_a_reset(model):
+    stream, user = model.new_stream(3, do_sample=False), user_codes(model, 3, 20)
+    talk(stream, user[..., :6])
+    poison(stream, 1)
+    talk(stream, user[..., 6:9])
+    assert stream.step(user[..., 9]).valid.tolist() == [True, False, True]
+    assert list(stream.problems()) == [1]
+    assert "not finite" in stream.problems()[1]
+    with pytest.raises(ValueError, match="row 1 is sick"):
+        stream.row_state(1)
+    stream.reset([1])
+    assert not stream.problems()
+    assert torch.equal(talk(stream, user[..., 10:])[1], talk(model.new_stream(1, do_sample=False), user[1:2, :, 10:])[0])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in stream.state_dict().values())
+
+
+def test_seeds_repeat_across_batch_sizes_and_places(model):
+    user = user_codes(model, 1, 25)
+    alone = talk(model.new_stream(1, seeds=[7]), user)[0]
+    three = talk(model.new_stream(3, seeds=[9, 8, 7]), user.expand(3, -1, -1))
+    assert torch.equal(three[2], alone)
+    assert not torch.equal(three[1], alone)
+    again = model.new_stream(3, generator=torch.Generator().manual_seed(5))
+    twin = model.new_stream(3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(talk(again, user.expand(3, -1, -1)), talk(twin, user.expand(3, -1, -1)))
+    again.reset()
+    twin.reset()
+    assert torch.equal(again.state.seeds, twin.state.seeds)
+
+
+def test_settings_are_a_rows_own(model):
+    user = user_codes(model, 2, 20).expand(2, -1, -1)
+    mixed = talk(model.new_stream(2, do_sample=[True, False], temperature=[1.3, 0.0], top_k=[5, 0], seeds=[3, 4]), user)
+    own = talk(model.new_stream(1, temperature=1.3, top_k=5, seeds=[3]), user[:1])
+    greedy = talk(model.new_stream(1, do_sample=False, temperature=0.0, top_k=None), user[1:])
+    assert torch.equal(mixed[0], own[0])
+    assert torch.equal(mixed[1], greedy[0])
+
+
+def test_a_paused_row_keeps_its_whole_state(model):
+    stream, user = model.new_stream(2, seeds=[1, 2]), user_codes(model, 2, 30)
+    talk(stream, user[..., :17])
+    before = stream.row_state(1)
+    talk(stream, user[..., 17:], torch.tensor([True, False]))
+    assert equal(stream.row_state(1), before)
+    assert stream.past_key_values.frames.tolist() == [30, 17]
+
+
+@pytest.mark.parametrize("heard", [0, 3, 7, 30])
+def test_a_conversation_moves_to_another_row_and_batch(model, heard):
+    """Saved as tensors, it goes on in a stream of another size, in another row, beside rows that have heard more or nothing."""
+    user = user_codes(model, 1, 60)
+    whole = model.new_stream(1, seeds=[11], temperature=1.1)
+    talk(whole, user[..., :heard])
+    state = {name: tensor.clone() for name, tensor in whole.row_state(0).items()}
+    expected = talk(whole, user[..., heard:])[0]
+    for company in (0, 5, 40):
+        others = model.new_stream(3, seeds=[1, 2, 3])
+        talk(others, user_codes(model, 3, company, 8))
+        others.load_row(2, state)
+        assert torch.equal(talk(others, user[..., heard:].expand(3, -1, -1))[2], expected)
+        # Sums of a matrix product depend on the number of its rows in their last bits, and on nothing else of the others.
+        for name, tensor in whole.row_state(0).items():
+            assert torch.allclose(others.row_state(2)[name].double(), tensor.double(), atol=1e-11), name
+
+
+def test_states_that_are_not_of_this_model_change_nothing(model):
+    stream = model.new_stream(2)
+    talk(stream, user_codes(model, 2, 9))
+    before, good = stream.state_dict(), stream.row_state(0)
+    for bad in (
+        {name: tensor for name, tensor in good.items() if name != "said"},
+        good | {"seeds": torch.tensor([-1])},
+        good | {"past_key_values.frames": torch.tensor([9, 9])},
+        stream.state_dict(),
+        {name: tensor * NAN if tensor.is_floating_point() else tensor for name, tensor in good.items()},
+    ):
+        with pytest.raises(ValueError):
+            stream.load_row(1, bad)
+        assert equal(stream.state_dict(), before)
+    for row in (2, -1):
+        with pytest.raises(ValueError, match="out of range"):
+            stream.load_row(row, good)
+        with pytest.raises(ValueError, match="out of range"):
+            stream.row_state(row)
+
+
+def test_a_copy_goes_its_own_way_with_the_same_model(model):
+    stream, user = model.new_stream(2, seeds=[1, 2]), user_codes(model, 2, 20)
+    talk(stream, user[..., :9])
+    twin = copy.deepcopy(stream)
+    assert twin.model is stream.model
+    first = talk(twin, user[..., 9:])
+    assert torch.equal(talk(stream, user[..., 9:]), first)
+
+
+def test_what_inference_mode_kept_can_be_changed_outside_of_it(model):
+    stream, user = model.new_stream(2, seeds=[1, 2]), user_codes(model, 2, 20)
+    with torch.inference_mode():
+        talk(stream, user[..., :5])
+    stream.reset([0])
+    talk(stream, user[..., 5:9])
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model(user_audio_codes=user[:1, :, :3], past_key_values=cache)
+    with torch.no_grad():
+        model(user_audio_codes=user[:1, :, 3:4], past_key_values=cache)
+    assert cache.frames.tolist() == [4]
+
+
+class _Injected(BaseException):
+    """What Ctrl-C or an allocator may raise anywhere."""
+
+
+def raise_at(point: int):
+    """A trace function that raises at the given line executed inside the package; `lines` counts them."""
+    counter = {"lines": 0}
+
+    def trace(frame, event, arg):
+        if "modeling_moshi_ttt" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            counter["lines"] += 1
+            if counter["lines"] == point:
+                raise _Injected
+        return trace
+
+    return trace, counter
+
+
+def traced(trace, call) -> bool:
+    """Whether the call came through."""
+    sys.settrace(trace)
+    try:
+        call()
+        return True
+    except _Injected:
+        return False
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("how", ["step", "forward"])
+def test_a_call_that_raises_anywhere_has_changed_nothing(model, how):
+    """At forty lines from first to last: the next call gives what the unbroken run gives."""
+    user = user_codes(model, 2, 13)
+
+    def begin():
+        if how == "step":
+            stream = model.new_stream(2, seeds=[1, 2])
+            talk(stream, user[..., :12])
+            return stream, lambda: stream.step(user[..., 12], torch.tensor([True, False]))
+        cache = model.new_cache(2)
+        with torch.no_grad():
+            model(user_audio_codes=user[..., :11], past_key_values=cache)
+        return cache, lambda: torch.no_grad()(model)(user_audio_codes=user[..., 11:], past_key_values=cache)
+
+    unbroken, call = begin()
+    trace, counter = raise_at(-1)
+    assert traced(trace, call)
+    expected, total = unbroken.state_dict(), counter["lines"]
+    last = total - 1 if how == "step" else total  # `return`, after the commit, loses the frame and nothing else
+    for point in {1 + round(i * (last - 2) / 39) for i in range(40)}:
+        held, call = begin()
+        before = held.state_dict()
+        assert not traced(raise_at(point)[0], call)
+        assert equal(held.state_dict(), before), f"line {point} of {total}"
+        call()
+        assert equal(held.state_dict(), expected), f"line {point} of {total}"
