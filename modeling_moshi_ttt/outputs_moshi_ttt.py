@@ -30,7 +30,7 @@ class MoshiTTTModelOutput(_OutputWithCache):
     Args:
         last_hidden_state: `[B, T, E]`, normalised.
         cache: the streams' memory after these frames; also `past_key_values`.
-        hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
+        hidden_states: `[B, T, E]` before each layer, and `last_hidden_state`, when asked for.
         attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
         inner_losses: the inner losses of each TTT layer by its number, when asked for.
     """

@@ -5,7 +5,7 @@ Letters: B rows, T frames of 80 ms, n samples, K codebooks.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
 from .versions_moshi_ttt import check_transformers
+
+# Streams of a batch: their number of dimensions in one recording, frames last, and what stands past its end.
+STREAMS = {"input_ids": (1, ZERO), "moshi_audio_codes": (2, ZERO), "user_audio_codes": (2, ZERO)}
+STREAMS |= {"text_labels": (1, IGNORED), "audio_labels": (2, IGNORED), "attention_mask": (1, 0)}
+AUTO_MAP = {"AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor"}
 
 check_transformers()  # a processor may load without the model's configuration
 
@@ -101,6 +106,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         mono_is: str = "moshi",
         main_speaker: str = MAIN_SPEAKER,
         keep_and_shift: bool = False,
+        return_tensors: str | None = None,
     ) -> BatchFeature:
         """Aligned frames of one recording or a list of them.
 
@@ -111,11 +117,14 @@ class MoshiTTTProcessor(ProcessorMixin):
         chunk_start, chunk_end: the window, in seconds; without an end, to the recording's end. Frames past it are absent in every stream.
 
         Returns input_ids [B, T], moshi_audio_codes and user_audio_codes [B, K, T], text_labels [B, T] and audio_labels [B, K, T] (−100
-        where absent, hence not trained), and, only when rows differ in length, attention_mask [B, T].
+        where absent, hence not trained), and, only when rows differ in length, attention_mask [B, T]. They are torch tensors; return_tensors
+        may say "pt", as other processors want it.
 
         Raises ValueError for audio that is empty, not finite, not float or of more than two channels, for words with end < start or times
         that are no numbers, and for text that the tokenizer cannot encode.
         """
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors is {return_tensors!r}; frames are torch tensors: leave it out or say 'pt'.")
         if audio is None:
             raise ValueError("audio is missing; give samples as float [n] or [channels, n].")
         single = not isinstance(audio, (list, tuple))
@@ -145,6 +154,50 @@ class MoshiTTTProcessor(ProcessorMixin):
         if min(lengths) < total:
             data["attention_mask"] = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
         return BatchFeature(data)
+
+    def pad(
+        self,
+        encoded_inputs: Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """One batch of recordings of any lengths: what transformers' `DataCollatorWithPadding(processor)` calls.
+
+        encoded_inputs: what this processor gave for each recording, tensors or lists. padding: to the longest, or to max_length frames when
+        it is "max_length", rounded up to pad_to_multiple_of. Frames past a recording's end are absent, masked and not trained, and so is a
+        stream that a recording lacks. With labels of one kind those of the other are there too, for `Trainer` looks for both.
+
+        Raises ValueError for a stream that is unknown, or a recording that is longer than max_length.
+        """
+        rows = [{name: torch.as_tensor(value) for name, value in one.items()} for one in encoded_inputs]
+        names = {name for row in rows for name in row}
+        if unknown := sorted(names - STREAMS.keys()):
+            raise ValueError(f"recordings hold {unknown[0]!r}, which is no stream; keep {', '.join(STREAMS)}.")
+        lengths = [next(iter(row.values())).shape[-1] for row in rows]
+        total = max_length if padding == "max_length" and max_length is not None else max(lengths)
+        if max(lengths) > total:
+            raise ValueError(f"a recording has {max(lengths)} frames and max_length is {total}; cut it, or allow as many.")
+        total += -total % (pad_to_multiple_of or 1)
+        if names & {"text_labels", "audio_labels"}:
+            names |= {"text_labels", "audio_labels"}
+        if min(lengths) < total:
+            names.add("attention_mask")
+        return BatchFeature({name: self._padded(name, rows, lengths, total) for name in STREAMS if name in names})
+
+    def _padded(self, name: str, rows: list[dict[str, Tensor]], lengths: list[int], total: int) -> Tensor:
+        """One stream of all recordings, long [B, total] or [B, K, total]."""
+        dims, nothing = STREAMS[name]
+        padded = []
+        for row, length in zip(rows, lengths, strict=True):
+            codebooks = (self.num_codebooks,) if dims == 2 else ()
+            # a recording without a mask is there from its first frame to its last
+            missing = torch.full((*codebooks, length), 1 if name == "attention_mask" else nothing)
+            stream = row.get(name, missing)
+            stream = stream if stream.dim() > dims else stream[None]  # with or without the rows' dimension
+            padded.append(F.pad(stream, (0, total - length), value=nothing))
+        return torch.cat(padded)
 
     def _wave(self, audio: Any, sampling_rate: int | None) -> Tensor:
         """Checked and resampled audio, float32 [1 or 2, n]."""
@@ -292,7 +345,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
         without = copy.copy(self)
         codec = without.__dict__.pop("audio_tokenizer")
-        output = super(MoshiTTTProcessor, without).to_dict()
+        output = super(MoshiTTTProcessor, without).to_dict() | {"auto_map": dict(AUTO_MAP)}  # which saving would add, and loading takes out
         return output if codec is None else {**output, "audio_tokenizer_folder": self.CODEC_FOLDER}
 
     @classmethod

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..common.adapters import write_base_config
+from ..common.adapters import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
 from ..common.packaged import known, names, resolve
 from ..common.settings import describe
@@ -139,6 +139,7 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
             model.save_pretrained(folder, state_dict=state)
             if model is not trainer.bare:
                 write_base_config(folder, trainer.config)
+                name_auto_class(folder, trainer.config)
             if processor is not None:
                 processor.save_pretrained(folder)
             atomic_write(folder / "run.json", json.dumps({"step": trainer.progress.step, "run": trainer.run.to_dict()}, indent=1))
