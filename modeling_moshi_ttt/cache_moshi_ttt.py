@@ -42,7 +42,7 @@ class CacheState:
         key_values: per layer keys and values, `[B, H, C, D]` each; None before the first frame.
         ttt_states: per layer; None where a layer has no TTT layer, and before the first frame.
         reset_mask: `[B]` bool, rows to which the model gives its initial fast weights at their next frame; None: no row.
-        max_frames: at least the largest of `frames`; known to the host, which then need not read it from the device.
+        max_frames: at least the largest of `frames`, or the window; known to the host, which then need not read it from the device.
     """
 
     frames: torch.Tensor
@@ -205,6 +205,19 @@ class MoshiTTTCache(Cache):
         grown = tuple(None if past is None else (pad_ring(past[0], wanted), pad_ring(past[1], wanted)) for past in state.key_values)
         self.state = replace(state, key_values=grown)
 
+    def fill(self, model: Any) -> None:
+        """Give a cache all that it will ever hold: whole rings, and fast weights for every row. Later frames change no shape."""
+        heads, dim = self._heads
+        empty = torch.zeros(self.batch_size, heads, 0, dim, dtype=model.dtype, device=self.frames.device)
+        rings, ttt = [], []
+        for layer, past, state in zip(model.decoder.model.layers, self.state.key_values, self.state.ttt_states):
+            keys, values = past or (empty, empty)
+            rings.append((pad_ring(keys, self.sliding_window), pad_ring(values, self.sliding_window)))
+            with torch.no_grad():
+                some = state if state is not None or layer.ttt is None else layer.ttt.initial_state(self.batch_size)
+            ttt.append(None if some is None else some.filled(self._mini_batch_size))
+        self.state = replace(self.state, key_values=tuple(rings), ttt_states=tuple(ttt), max_frames=self.sliding_window)
+
     def key_positions(self) -> torch.Tensor:
         """`[B, C]` the position in each slot of the rings, -1 where attention sees nothing."""
         return ring_positions(self.state.frames, self.state.attention_start, self.capacity)
@@ -219,12 +232,13 @@ class MoshiTTTCache(Cache):
         """
         state = self.state
         frames = state.frames + (num_frames if lengths is None else lengths)
-        longest = state.max_frames + num_frames
+        # No more than the window, beyond which nothing depends on it, so that a compiled frame finds one number forever.
+        longest = min(state.max_frames + num_frames, self.sliding_window)
         if in_place or (state.max_frames == 0 and lengths is None and num_frames <= self.sliding_window):
             # in the latter case the new frames are a ring already, of as many slots
             key_values = tuple(output.key_values for output in outputs)
         else:
-            capacity = max(self.capacity, min(self.sliding_window, longest))
+            capacity = max(self.capacity, longest)
             positions = ring_positions(frames, state.attention_start, capacity)  # [B, C]
             key_values = tuple(store_frames(past, output.key_values, positions, state.frames) for past, output in zip(state.key_values, outputs))
         # Where all rows have heard a frame none of them starts anew any more; otherwise only the device knows which.
@@ -354,7 +368,7 @@ class MoshiTTTCache(Cache):
         # Copies: a frame is written into its ring in place.
         tensors = {name: tensor.to(self.frames.device, copy=True) for name, tensor in tensors.items()}
         frames, positions = tensors["frames"], tensors["key_positions"]
-        max_frames = int(frames.max())
+        max_frames = min(int(frames.max()), self.sliding_window)
         capacity = ring_size(max_frames, self.sliding_window)
         key_values: list[KeyValues | None] = []
         ttt_states: list[TTTState | None] = []

@@ -119,7 +119,7 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
     if rows == 0 or frames == 0:
         raise ValueError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
     lengths = {name: x.shape[-1] for name, x in (("input_ids", text), ("moshi_audio_codes", moshi), ("user_audio_codes", user)) if x is not None}
-    if len(set(lengths.values())) > 1:
+    if any(length != frames for length in lengths.values()):
         raise ValueError(f"the streams are of unequal lengths: {lengths} frames in the last dimension of their shape; cut or pad them alike.")
     streams = []
     for name, codes, count, card in (

@@ -19,7 +19,7 @@ from .outputs_moshi_ttt import MoshiTTTGenerateOutput
 from .prompt_moshi_ttt import GivenFrames, cache_after, given_frames, prefill, user_frames
 from .rows import without_gradients
 from .sampling_moshi_ttt import make_sampling
-from .stream_moshi_ttt import NO_HOOKS, LogitsHooks, MoshiTTTStream
+from .stream_moshi_ttt import NO_HOOKS, LogitsHooks, MoshiTTTStream, frame
 from .tokens_moshi_ttt import UNGENERATED, ZERO
 
 logger = logging.get_logger(__name__)
@@ -86,6 +86,23 @@ class MoshiTTTGenerationMixin(GenerationMixin):
     def prefill(self: Any, past_key_values: MoshiTTTCache, **frames: torch.Tensor) -> None:
         """Let a memory hear frames, given as to `forward`, without what is predicted of them."""
         prefill(self, past_key_values, **frames)
+
+    def compile_stream(self: Any, batch_size: int = 1, backend: str = "inductor", mode: str | None = None, **sampling: Any) -> None:
+        """Make one graph of a frame, once, and run it until nothing is left to be made: streams begun afterwards use it and do not stall.
+
+        Such a stream takes all its memory when it begins (see [`MoshiTTTCache.fill`]). Another batch size, or settings of [`new_stream`] that
+        change what is computed (`do_sample`, `top_k`), compile anew at their first frames: call this for each.
+
+        Args:
+            batch_size, sampling: of the streams to come.
+            backend, mode: as in `torch.compile`; `mode="reduce-overhead"` captures CUDA graphs.
+        """
+        self.compiled_frame = torch.compile(frame, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        stream = self.new_stream(batch_size, **sampling)
+        for _ in range(2):  # a row that starts anew is another graph than one that goes on
+            for _ in range(self.config.ttt_mini_batch_size + 1):
+                stream.step()
+            stream.reset([0])
 
     def step_frame(
         self: Any, tokens: torch.Tensor, past_key_values: MoshiTTTCache, active: torch.Tensor | None = None

@@ -275,7 +275,9 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             if past is not None:
                 key_positions = torch.cat([past.key_positions(), key_positions], dim=1)
             visible = visible_keys(positions, key_positions, window)
-        plainly_causal = past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
+        # (which is a branch on the length, and so not for a graph)
+        branch = not torch.compiler.is_compiling()
+        plainly_causal = branch and past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
         shown = None if plainly_causal else as_implemented(visible, implementation, dtype)
         return Frames(implementation, rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
 

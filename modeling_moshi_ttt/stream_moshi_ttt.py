@@ -109,6 +109,9 @@ class MoshiTTTStream:
     ):
         self.model, self.sampling, self.generator, self.hooks = model, sampling, generator, hooks
         self.past_key_values: MoshiTTTCache = model.new_cache(batch_size) if past_key_values is None else past_key_values
+        self.compiled = hasattr(model, "compiled_frame") and hooks == NO_HOOKS
+        if self.compiled:
+            self.past_key_values.fill(model)
         self.seeded = seeds is not None
         device = self.past_key_values.frames.device
         self._delays = torch.tensor(model.config.delays, device=device)
@@ -178,6 +181,8 @@ class MoshiTTTStream:
         if forced is not None:
             forced = self._check_forced(forced).to(self.device)
             late = torch.where(forced > UNGENERATED, forced, late)
+        if active is None and self.compiled:
+            active = [True] * self.batch_size  # one graph for both
         active = None if active is None else active_rows(active, self.batch_size, self.device)
         said, sick, cache = self._run(heard, late, active)
         after = StreamState(
@@ -192,29 +197,18 @@ class MoshiTTTStream:
         if active is not None:
             after, valid = after.where(active, state), valid & active
         # A frame's token of delay d was said d calls after its text: index d of the last M + 1 calls.
-        frame = after.said.gather(2, self._delays[: self._own].expand(self.batch_size, -1)[..., None])[..., 0]
-        frame = frame.masked_fill(~valid[:, None], UNGENERATED)
+        complete = after.said.gather(2, self._delays[: self._own].expand(self.batch_size, -1)[..., None])[..., 0]
+        complete = complete.masked_fill(~valid[:, None], UNGENERATED)
         # In one statement, so that no interrupt leaves one of them behind.
         self.state, self.past_key_values.state = after, cache.state
-        return MoshiTTTFrame(frame[:, 0], frame[:, 1:], valid)
+        return MoshiTTTFrame(complete[:, 0], complete[:, 1:], valid)
 
     def _run(self, heard: Tensor, forced: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor, MoshiTTTCache]:
         """The tokens `[B, 1 + K]` of this call, the rows `[B]` whose logits are not finite, and the cache after it."""
-        state, cache, config = self.state, self.past_key_values.draft(), self.model.config
-        logits, hidden_states = self.model.step_frame(self._inputs(heard), cache, active)
-        card = config.audio_vocab_size
-        text_noise, audio_noise = self.sampling.noise(state.seeds, state.calls, config.vocab_size, config.num_codebooks, card) or (None, None)
-        largest = [logits.amax(dim=-1)]  # NaN where one of them is
-        text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], self.sampling.text(self.hooks.text(logits), text_noise))
-
-        def choose(logits: Tensor, codebook: int) -> Tensor:
-            largest.append(logits.amax(dim=-1))
-            logits = self.hooks.audio(logits, codebook)
-            return self.sampling.audio(logits, None if audio_noise is None else audio_noise[:, codebook])
-
-        audio = self.model.depth_decoder.decode(hidden_states, text, forced[:, 1:], choose)
-        sick = ~torch.isfinite(torch.stack(largest)).all(dim=0)
-        return torch.cat([text[:, None], audio], dim=1), sick, cache
+        state, cache = self.state, self.past_key_values.draft()
+        inputs = (self.model, self._inputs(heard), forced, active, cache, self.sampling, state.seeds, state.calls)
+        said, sick = self.model.compiled_frame(*inputs) if self.compiled else frame(*inputs, self.hooks)
+        return said, sick, cache
 
     def _inputs(self, heard: Tensor) -> Tensor:
         """`[B, S]`: what this call's step runs on, initial tokens where a stream's delay has not passed."""
@@ -241,6 +235,8 @@ class MoshiTTTStream:
         cache = self.past_key_values.draft()
         cache.reset(chosen)
         self.model.start_rows(cache)
+        if self.compiled and not cache.capacity:
+            cache.fill(self.model)
         after = self._empty(fresh).where(chosen, self.state)
         self.state, self.past_key_values.state = after, cache.state
 
@@ -364,3 +360,42 @@ class MoshiTTTStream:
         other.past_key_values.state = self.past_key_values.state.map(Tensor.clone)
         other.state = replace(self.state)
         return other
+
+
+def frame(
+    model: Any,
+    inputs: Tensor,
+    forced: Tensor,
+    active: Tensor | None,
+    cache: MoshiTTTCache,
+    sampling: Sampling,
+    seeds: Tensor,
+    calls: Tensor,
+    hooks: LogitsHooks = NO_HOOKS,
+) -> tuple[Tensor, Tensor]:
+    """One frame of every row, without a branch on numbers and without a read by the host: what `compile_stream` makes one graph of.
+
+    Args:
+        inputs: `[B, S]` delayed tokens.
+        forced: `[B, 1 + K]` tokens that are said as they are; chosen for -2.
+        active: `[B]` bool, or None for all rows.
+        cache: brought up to date.
+        seeds, calls: `[B]`, what the noise hangs on.
+        hooks: change logits; a stream that has them is not compiled.
+
+    Returns:
+        What is said `[B, 1 + K]`, and the rows `[B]` whose logits are not finite.
+    """
+    config = model.config
+    logits, hidden_states = model.step_frame(inputs, cache, active)
+    noise = sampling.noise(seeds, calls, config.vocab_size, config.num_codebooks, config.audio_vocab_size)
+    text_noise, audio_noise = noise or (None, None)
+    largest = [logits.amax(dim=-1)]  # NaN where one of them is
+    text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], sampling.text(hooks.text(logits), text_noise))
+
+    def choose(logits: Tensor, codebook: int) -> Tensor:
+        largest.append(logits.amax(dim=-1))
+        return sampling.audio(hooks.audio(logits, codebook), None if audio_noise is None else audio_noise[:, codebook])
+
+    audio = model.depth_decoder.decode(hidden_states, text, forced[:, 1:], choose)
+    return torch.cat([text[:, None], audio], dim=1), ~torch.isfinite(torch.stack(largest)).all(dim=0)

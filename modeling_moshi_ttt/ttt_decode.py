@@ -14,7 +14,6 @@ Shape letters: B rows, H heads, M = B H, b mini-batch size, D head dimension, F 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -62,7 +61,7 @@ def decode_step(inputs: TTTInputs, state: TTTState, *, valid: Tensor | None, eps
     weights = tuple(w.flatten(0, 1) for w in state.weights)
     norm_weight, norm_bias = (x.expand(rows, heads, dim).reshape(-1, 1, dim) for x in (norm_weight, norm_bias))
     norm = _Norm(norm_weight, norm_bias, eps, inner_norm == "layer_norm")
-    state = state if state.mini_batch_size else _with_room(state, len(token_weight))
+    state = state if state.mini_batch_size else state.with_slots(len(token_weight))
     kept = _gather(state, weights, norm) if state.open_factors is None else state.open_factors
     if valid is None and kept.lockstep and not torch.compiler.is_compiling():
         place: _Lockstep | _Ragged = _Lockstep(kept.inputs[0].shape[1], token_weight)
@@ -154,12 +153,6 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 def _per_head(x: Tensor, heads: int) -> Tensor:
     """`[B, ...]` as `[M, ...]`."""
     return x.unsqueeze(1).expand(-1, heads, *x.shape[1:]).flatten(0, 1)
-
-
-def _with_room(state: TTTState, b: int) -> TTTState:
-    rows, _, heads, dim = state.k.shape
-    empty = state.W1.new_zeros(rows, b, heads, dim)
-    return replace(state, k=empty, v=empty, lr=empty[..., 0])
 
 
 def _gather(state: TTTState, weights: Weights, norm: _Norm) -> OpenFactors:

@@ -19,6 +19,7 @@ from .configuration_moshi_ttt import INNER_NORMS
 from .ttt_decode import decode_step
 from .ttt_reference import ttt_reference
 from .ttt_scan import scan_mini_batches
+from .ttt_scan_op import scan_as_one
 from .ttt_state import TTTInputs, TTTState
 
 __all__ = ["BACKENDS", "TTTState", "ttt_linear", "ttt_mlp"]
@@ -140,8 +141,7 @@ def _compute(inputs: TTTInputs, state: TTTState, mask: Tensor | None, options: _
     number = aligned.q.shape[1]
     complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
     whole = inputs._replace(q=aligned.q, k=aligned.k, v=aligned.v, lr=aligned.lr)
-    body = scan_mini_batches if way == "scan" else _triton_body()
-    out, weights = body(whole, weights, complete, group_size=min(group_size, number), eps=eps, inner_norm=inner_norm)
+    out, weights = _body(way)(whole, weights, complete, group_size=group_size, eps=eps, inner_norm=inner_norm)
     return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), lockstep_frames=even)
 
 
@@ -150,9 +150,11 @@ def _align(inputs: TTTInputs, state: TTTState, mask: Tensor | None, b: int) -> _
     tokens = inputs[:4]
     if mask is None and (state.mini_batch_size == 0 or (length > 1 and state.between_mini_batches)):
         frames = state.frames + length
-        number = -(-length // b)
-        q, k, v, lr = (x if length % b == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
-        q, k, v, lr = (x.unflatten(1, (number, b)) for x in (q, k, v, lr))
+        # A graph has no branch on the length: there is always a slot to fill up.
+        whole = not torch.compiler.is_compiling() and length % b == 0
+        number = length // b if whole else length // b + 1
+        q, k, v, lr = (x if whole else F.pad(x, (0, 0) * (x.dim() - 2) + (0, number * b - length)) for x in tokens)
+        q, k, v, lr = (x.unflatten(1, (-1, b)) for x in (q, k, v, lr))
         return _Aligned(q, k, v, lr, None, frames, torch.full_like(frames, length))
 
     started = state.mini_batch_size > 0
@@ -228,6 +230,12 @@ def _choose_way(backend: str, inputs: TTTInputs, state: TTTState, weights: tuple
             raise ValueError(f"backend 'triton' does not take these inputs: {reason}; use 'auto' or 'scan'")
         _say_once(reason)
     return "scan"
+
+
+def _body(way: str) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    if way != "scan":
+        return _triton_body()
+    return scan_as_one if torch.compiler.is_compiling() and not torch.is_grad_enabled() else scan_mini_batches
 
 
 def _triton_body() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:

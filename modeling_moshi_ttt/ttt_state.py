@@ -144,6 +144,16 @@ class TTTState:
         weights = tuple(blend(w, fresh) for w, fresh in zip(self.weights, initial.weights))
         return TTTState.of(weights, *(blend(x, torch.zeros_like(x)) for x in (self.k, self.v, self.lr, self.frames)))
 
+    def with_slots(self, b: int) -> TTTState:
+        """A state before its first token with empty slots for a mini-batch of b."""
+        rows, _, heads, dim = self.k.shape
+        empty = self.W1.new_zeros(rows, b, heads, dim)
+        return replace(self, k=empty, v=empty, lr=empty[..., 0])
+
+    def filled(self, b: int) -> TTTState:
+        """Likewise, with tensors of its own, and rows that are not taken to be in lockstep."""
+        return replace(self.with_slots(b).map(lambda x: x.contiguous().clone()), lockstep_frames=None)
+
     def detach(self) -> TTTState:
         """The same numbers, cut from the graph that made them."""
         return self.map(Tensor.detach)

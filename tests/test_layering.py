@@ -27,7 +27,7 @@ SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglo
 LAYERS = [
     {"versions_moshi_ttt", "rings", "rows", "sampling_moshi_ttt", "tokens_moshi_ttt"},
     {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt", "resampling"}
-    | {"ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_decode"},
+    | {"ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_scan_op", "ttt_decode"},
     {"ttt_kernels", "ttt_kernels_device", "ttt_kernels_linear", "ttt_kernels_mlp"},
     {"ttt_ops"},
     {"ttt_layer", "cache_moshi_ttt"},

@@ -21,7 +21,9 @@ def noise(rows, n, seed=0):
 def decibels(found, expected):
     """How far the largest difference lies below the largest sample."""
     assert found.shape == expected.shape
-    return 20 * np.log10(max(float(np.abs(np.asarray(found) - np.asarray(expected)).max()), 1e-12) / float(np.abs(np.asarray(expected)).max()))
+    return 20 * np.log10(
+        max(float(np.abs(np.asarray(found) - np.asarray(expected)).max()), 1e-12) / float(np.abs(np.asarray(expected)).max())
+    )
 
 
 def streamed(resampler, pieces):
@@ -94,6 +96,13 @@ def test_parts_of_a_file_are_the_whole_file(tmp_path, rate, form):
     windows = [read_audio(path, start=start, duration=0.7) for start in np.arange(0, 5, 0.7)]
     assert decibels(np.concatenate(windows, 1), whole) < -90
     assert decibels(np.concatenate(list(audio_pieces(path, 24_000, 0.5)), 1), whole) < -90
+
+
+def test_a_file_of_an_absurd_rate_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1000), 15_485_863)
+    for read in (read_audio, lambda path: next(audio_pieces(path, 24_000, 1.0))):
+        with pytest.raises(ValueError, match=r"a\.wav: from 15485863 Hz to 24000 Hz a filter would have .* taps"):
+            read(tmp_path / "a.wav")
 
 
 def test_long_sources_have_no_seam_every_ten_seconds(tmp_path):

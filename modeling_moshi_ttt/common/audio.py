@@ -32,7 +32,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = 24000, start: fl
     """
     if start < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"{path}: start is {start} and duration {duration}; start must be >= 0 and duration > 0 seconds.")
-    with _opened(path) as file:
+    with _opened(path, sample_rate) as file:
         rate = file.samplerate
         length = math.ceil(file.frames * sample_rate / rate)  # in samples out, as first and last
         first = round(start * sample_rate)
@@ -55,7 +55,7 @@ def audio_pieces(path: str | os.PathLike[str], sample_rate: int, seconds: float)
 
     Raises what `read_audio` raises, a torn end when it is reached.
     """
-    with _opened(path) as file:
+    with _opened(path, sample_rate) as file:
         resampler = Resampler(file.samplerate, sample_rate, file.channels)
         pieces: list[torch.Tensor] = []
         for block in _blocks(path, file, file.frames):
@@ -67,8 +67,8 @@ def audio_pieces(path: str | os.PathLike[str], sample_rate: int, seconds: float)
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
-    """The file, opened by libsndfile, which finds every sample by its number and takes the encoder's delay out of MP3."""
+def _opened(path: str | os.PathLike[str], sample_rate: int) -> Iterator[soundfile.SoundFile]:
+    """The file, whose rate can be changed, opened by libsndfile, which finds every sample by its number and takes the encoder's delay out of MP3."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such sound file.")
@@ -81,6 +81,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
     with file:
         if file.frames <= 0:
             raise ValueError(f"{path}: the sound file holds no samples; replace it or leave it out.")
+        try:
+            source_window(file.samplerate, sample_rate, 0, 0)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         yield file
 
 
