@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .cache_moshi_ttt import MoshiTTTCache, given_cache
 from .delay_pattern import delay
 from .frames_moshi_ttt import check_tokens, initial_tokens
-from .generation_settings_moshi_ttt import GenerationSettings, Listener, generation_settings
+from .generation_settings_moshi_ttt import Listener, generation_settings
 from .outputs_moshi_ttt import MoshiTTTGenerateOutput
 from .prompt_moshi_ttt import GivenFrames, cache_after, given_frames, prefill, user_frames
 from .rows import without_gradients
@@ -224,23 +224,28 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         stream = self.new_stream(
             rows * copies, **settings.sampling, past_key_values=before, text_logits_hook=hook, audio_logits_hook=audio_logits_hook
         )
-        talk = _talk(stream, given.said, user_frames(self.config, given, frames, user_silence), frames, listener)
+        user = user_frames(self.config, given, frames + max(self.config.delays), user_silence)
+        talk = _talk(stream, given.said, user, frames, listener)
         if past is not None and copies == 1:
             past.state = talk.cache.state
             talk = talk._replace(cache=past)
-        output = _output(talk, listener.lengths, settings.get("pad_token_id", self.config.text_padding_ids[0]))
-        if decode_audio is not None:
-            output.audio = decode_audio(output.audio_codes)
+        output = _output(talk, listener.lengths, settings.get("pad_token_id", self.config.text_padding_ids[0]), decode_audio)
         if not settings.get("use_cache", True):
             output.cache = None
         return output if settings.get("return_dict_in_generate", True) else output.sequences
 
 
-def _output(talk: Talk, lengths: torch.Tensor, padding: int) -> MoshiTTTGenerateOutput:
+def _output(
+    talk: Talk, lengths: torch.Tensor, padding: int, decode_audio: Callable[[torch.Tensor], torch.Tensor] | None
+) -> MoshiTTTGenerateOutput:
     """What was said, without the frames that a row said after it was to stop."""
     over = torch.arange(talk.text.shape[1], device=lengths.device) >= lengths[:, None]  # [B, T]
+    audio = None
+    if decode_audio is not None:
+        audio = decode_audio(talk.audio_codes)
+        audio = audio.masked_fill(over.to(audio.device).repeat_interleave(audio.shape[1] // over.shape[1], dim=1), 0)
     codes = talk.audio_codes.masked_fill(over[:, None], UNGENERATED)
-    return MoshiTTTGenerateOutput(sequences=talk.text.masked_fill(over, padding), audio_codes=codes, cache=talk.cache)
+    return MoshiTTTGenerateOutput(sequences=talk.text.masked_fill(over, padding), audio_codes=codes, audio=audio, cache=talk.cache)
 
 
 def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frames: int, listener: Listener | None = None) -> Talk:
@@ -248,7 +253,7 @@ def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frame
 
     Args:
         given: `[B, 1 + K, P]` tokens of the first P of them, said as they are; -2 where they are to be generated.
-        user: `[B, K_user, frames]` what is heard from the first of them on.
+        user: `[B, K_user, frames]` or more, what is heard from the first of them on; then nothing is.
     """
     config, depth = stream.model.config, max(stream.model.config.delays)
     own, prompt = 1 + config.num_codebooks, given.shape[-1]
@@ -270,7 +275,7 @@ def _talk(stream: MoshiTTTStream, given: torch.Tensor, user: torch.Tensor, frame
         if call == end + depth:
             break
         # The first call hears nothing new, so frame s - 1 of the user goes into call s.
-        said.append(stream.step(user[..., call - 1] if 0 < call <= frames else None, forced=forced[..., call]))
+        said.append(stream.step(user[..., call - 1] if 0 < call <= user.shape[-1] else None, forced=forced[..., call]))
         if listener is not None and prompt <= call < end and listener(stream.state.said[:, 0, -1]):
             end = call + 1
         call += 1

@@ -123,7 +123,7 @@ class Listener:
         processors = self.processors
         if not processors:
             return own
-        return lambda logits: processors(self.text, logits if own is None else own(logits))
+        return lambda logits: processors(self.text, logits if own is None else own(logits))  # type: ignore[arg-type]
 
     def begin(self, text: torch.Tensor) -> None:
         """Hear the text `[B, P]` of the prompt."""
