@@ -362,6 +362,12 @@ class MoshiTTTProcessor(ProcessorMixin):
                 "take both from one checkpoint, or set the right ones in config.json or processor_config.json."
             )
 
+    def complete(self, config: Any) -> None:
+        """Tell a model's configuration what its codec knows and it does not: the codes of silence, with which the user ends."""
+        heard = config.num_user_codebooks
+        if config.silence_codes is None and 1 <= heard <= self.num_codebooks:
+            config.silence_codes = [frame[:heard] for frame in self.silence_codes()]
+
     def new_audio_stream(self, batch_size: int = 1) -> MimiStream:
         """Live encoding and decoding of batch_size streams, 80 ms at a time."""
         return MimiStream(self.codec, batch_size, self.num_codebooks)
