@@ -226,10 +226,10 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         )
         user = user_frames(self.config, given, frames + max(self.config.delays), user_silence)
         talk = _talk(stream, given.said, user, frames, listener)
-        if past is not None and copies == 1:
-            past.state = talk.cache.state
-            talk = talk._replace(cache=past)
         output = _output(talk, listener.lengths, settings.get("pad_token_id", self.config.text_padding_ids[0]), decode_audio)
+        if past is not None and copies == 1:
+            past.state = talk.cache.state  # last, so that an error before it leaves the memory as it was
+            output.cache = past
         if not settings.get("use_cache", True):
             output.cache = None
         return output if settings.get("return_dict_in_generate", True) else output.sequences

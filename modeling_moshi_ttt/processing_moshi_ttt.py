@@ -128,7 +128,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         if wrong or return_tensors not in (None, "pt", "np"):
             name, value = (wrong[0], others[wrong[0]]) if wrong else ("return_tensors", return_tensors)
             raise ValueError(f"`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives \"pt\" or \"np\".")
-        if text is None and (isinstance(audio, str) or (isinstance(audio, (list, tuple)) and audio and isinstance(audio[0], str))):
+        if text is None and sampling_rate is None and _is_text(audio):
             audio, text = None, audio  # text comes first in transformers' processors
         if text is not None:
             if audio is not None:
@@ -401,6 +401,10 @@ class MoshiTTTProcessor(ProcessorMixin):
             folder = f"{subfolder}/{folder}" if subfolder else folder
             processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **own)
         return processor_dict, rest
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, (list, tuple)) and bool(given) and all(isinstance(one, str) for one in given))
 
 
 def _as(batch: BatchFeature, return_tensors: str | None) -> BatchFeature:

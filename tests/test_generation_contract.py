@@ -257,8 +257,8 @@ def test_pipelines_speak(spoken, processor, tmp_path):
     assert talk("hello there", max_new_tokens=5)[0]["generated_text"].startswith("hello there")
     sound = np.zeros(1920 * 4, dtype=np.float32)
     heard = {"audio": sound, "sampling_rate": 24000, "mono_is": "user", "max_new_tokens": 5}
-    assert isinstance(talk(**heard)[0]["generated_text"], str)
-    assert talk(**heard, generation_mode="audio")[0]["generated_audio"].shape == (1920 * 5,)
+    assert isinstance(talk(None, **heard)[0]["generated_text"], str)
+    assert talk(None, **heard, generation_mode="audio")[0]["generated_audio"].shape == (1920 * 5,)
 
 
 def test_a_processor_gives_the_tensors_that_are_asked_for(processor):

@@ -173,7 +173,8 @@ def from_old_ttt(folder: Path, weights: Path | None, out: Path, options: Options
     raw = _lm_kwargs(folder)
     files = TensorFiles(weights or _kyutai_weights(folder, raw) or folder / SINGLE)
     unwrapped = old_ttt.unwrap(files.names)
-    config = config_from_kyutai(raw, **old_ttt.ttt_fields(unwrapped, files.fetch) | options.ttt)
+    ttt: dict[str, Any] = old_ttt.ttt_fields(unwrapped, files.fetch) | options.ttt
+    config = config_from_kyutai(raw, **ttt)
     read = old_ttt.reader(unwrapped, files.fetch, config)
     _write_model(out, config, stream_to_here([*unwrapped.names, *unwrapped.absent], read, config), options)
     said = (
