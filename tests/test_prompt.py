@@ -88,6 +88,18 @@ def test_a_prompted_stream_saves_its_late_tokens(model):
     assert (stream.state.ahead == UNGENERATED).all()
 
 
+def test_a_prompted_stream_compiles(model):
+    """With an open mini-batch (4), shorter than the window (8) and longer."""
+    compiled, user = tiny_model(), torch.randint(0, 20, (2, 3, 12))
+    compiled.compile_stream(2, backend="eager", seeds=[1, 2])
+    for length in (3, 30):
+        prompt = given(model, 2, length)
+        stream = compiled.new_stream(2, seeds=[1, 2], prompt=prompt)
+        assert stream.compiled
+        assert torch.equal(talk(stream, user), talk(model.new_stream(2, seeds=[1, 2], prompt=prompt), user))
+    assert not compiled.new_stream(2, text_logits_hook=lambda logits: logits).compiled
+
+
 @pytest.mark.parametrize(
     ("prompt", "error", "words"),
     [
