@@ -342,6 +342,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         self.embed_tokens = nn.ModuleList(nn.Embedding(config.audio_vocab_size + 1, config.hidden_size) for _ in config.audio_delays)
         self.decoder = MoshiTTTForCausalLM(config)
         self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config, part=True)  # type: ignore[arg-type]
+        self.generation_config._from_model_config = False  # else settings of our own, such as text_temperature, would be dropped on loading
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

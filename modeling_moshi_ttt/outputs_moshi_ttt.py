@@ -66,6 +66,23 @@ class MoshiTTTOutput(_OutputWithCache):
     inner_losses: dict[int, TTTInnerLosses] | None = None
 
 
+@dataclass
+class MoshiTTTGenerateOutput(_OutputWithCache):
+    """What `generate` gives.
+
+    Args:
+        sequences: `[B, T]` text tokens, one a frame.
+        audio_codes: `[B, K, T]` Moshi's codes of the same frames.
+        audio: `[B, T · 1920]` their sound, where the batch brought a processor's `decode_audio`.
+        cache: the memory after these frames, to go on from; also `past_key_values`. None with `use_cache=False`.
+    """
+
+    sequences: torch.Tensor | None = None
+    audio_codes: torch.Tensor | None = None
+    audio: torch.Tensor | None = None
+    cache: MoshiTTTCache | None = None
+
+
 def put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
     """Bring outputs of packed frames back to where the caller's frames stood."""
     result.logits = take_frames(result.logits, order, 1)

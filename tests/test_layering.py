@@ -32,7 +32,8 @@ LAYERS = [
     {"ttt_ops"},
     {"ttt_layer", "cache_moshi_ttt"},
     {"outputs_moshi_ttt"},
-    {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt"},
+    {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt", "prompt_moshi_ttt"},
+    {"generation_settings_moshi_ttt"},
     {"generation_moshi_ttt"},
     {"modeling_moshi_ttt"},
 ]

@@ -69,7 +69,9 @@ def train(config: RunConfig) -> Path:
     accelerator = setup.make_accelerator(config)
     try:
         train_set, held_out, processor = _load_data(config, model_config, accelerator)
-        model = setup.adapt(setup.build_model(config.model, config.seed), config)
+        model = setup.build_model(config.model, config.seed)
+        processor.complete(model.config)
+        model = setup.adapt(model, config)
         if accelerator.is_main_process:
             print(modes.parameter_table(model), flush=True)
         start_trackers(accelerator, config.trackers, run_dir, config.to_dict())
