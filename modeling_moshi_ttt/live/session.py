@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..common.files import atomic_folder, check_folder, check_manifest, of_shape, read_json, tensors_written, write_manifest
@@ -56,37 +56,41 @@ class RowSound:
     mouth: Resampler  # and back
     heard: Tensor  # [m] at the codec's rate, less than a frame
     said: Tensor  # [m] at the caller's rate, not returned yet
+    lead: Tensor  # [] int64 samples of silence that were put before what was said
     tokens: Tensor  # [m] int64 text tokens that were not returned yet: of a character that is not whole
 
     def draft(self) -> RowSound:
         """A copy that goes its own way."""
         return replace(self, ears=copy.copy(self.ears), mouth=copy.copy(self.mouth))
 
-    def take(self, count: int) -> Tensor:
-        """`[count]` samples of what was said, behind silence where that is not enough."""
-        self.said = F.pad(self.said, (max(count - len(self.said), 0), 0))
+    def take(self, count: int, lead: int) -> Tensor:
+        """`[count]` samples of what was said; where that is too little, behind as much silence as makes `lead` in all, or as is needed."""
+        if (short := count - len(self.said)) > 0:
+            silence = max(short, lead - int(self.lead))
+            self.said, self.lead = F.pad(self.said, (silence, 0)), self.lead + silence
         taken, self.said = self.said[:count], self.said[count:]
         return taken
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
         rates = {f"{name}.{key}": x for name in ("ears", "mouth") for key, x in getattr(self, name).state_dict().items()}
-        return rates | {name: getattr(self, name) for name in ("heard", "said", "tokens")}
+        return rates | {name: getattr(self, name) for name in ("heard", "said", "lead", "tokens")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on where `tensors` were taken."""
         for name in ("ears", "mouth"):
             getattr(self, name).load_state_dict({key: tensors[f"{name}.{key}"] for key in ("tail", "offset")})
-        self.heard, self.said, self.tokens = tensors["heard"], tensors["said"], tensors["tokens"]
+        self.heard, self.said, self.lead, self.tokens = (tensors[name] for name in ("heard", "said", "lead", "tokens"))
 
 
 class MoshiTTTSession:
     """A batch of conversations in sound with one model: 80 ms or less go in, as many samples come out.
 
     Call after call the samples in `pcm` are one unbroken sound at `sample_rate`, and so are those that come out. Moshi's frame of the
-    same 80 ms as the user's is returned as soon as these are whole: at the codec's own rate, 24 kHz, in calls of 1920 samples, by the same
-    call (by one of a later frame for a model whose largest delay is more than 1). In other pieces and at other rates it is returned as soon as it can be
-    without a gap, less than a frame and the resampler's delay later. The first call of the model, before the first sound, is the session's own.
+    same 80 ms as the user's comes out of the call that makes these whole: at the codec's own rate, 24 kHz, and 1920 samples a call at once
+    (M - 1 frames later where the model's largest delay M is more than 1). Calls of less than 80 ms come out later by a frame and the resamplers'
+    delay, whatever their sizes; where they begin in the middle of a conversation, that much silence is put in between, once. The model's first
+    call, which hears nothing, is the session's own.
 
     A row depends on nothing but its own past and its seed, and a call that raises has changed nothing.
 
@@ -115,7 +119,13 @@ class MoshiTTTSession:
 
     def _silent(self) -> RowSound:
         rates, none = (self.sample_rate, self.processor.sampling_rate), torch.zeros(0)
-        return RowSound(Resampler(*rates), Resampler(*rates[::-1]), none, none, none.long())
+        return RowSound(Resampler(*rates), Resampler(*rates[::-1]), none, none, torch.tensor(0), none.long())
+
+    @property
+    def longest_delay(self) -> int:
+        """By how many samples Moshi's may be later than the user's of the same time: a frame that is not whole, and both resamplers."""
+        sound = self.sounds[0]
+        return sound.ears.latency - -(self.audio.frame_size - 1 + sound.mouth.latency) * self.sample_rate // self.processor.sampling_rate
 
     @property
     def batch_size(self) -> int:
@@ -146,8 +156,10 @@ class MoshiTTTSession:
             if bool(ready.any()):
                 valid = self._say(ready, self._hear(ready))
                 text = [self._take_text(sound) if new else "" for sound, new in zip(self.sounds, valid.tolist())]
+            # whole frames need no more silence before them than they lack; pieces of them once as much as is enough for all
+            lead = 0 if pcm.shape[1] == self.largest_step else self.longest_delay
             silence = pcm.new_zeros(pcm.shape[1])
-            said = torch.stack([sound.take(pcm.shape[1]) if row else silence for sound, row in zip(self.sounds, rows.tolist())])
+            said = torch.stack([sound.take(len(silence), lead) if row else silence for sound, row in zip(self.sounds, rows.tolist())])
         return SessionFrame(said, text, valid)
 
     def _hear(self, ready: Tensor) -> Tensor:
@@ -163,10 +175,10 @@ class MoshiTTTSession:
         """One frame of the model in these rows `[B]` bool; returns which of them `[B]` bool have said something."""
         frame = self.stream.step(codes, rows, self._before_delays())
         waves, text, valid = self.audio.decode(frame.audio_codes, rows).float().cpu(), frame.text.tolist(), frame.valid.cpu()
-        for row in valid.nonzero()[:, 0].tolist():
+        for row in (valid if codes is None else rows).nonzero()[:, 0].tolist():
             sound = self.sounds[row]
             sound.said = torch.cat([sound.said, sound.mouth.push(waves[row : row + 1])[0]])
-            if text[row] not in self.processor.text_padding_ids:
+            if valid[row] and text[row] not in self.processor.text_padding_ids:
                 sound.tokens = torch.cat([sound.tokens, torch.tensor([text[row]])])
         return valid
 
@@ -263,9 +275,9 @@ class MoshiTTTSession:
         """Let a silent row's sound go on where `tensors` were taken; ValueError unless that was in a session of this rate."""
         own = sound.tensors()
         check_names("row", tensors, own)
-        # a frame that is not whole; one, with the delays of both resamplers; the tokens of a character that is not whole
-        longest = {"heard": self.audio.frame_size - 1, "said": self.largest_step + 2 * sound.ears.latency + 2, "tokens": MOST_TOKENS}
-        check_entries("row", tensors, {name: ((min(tensors[name].numel(), most),), own[name].dtype) for name, most in longest.items()})
+        longest = {"heard": self.audio.frame_size - 1, "said": self.longest_delay + 2 * self.largest_step, "tokens": MOST_TOKENS}
+        sizes = {name: (min(tensors[name].numel(), most),) for name, most in longest.items()} | {"lead": ()}
+        check_entries("row", tensors, {name: (size, own[name].dtype) for name, size in sizes.items()})
         tokens, size = tensors["tokens"], self.stream.model.config.vocab_size
         if not bool(((tokens >= 0) & (tokens < size)).all() and tensors["heard"].isfinite().all() and tensors["said"].isfinite().all()):
             raise ValueError("the sound or text of the saved row is what no session has; load what `row_state()` gave, unchanged.")
@@ -318,7 +330,7 @@ def _belongs_to(model: Any, processor: Any) -> dict[str, str]:
     return {"model": _fingerprint(model), "codec": _fingerprint(processor.codec)}
 
 
-def _fingerprint(module: nn.Module, values: int = 16) -> str:
+def _fingerprint(module: Any, values: int = 16) -> str:
     """A digest of a model's configuration and of some values of every weight, which tells it from any other training of its kind."""
     config = {name: value for name, value in module.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
