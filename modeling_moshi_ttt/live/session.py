@@ -332,8 +332,9 @@ def _belongs_to(model: Any, processor: Any) -> dict[str, str]:
 
 def _fingerprint(module: Any, values: int = 16) -> str:
     """A digest of a model's configuration and of some values of every weight, which tells it from any other training of its kind."""
-    config = {name: value for name, value in module.config.to_diff_dict().items() if name not in NOT_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    told = json.dumps(module.config.to_diff_dict(), default=str)
+    config = json.loads(told, object_hook=lambda fields: {name: x for name, x in fields.items() if name not in NOT_THE_MODEL})
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in module.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         if not weight.is_meta:  # as offloaded weights are
