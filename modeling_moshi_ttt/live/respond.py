@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..processing_moshi_ttt import MoshiTTTProcessor
 from ..tokens_moshi_ttt import MAIN_SPEAKER
 from .session import ABOUT, MoshiTTTSession
 
+RATE = 24000  # at which recordings are read to be checked
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
 SAMPLING = {"temperature": float, "text_temperature": float, "top_k": int, "text_top_k": int}
 
@@ -53,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = _jobs(args)
     model, processor = _load(args)
     seconds, lines, begin = 0.0, [], time.perf_counter()
-    frames = sum(math.ceil(_length(source, processor.sampling_rate) / processor.frame_size) for source, _ in jobs)
-    with tqdm(total=frames, desc="answering", unit="frames") as bar:
+    with tqdm(total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames") as bar:
         for batch in (jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)):
             users = [torch.from_numpy(read_audio(source, processor.sampling_rate)[-1]) for source, _ in batch]
             session = _session(args, model, processor, len(batch))
@@ -125,21 +126,21 @@ def _jobs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     for source, target in jobs:
         if target.suffix.lower() != ".wav" or target.is_dir() or target.resolve() == source.resolve():
             raise ValueError(f"OUT is {target}; the answer to {source} must be another file, a .wav.")
-        _check_sound(source)
+        _checked_seconds(source)
     if folder:
         make_folder(args.target, "OUT")
     return jobs
 
 
-def _check_sound(path: Path) -> None:
-    """ValueError or OSError unless the whole recording can be read and says who the user is."""
-    for piece in audio_pieces(path, 24000, 60.0):
+@cache  # once before the model is loaded, and again for the progress bar
+def _checked_seconds(path: Path) -> float:
+    """Its length; ValueError or OSError unless the whole recording can be read and says who the user is."""
+    samples = 0
+    for piece in audio_pieces(path, RATE, 60.0):
         if len(piece) > 2:
             raise ValueError(f"{path}: has {len(piece)} channels; a recording is mono, the user, or stereo with the user right.")
-
-
-def _length(path: Path, sample_rate: int) -> int:
-    return sum(piece.shape[1] for piece in audio_pieces(path, sample_rate, 60.0))
+        samples += piece.shape[1]
+    return samples / RATE
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
