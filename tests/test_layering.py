@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "common": set(),
     "training": {"common"},
     "evaluation": {"common"},
+    "live": {"common"},
     "tools": {"common", "training", "evaluation"},
 }
 SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglob("*.py"))

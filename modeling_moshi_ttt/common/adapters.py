@@ -178,3 +178,10 @@ def load_base(folder: Path, base: str, revision: str | None = None, dtype: Any =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # fresh TTT layers are the same each time
         return MoshiTTTForConditionalGeneration.from_pretrained(base, config=config, dtype=dtype, **options)
+
+
+def load_merged(folder: Path, base: str, dtype: Any = "auto") -> Any:
+    """The base, with the TTT layers that the adapter needs, and the adapter's weights put into it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(folder, base, dtype=dtype), folder).merge_and_unload()
