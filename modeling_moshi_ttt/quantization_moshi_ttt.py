@@ -24,6 +24,9 @@ LEFT_OUT = ("ttt", "lm_head", "lm_heads")  # parts of a module's name
 class Int8Linear(nn.Module):
     """`x W^T` of a linear map without bias: `weight` int8 `[out, in]`, `scale` `[out]` in the dtype that the model computes in."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: Any = None):
         super().__init__()
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
@@ -43,6 +46,9 @@ class Int8Linear(nn.Module):
 
 class Int8DepthLinear(nn.Module):
     """One map per codebook, as [`DepthLinear`]: `weight` int8 `[K, out, in]`, `scale` `[K, out]`."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: Any = None):
         super().__init__()
