@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, to_dict
+from ..data.spoken_dialogues import DialogueSettings
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
 BETA1 = 0.9
+MADE = "made"  # as data.train: dialogues drawn as they are needed
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -66,6 +68,7 @@ class LoraSettings:
 class DataSettings:
     """Where recordings come from and how they are cut.
 
+    train: "made" draws fresh dialogues, as `dialogues` says, with the codes of phrases kept in the cache.
     train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .tar shard or .parquet of sounds, a folder of these, or
         hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub; "dialogues/train" is a packaged one.
     columns: names of parquet columns that are not the usual ones, as in {path: file, alignments: words}; the roles are audio, path,
@@ -135,9 +138,18 @@ class CheckpointSettings:
 
 
 @dataclass
+class CurriculumSettings:
+    """Made dialogues grow from the shortest to the longest in `steps` steps of a smoothed accuracy of their answers above `threshold`."""
+
+    threshold: float = 0.8
+    steps: int = 100
+
+
+@dataclass
 class RunConfig:
     """One training run; `run_dir` holds its checkpoints, logs, curve and the final model.
 
+    dialogues: what is drawn where data.train is "made". curriculum: how they grow; None draws the longest from the first step on.
     trackers: any of tensorboard, wandb and trackio; wandb and trackio must be installed besides (WANDB_MODE=offline needs no account).
     """
 
@@ -148,6 +160,8 @@ class RunConfig:
     lora: LoraSettings | None = None
     optim: OptimSettings = field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    dialogues: DialogueSettings | None = None
+    curriculum: CurriculumSettings | None = None
     evaluate_every: int = 0
     evaluate_start: bool = False
     trackers: list[str] = field(default_factory=list)
@@ -198,5 +212,19 @@ def _check(run: RunConfig) -> None:
     check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
         raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
+    _check_made(run)
     if run.evaluate_every and run.data.evaluation is None:
         raise ValueError("evaluate_every is set but data.evaluation is missing; name a manifest there or set evaluate_every: 0.")
+
+
+def _check_made(run: RunConfig) -> None:
+    made = run.data.train == MADE
+    if made != (run.dialogues is not None):
+        cure = "give `dialogues: {}`" if made else f"set data.train: {MADE}, or remove them"
+        raise ValueError(f"data.train is {run.data.train!r} and there are {'no' if made else 'some'} dialogues settings; {cure}.")
+    if made and (run.data.carry != "none" or run.data.workers):
+        raise ValueError(f"data.train is {MADE!r}, with which data.carry={run.data.carry!r} must be none and data.workers={run.data.workers} 0.")
+    if run.curriculum is not None:
+        if not made:
+            raise ValueError(f"a curriculum is given, but only made dialogues can grow; set data.train: {MADE}, or remove it.")
+        check_numbers(run.curriculum, "curriculum.", threshold=(0, 1), steps=1)
