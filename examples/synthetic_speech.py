@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from modeling_moshi_ttt.data.espeak import SAMPLE_RATE, Espeak, leveled
+from modeling_moshi_ttt.data.espeak import SAMPLE_RATE, Espeak, at_codec_rate, leveled
 
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-us-nyc", "en-gb-x-rp")
 VOICES = (
@@ -75,7 +75,7 @@ def speech(espeak: Espeak, voices: tuple[str, ...], seconds: float, rng: random.
     parts, total, lines = [], 0, sentences(rng)
     while total < seconds * SAMPLE_RATE:
         voice = f"{rng.choice(ACCENTS)}+{voices[len(parts) % len(voices)]}"
-        part = leveled(espeak.say(next(lines), voice, rng.randint(130, 210), rng.randint(25, 75), rng.randint(30, 70)))
+        part = at_codec_rate(leveled(espeak.say(next(lines), voice, rng.randint(130, 210), rng.randint(25, 75), rng.randint(30, 70))))
         parts.append(np.pad(part, (0, rng.randint(0, SAMPLE_RATE // 2))))
         total += len(parts[-1])
     return np.concatenate(parts)[: int(seconds * SAMPLE_RATE)]

@@ -48,7 +48,7 @@ class Espeak:
         return np.concatenate(self.blocks)
 
     def rendering(self, text: str, voice: str, rng: random.Random) -> np.ndarray:
-        """A phrase at 24 kHz, float32 [n], at a rate and pitch drawn from `rng`."""
+        """A phrase at 22,050 Hz, float32 [n], at a rate and pitch drawn from `rng`."""
         return leveled(self.say(text, voice, rng.randint(180, 215), rng.randint(35, 65), rng.randint(40, 60)))
 
 
@@ -59,7 +59,12 @@ def trimmed(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def leveled(samples: np.ndarray) -> np.ndarray:
-    """What `Espeak.say` gave, trimmed, at 24 kHz, float32 [n], equally loud whatever the voice."""
-    part = resample(torch.from_numpy(trimmed(samples, BLOCK_RATE).astype(np.float32)), BLOCK_RATE, SAMPLE_RATE).numpy()
+    """What `Espeak.say` gave, trimmed, float32 [n], equally loud whatever the voice."""
+    part = trimmed(samples, BLOCK_RATE).astype(np.float32)
     part *= LOUDNESS / max(float(np.sqrt(np.mean(part**2))), 1e-6)
     return np.clip(part, -1, 1)
+
+
+def at_codec_rate(samples: np.ndarray) -> np.ndarray:
+    """Samples [n] at 22,050 Hz as samples at 24 kHz."""
+    return resample(torch.from_numpy(samples), BLOCK_RATE, SAMPLE_RATE).numpy()

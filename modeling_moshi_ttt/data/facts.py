@@ -8,7 +8,9 @@ out, as is a quarter of the talk and a fifth of all combinations of facts: train
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ..common.settings import SEEDS, check_entries, check_numbers
 
 NUMBER = "number"
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -32,6 +34,8 @@ ASK = {
 }
 LEAD_INS = ("hello", "by the way", "listen")
 CORRECTIONS = ("no", "sorry", "wait")
+VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb linda max steph travis".split()
+HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2".split()
 HELD_OUT_SHARE = 5  # one combination of facts in so many is held out
 
 _WHO = "the teacher; my brother; our neighbour; the old man; her sister; a young doctor; the driver; his mother; the children; some people".split("; ")
@@ -42,6 +46,43 @@ _DOES = (
     "baked a round cake; took the last seat; climbed the hill; sold the old boat; moved the table; forgot the umbrella; packed the green bag; "
     "won the first game; called for help; stayed at home; crossed the busy street; repaired the roof"
 ).split("; ")
+
+
+@dataclass
+class ScriptSettings:
+    """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest; kinds are name, number, place and like.
+
+    facts: how many are told in a dialogue. digits: of a number. lead: talk before the facts, in half of the dialogues where its lowest is 0. distance: talk between
+        telling and asking. echo: share of the dialogues in which Moshi repeats what it is told. corrections: share in which a fact is told
+        anew and asked again. These hold at level 1 of a curriculum; at level 0 the distance is `start`, every fact is repeated, there is
+        no talk before the facts and nothing is corrected.
+    voices: how many speak. renderings: of a fact's phrases by each voice; `talk_renderings` of a sentence of talk.
+    """
+
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    facts: list[int] = field(default_factory=lambda: [1, 2])
+    digits: list[int] = field(default_factory=lambda: [1, 1])
+    lead: list[int] = field(default_factory=lambda: [0, 80])
+    start: list[int] = field(default_factory=lambda: [2, 12])
+    distance: list[int] = field(default_factory=lambda: [60, 90])
+    echo: float = 0.5
+    corrections: float = 0.3
+    voices: int = 16
+    renderings: int = 3
+    talk_renderings: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_entries("kinds", self.kinds)
+        check_numbers(self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS)
+        check_numbers(self, voices=(1, len(VOICES)), renderings=1, talk_renderings=1)
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ValueError(f"kinds holds {kind!r}; the kinds of facts are {', '.join(KINDS)}.")
+        for name in ("facts", "digits", "lead", "start", "distance"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
+                raise ValueError(f"{name} is {bounds}, it must be a lowest and a highest.")
 
 
 @dataclass(frozen=True)
@@ -92,12 +133,12 @@ def telling(fact: Fact, opening: str | None, held_out: bool, rng: random.Random)
     return said if opening is None else (opening, *said)
 
 
-def phrases(held_out: bool) -> list[str]:
-    """Every phrase that the user may say."""
-    said = [f"{way} {value}" for kind, values in VALUES.items() for way in ways(TELL[kind], held_out) for value in values]
-    said += [*ways(TELL[NUMBER], held_out), *DIGITS]
-    said += [way for options in ASK.values() for way in ways(options, held_out)]
-    return [*said, *ways(LEAD_INS, held_out), *ways(CORRECTIONS, held_out), *talk(held_out)]
+def phrases() -> list[str]:
+    """Every phrase that the user may say in training."""
+    said = [f"{way} {value}" for kind, values in VALUES.items() for way in ways(TELL[kind], False) for value in values]
+    said += [*ways(TELL[NUMBER], False), *DIGITS]
+    said += [way for options in ASK.values() for way in ways(options, False)]
+    return [*said, *ways(LEAD_INS, False), *ways(CORRECTIONS, False), *talk(False)]
 
 
 def answers() -> list[str]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +21,20 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ..common.files import atomic_write
-from ..common.settings import SEEDS, check_entries, check_numbers
 from ..tokens_moshi_ttt import FRAME_RATE, MAIN_SPEAKER, USER_SPEAKER
 from . import facts
-from .espeak import SAMPLE_RATE, Espeak
-from .facts import Fact
+from .espeak import BLOCK_RATE, SAMPLE_RATE, Espeak, at_codec_rate
+from .facts import VOICES, Fact, ScriptSettings
 
-LAYOUT = "phrases-2"  # raise it when the way of rendering or of encoding phrases changes
+LAYOUT = "phrases-3"  # raise it when the way of rendering or of encoding phrases changes
 ACCENT = "en-us"
 MOSHI_VOICE = "f4"
-VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb linda max steph travis".split()  # noqa: SIM905
-HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2".split()  # noqa: SIM905
 PAUSE = (1, 3)  # frames of silence after a turn
 REPLY = 2  # frames between the end of a user's turn and Moshi's first word: the end of padding stands in the last of them
 PIECE = 60  # phrases of a voice that are encoded at once
 LEAD = 6  # frames of silence before Moshi's words
 TAIL = 1  # frames after a phrase that are kept with it: the sound before them can be told from their codes
 SILENCE = 30  # frames of silence after the last phrase of a piece; pauses are cut from them
-
-
-@dataclass
-class DialogueSettings:
-    """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest; kinds are name, number, place and like.
-
-    facts: how many are told in a dialogue. digits: of a number. lead: talk before the facts, in half of the dialogues. distance: talk between
-        telling and asking. echo: share of the dialogues in which Moshi repeats what it is told. corrections: share in which a fact is told
-        anew and asked again. These hold at level 1 of a curriculum; at level 0 the distance is `start`, every fact is repeated, there is
-        no talk before the facts and nothing is corrected.
-    voices: how many speak. renderings: of a fact's phrases by each voice; `talk_renderings` of a sentence of talk.
-    """
-
-    kinds: list[str] = field(default_factory=lambda: list(facts.KINDS))
-    facts: list[int] = field(default_factory=lambda: [1, 2])
-    digits: list[int] = field(default_factory=lambda: [1, 1])
-    lead: list[int] = field(default_factory=lambda: [0, 80])
-    start: list[int] = field(default_factory=lambda: [2, 12])
-    distance: list[int] = field(default_factory=lambda: [60, 90])
-    echo: float = 0.5
-    corrections: float = 0.3
-    voices: int = 16
-    renderings: int = 3
-    talk_renderings: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_entries("kinds", self.kinds)
-        check_numbers(self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS)
-        check_numbers(self, voices=(1, len(VOICES)), renderings=1, talk_renderings=1)
-        for kind in self.kinds:
-            if kind not in facts.KINDS:
-                raise ValueError(f"kinds holds {kind!r}; the kinds of facts are {', '.join(facts.KINDS)}.")
-        for name in ("facts", "digits", "lead", "start", "distance"):
-            bounds = getattr(self, name)
-            if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise ValueError(f"{name} is {bounds}, it must be a lowest and a highest.")
 
 
 @dataclass(frozen=True)
@@ -108,18 +69,22 @@ class Script:
     Args:
         rng: of everything in it.
         level: of the curriculum, 0 to 1.
-        held_out: facts, ways and talk that training never draws, or those that it does.
+        held_out: facts together and sentences of talk that training never draws, or those that it does.
+        new_ways: ways to tell, correct and ask that training never draws, or those that it does.
     """
 
-    def __init__(self, settings: DialogueSettings, rng: random.Random, level: float = 1.0, held_out: bool = False):
-        self.settings, self.rng, self.level, self.held_out = settings, rng, level, held_out
+    def __init__(
+        self, settings: ScriptSettings, rng: random.Random, level: float = 1.0, held_out: bool = False, new_ways: bool = False
+    ):
+        self.settings, self.rng, self.level, self.held_out, self.new_ways = settings, rng, level, held_out, new_ways
         self.sentences = facts.talk(held_out)
 
     def turns(self, length: Any) -> Iterator[Turn]:
         """The turns; `length()` says how many frames there are by now, so that talk lasts as long as it should."""
         settings, rng = self.settings, self.rng
-        lead = round(self.level * rng.randint(*settings.lead)) if rng.random() < 0.5 else 0
-        told = self._draw(rng.sample(settings.kinds, rng.randint(*settings.facts)), {})
+        leads = settings.lead[0] > 0 or rng.random() < 0.5
+        lead = round(self.level * rng.randint(*settings.lead)) if leads else 0
+        told = self._draw(rng.sample(settings.kinds, rng.randint(*settings.facts)))
         echo = rng.random() < 1 - self.level * (1 - settings.echo)
         yield from self._talk(lead, length)
         yield from self._tell("tell", told, echo)
@@ -127,19 +92,19 @@ class Script:
             yield from self._talk(round(self.level * rng.randint(*settings.lead)), length)
             if rng.random() < 0.5:
                 yield from self._ask(told)
-            kinds = rng.sample(list(told), rng.randint(1, len(told)))
-            told = self._draw(kinds, told)
-            yield from self._tell("correct", {kind: told[kind] for kind in kinds}, echo)
+            old, told = told, self._draw(list(told), told)
+            yield from self._tell("correct", {kind: fact for kind, fact in told.items() if fact != old[kind]}, echo)
         yield from self._talk(self._distance(), length)
         yield from self._ask(told)
 
-    def _draw(self, kinds: Sequence[str], told: dict[str, Fact]) -> dict[str, Fact]:
-        """`told` with new facts of these kinds, of a combination that belongs to training, or one that does not."""
-        digits = (self.settings.digits[0], self.settings.digits[1])
+    def _draw(self, kinds: Sequence[str], old: dict[str, Fact] | None = None) -> dict[str, Fact]:
+        """Facts of these kinds, of a combination that belongs to training, or one that does not; with `old`, some or all of them new."""
+        low, high = self.settings.digits
         while True:
-            new = told | {kind: facts.draw_fact(kind, digits, self.rng) for kind in kinds}
-            if facts.is_held_out(new) == self.held_out and all(new[kind] != told.get(kind) for kind in kinds):
-                return new
+            again = kinds if old is None else self.rng.sample(kinds, self.rng.randint(1, len(kinds)))
+            drawn = (old or {}) | {kind: facts.draw_fact(kind, (low, high), self.rng) for kind in again}
+            if facts.is_held_out(drawn) == self.held_out and drawn != old:
+                return drawn
 
     def _distance(self) -> int:
         low, high = (
@@ -154,15 +119,15 @@ class Script:
 
     def _tell(self, role: str, told: dict[str, Fact], echo: bool) -> Iterator[Turn]:
         for kind in self.rng.sample(list(told), len(told)):
-            openings = facts.ways(facts.CORRECTIONS if role == "correct" else facts.LEAD_INS, self.held_out)
+            openings = facts.ways(facts.CORRECTIONS if role == "correct" else facts.LEAD_INS, self.new_ways)
             opening = self.rng.choice(openings) if role == "correct" or self.rng.random() < 0.5 else None
-            yield Turn(role, facts.telling(told[kind], opening, self.held_out, self.rng), told[kind])
+            yield Turn(role, facts.telling(told[kind], opening, self.new_ways, self.rng), told[kind])
             if echo:
                 yield Turn("echo", told[kind].value, told[kind])
 
     def _ask(self, told: dict[str, Fact]) -> Iterator[Turn]:
         for kind in self.rng.sample(list(told), len(told)):
-            yield Turn("ask", (self.rng.choice(facts.ways(facts.ASK[kind], self.held_out)),), told[kind])
+            yield Turn("ask", (self.rng.choice(facts.ways(facts.ASK[kind], self.new_ways)),), told[kind])
             yield Turn("answer", told[kind].value, told[kind])
 
 
@@ -236,9 +201,9 @@ class Phrasebook:
         return Dialogue(torch.cat(user, 1).long(), torch.cat(moshi, 1).long(), torch.tensor(text), torch.tensor(asked))
 
 
-def phrasebook(settings: DialogueSettings, processor: Any, folder: Path, progress: Any = iter) -> Phrasebook:
+def phrasebook(settings: ScriptSettings, processor: Any, folder: Path, progress: Any = iter) -> Phrasebook:
     """The phrases of training, from `folder` where they were encoded before with this codec, else rendered and encoded now."""
-    about = json.dumps([LAYOUT, settings.voices, settings.renderings, settings.talk_renderings, settings.seed, facts.phrases(False), facts.answers()])
+    about = json.dumps([LAYOUT, settings.voices, settings.renderings, settings.talk_renderings, settings.seed, facts.phrases(), facts.answers()])
     path = folder / f"phrases-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         atomic_write(path, _packed(*_encoded(settings, processor, progress)))
@@ -260,11 +225,11 @@ def _packed(clips: list[Clip], silence: Tensor) -> bytes:
     return save({name: tensor.numpy().astype(np.int16) for name, tensor in tensors.items()}, {"index": json.dumps(index)})
 
 
-def _encoded(settings: DialogueSettings, processor: Any, progress: Any) -> tuple[list[Clip], Tensor]:
+def _encoded(settings: ScriptSettings, processor: Any, progress: Any) -> tuple[list[Clip], Tensor]:
     """Every phrase by every voice, all voices side by side, each in an order of its own; and the silence after it."""
     espeak, rng = Espeak(), random.Random(settings.seed)
     talk = set(facts.talk(False))
-    said = [phrase for phrase in facts.phrases(False) for _ in range(settings.talk_renderings if phrase in talk else settings.renderings)]
+    said = [phrase for phrase in facts.phrases() for _ in range(settings.talk_renderings if phrase in talk else settings.renderings)]
     orders = {voice: rng.sample(said, len(said)) for voice in VOICES[: settings.voices]}
     clips: list[Clip] = []
     silence: list[Tensor] = []
@@ -281,27 +246,24 @@ def _encoded(settings: DialogueSettings, processor: Any, progress: Any) -> tuple
 
 def _encode(said: dict[str, list[str]], espeak: Espeak, processor: Any, rng: random.Random) -> tuple[list[Clip], Tensor]:
     """The phrases of every voice in one track each; after its last phrase SILENCE frames [V, K, SILENCE]."""
-    size, places, ends = processor.frame_size, [], []
+    places, ends = [], []
     rows: list[np.ndarray] = []
+    size = BLOCK_RATE / processor.frame_rate  # samples a frame before the change of rate
     for voice, phrases in said.items():
         parts, at = [], 0
         for phrase in phrases:
             # Moshi begins a word with a frame; between the user's lie two frames or more, so that no two phrases share one
-            gap = LEAD * size if voice == MOSHI_VOICE else rng.randint((1 + TAIL) * size, (4 + TAIL) * size)
-            clip = _rendering(espeak, phrase, voice, rng)
-            places.append((len(rows), voice, phrase, (at + gap) // size, -(-(at + gap + len(clip)) // size) + TAIL))
+            gap = round(LEAD * size if voice == MOSHI_VOICE else rng.uniform(1 + TAIL, 4 + TAIL) * size) + 1
+            clip = espeak.rendering(phrase, f"{ACCENT}+{voice}", rng)
+            places.append((len(rows), voice, phrase, int((at + gap) / size), math.ceil((at + gap + len(clip)) / size) + TAIL))
             parts += [np.zeros(gap, np.float32), clip]
             at += gap + len(clip)
-        rows.append(np.concatenate(parts))
+        rows.append(at_codec_rate(np.concatenate(parts)))
         ends.append(places[-1][-1])
-    total = (max(ends) + SILENCE) * size
+    total = (max(ends) + SILENCE) * processor.frame_size
     codes = processor.encode_audio(torch.from_numpy(np.stack([np.pad(row, (0, total - len(row))) for row in rows])))  # [V, K, T]
     clips = [(voice, phrase, codes[row, :, start:end]) for row, voice, phrase, start, end in places]
     return clips, torch.stack([codes[row, :, end : end + SILENCE] for row, end in enumerate(ends)])
-
-
-def _rendering(espeak: Espeak, phrase: str, voice: str, rng: random.Random) -> np.ndarray:
-    return espeak.rendering(phrase, f"{ACCENT}+{voice}", rng)
 
 
 # ---------------------------------------------------------------- sound, for measuring
@@ -334,7 +296,7 @@ def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
     def say(side: int, text: str) -> None:
         begin = at / SAMPLE_RATE
         fixed = random.Random(0) if side == 0 else rng  # Moshi has one way to say a word
-        add(side, _rendering(espeak, text, (MOSHI_VOICE, voice)[side], fixed))
+        add(side, at_codec_rate(espeak.rendering(text, f"{ACCENT}+{(MOSHI_VOICE, voice)[side]}", fixed)))
         words.append((text, (round(begin, 4), round(at / SAMPLE_RATE, 4)), (MAIN_SPEAKER, USER_SPEAKER)[side]))
 
     for turn in script.turns(lambda: at // size):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..data.spoken_dialogues import DialogueSettings, Phrasebook, Script
+from ..data.facts import ScriptSettings
+from ..data.spoken_dialogues import Phrasebook, Script
 from .curriculum import Curriculum
 from .data import Batch, make_batch
 
@@ -46,7 +47,7 @@ class DialoguePlan:
 class DialogueReader(Dataset[Batch]):
     """Makes the dialogues of one micro-batch."""
 
-    def __init__(self, book: Phrasebook, settings: DialogueSettings, seed: int, delays: Sequence[int]):
+    def __init__(self, book: Phrasebook, settings: ScriptSettings, seed: int, delays: Sequence[int]):
         self.book, self.settings, self.seed, self.delays = book, settings, seed, list(delays)
 
     def __getitem__(self, draws: Sequence[Draw]) -> Batch:  # type: ignore[override]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, to_dict
-from ..data.spoken_dialogues import DialogueSettings
+from ..data.facts import ScriptSettings
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
@@ -160,7 +160,7 @@ class RunConfig:
     lora: LoraSettings | None = None
     optim: OptimSettings = field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
-    dialogues: DialogueSettings | None = None
+    dialogues: ScriptSettings | None = None
     curriculum: CurriculumSettings | None = None
     evaluate_every: int = 0
     evaluate_start: bool = False
