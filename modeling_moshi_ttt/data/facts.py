@@ -34,8 +34,8 @@ ASK = {
 }
 LEAD_INS = ("hello", "by the way", "listen")
 CORRECTIONS = ("no", "sorry", "wait")
-VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb linda max steph travis".split()
-HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2".split()
+VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb".split()
+HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2 linda max steph travis".split()
 HELD_OUT_SHARE = 5  # one combination of facts in so many is held out
 
 _WHO = "the teacher; my brother; our neighbour; the old man; her sister; a young doctor; the driver; his mother; the children; some people".split("; ")

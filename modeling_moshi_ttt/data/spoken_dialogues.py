@@ -297,7 +297,8 @@ def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
         begin = at / SAMPLE_RATE
         fixed = random.Random(0) if side == 0 else rng  # Moshi has one way to say a word
         add(side, at_codec_rate(espeak.rendering(text, f"{ACCENT}+{(MOSHI_VOICE, voice)[side]}", fixed)))
-        words.append((text, (round(begin, 4), round(at / SAMPLE_RATE, 4)), (MAIN_SPEAKER, USER_SPEAKER)[side]))
+        # well within its first frame, whatever the rounding
+        words.append((text, (round(begin + 0.02, 4), round(at / SAMPLE_RATE, 4)), (MAIN_SPEAKER, USER_SPEAKER)[side]))
 
     for turn in script.turns(lambda: at // size):
         if turn.by_moshi:

@@ -21,6 +21,7 @@ from ..common.adapters import check_loadable, checked_config, is_adapter, load_b
 from ..common.audio import READING
 from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import hub_errors, is_hub_name
+from ..common.packaged import resolve
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
@@ -101,8 +102,8 @@ def _merged(adapter: Path, base: str, dtype: torch.dtype) -> Any:
 
 
 def _local(name: str) -> Path:
-    """The folder of a checkpoint; a Hub name is fetched first."""
-    path = Path(name)
+    """The folder of a checkpoint, which may be a packaged one; a Hub name is fetched first."""
+    path = Path(resolve("model", name))
     if path.is_dir():
         return path
     if not is_hub_name(name):

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..common.audio import read_audio
 from ..common.files import read_json
 from ..common.recordings import Recording, read_manifest
-from ..data.facts import HELD_OUT_VOICES, VOICES, Fact, ScriptSettings
+from ..data.facts import DIGITS, HELD_OUT_VOICES, VALUES, VOICES, Fact, ScriptSettings
 from ..data.spoken_dialogues import Question, Script, speak
 from ..tokens_moshi_ttt import FRAME_RATE, ZERO
 from .evaluate import SpokenRecallSettings
@@ -128,6 +128,11 @@ def fingerprint(section: SpokenRecallSettings, content: Callable[[Path], str]) -
 # ---------------------------------------------------------------- run
 
 
+def chance() -> float:
+    """Share of right answers of who knows the kind of a fact but not its value, over the four kinds alike, numbers of one digit."""
+    return float(np.mean([1 / len(values) for values in (*VALUES.values(), DIGITS)]))
+
+
 @contextmanager
 def under(model: Any, condition: str) -> Iterator[None]:
     """The model with a condition's parameters in place of its own, which come back at the end."""
@@ -170,7 +175,7 @@ def listen_led(model: Any, heard: Sequence[Heard]) -> list[Tensor]:
     return [row[: len(one.text)] for row, one in zip(torch.cat(best, 1), heard)]
 
 
-def judge_free(said: Tensor, question: Question, processor: Any) -> tuple[str, ...]:
+def answer_to(said: Tensor, question: Question, processor: Any) -> tuple[str, ...]:
     """The words with which the model answers a question, as many as the value has."""
     begin = math.ceil(question.asked * FRAME_RATE)
     count = len(question.fact.value)
@@ -178,7 +183,7 @@ def judge_free(said: Tensor, question: Question, processor: Any) -> tuple[str, .
     return tuple(word for word, _ in words[:count])
 
 
-def judge_led(best: Tensor, heard: Heard, question: Question, processor: Any) -> tuple[str, ...]:
+def led_answer_to(best: Tensor, heard: Heard, question: Question, processor: Any) -> tuple[str, ...]:
     """The words that come first in the frames where the true answer stands."""
     begin = math.ceil(question.asked * FRAME_RATE)
     padding = torch.tensor([ZERO, *processor.text_padding_ids])
@@ -199,7 +204,7 @@ def answers(model: Any, processor: Any, heard: Sequence[Heard], mode: str, batch
         batch = ordered[first : first + batch_size]
         for one, text in zip(batch, LISTENING[mode](model, batch)):
             for question in one.questions:
-                said = judge_free(text, question, processor) if mode == "free" else judge_led(text, one, question, processor)
+                said = answer_to(text, question, processor) if mode == "free" else led_answer_to(text, one, question, processor)
                 since, right = question.asked - question.told, said == question.fact.value
                 entry = {"dialogue": one.name, "kind": question.fact.kind, "told": round(question.told, 2), "since": round(since, 2)}
                 found.append(entry | {"corrected": len(question.before), "right": right, "old": said in question.before})

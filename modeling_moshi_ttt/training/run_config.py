@@ -79,6 +79,7 @@ class DataSettings:
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
     own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
         with them what the depth decoder is given within a frame.
+    user_code_noise: share of the user's single codes that are replaced by random ones, so that a sound is not known by exact codes alone.
     text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint.
     on_bad_files: stop with a list of them, or skip them. allow_outside: accept absolute paths and '..' in manifests.
     require_words: a recording without words is a bad file. workers: processes that read ahead; 0 reads in the training process.
@@ -96,6 +97,7 @@ class DataSettings:
     own_noise: float = 0.0
     user_noise: float = 0.0
     text_noise: float = 0.0
+    user_code_noise: float = 0.0
     text_weight: float = 1.0
     on_bad_files: Literal["stop", "skip"] = "stop"
     allow_outside: bool = False
@@ -196,7 +198,7 @@ def _check(run: RunConfig) -> None:
     check_numbers(run, evaluate_every=0, seed=SEEDS)
     check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
-    check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
+    check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share, user_code_noise=share)
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
     check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
     check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
