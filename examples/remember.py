@@ -25,7 +25,7 @@ from modeling_moshi_ttt.tokens_moshi_ttt import USER_SPEAKER
 from modeling_moshi_ttt.tools.cli import without_trace
 
 DEFAULTS = [
-    *("output=runs/demo", "model=remembering", "spoken_recall.voices=held_out", "spoken_recall.dialogues=16"),
+    *("output=runs/remember", "model=remembering", "spoken_recall.voices=held_out", "spoken_recall.dialogues=16"),
     "spoken_recall.conditions=[TTT, frozen at W0, gate 0]",
 ]
 

@@ -26,12 +26,14 @@ from . import facts
 from .espeak import BLOCK_RATE, SAMPLE_RATE, Espeak, at_codec_rate
 from .facts import VOICES, Fact, ScriptSettings
 
-LAYOUT = "phrases-3"  # raise it when the way of rendering or of encoding phrases changes
+LAYOUT = "phrases-4"  # raise it when the way of rendering or of encoding phrases changes
 ACCENT = "en-us"
 MOSHI_VOICE = "f4"
-PAUSE = (1, 3)  # frames of silence after a turn
+PAUSE = (1, 3)  # frames of silence before a user's turn
+GAPS = ((1, 3), (4, 20))  # frames between phrases that are encoded in one track, and how long they are where Moshi would speak in between
+LONG_GAPS = 0.3  # share of the latter
 REPLY = 2  # frames between the end of a user's turn and Moshi's first word: the end of padding stands in the last of them
-PIECE = 60  # phrases of a voice that are encoded at once
+PIECE = 30  # phrases of a voice that are encoded at once
 LEAD = 6  # frames of silence before Moshi's words
 TAIL = 1  # frames after a phrase that are kept with it: the sound before them can be told from their codes
 SILENCE = 30  # frames of silence after the last phrase of a piece; pauses are cut from them
@@ -253,7 +255,8 @@ def _encode(said: dict[str, list[str]], espeak: Espeak, processor: Any, rng: ran
         parts, at = [], 0
         for phrase in phrases:
             # Moshi begins a word with a frame; between the user's lie two frames or more, so that no two phrases share one
-            gap = round(LEAD * size if voice == MOSHI_VOICE else rng.uniform(1 + TAIL, 4 + TAIL) * size) + 1
+            frames = LEAD if voice == MOSHI_VOICE else TAIL + rng.uniform(*GAPS[rng.random() < LONG_GAPS])
+            gap = round(frames * size) + 1
             clip = espeak.rendering(phrase, f"{ACCENT}+{voice}", rng)
             places.append((len(rows), voice, phrase, int((at + gap) / size), math.ceil((at + gap + len(clip)) / size) + TAIL))
             parts += [np.zeros(gap, np.float32), clip]
@@ -306,8 +309,9 @@ def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
                 add(1, np.zeros(-at % size + (TAIL + REPLY if index == 0 else 1) * size, np.float32))
                 say(0, word)
             continue
-        add(1, np.zeros(int(rng.uniform(*PAUSE) * size), np.float32))
-        for phrase in turn.phrases:
+        for index, phrase in enumerate(turn.phrases):
+            frames = TAIL + (rng.uniform(*PAUSE) if index == 0 else rng.random())
+            add(1, np.zeros(int(frames * size), np.float32))
             say(1, phrase)
         now = at / SAMPLE_RATE
         if turn.role in ("tell", "correct"):
