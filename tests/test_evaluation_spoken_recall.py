@@ -144,5 +144,6 @@ def test_made_dialogues_are_those_of_the_seed(processor):
     settings = SpokenRecallSettings(dialogues=1, seconds=[1.0], corrected=True, kinds=["name"], facts=[1, 1])
     first, again, other = (spoken_recall.inputs(settings, processor, seed) for seed in (0, 0, 1))
     assert [bool(question.before) for one in first for question in one.questions if question is one.questions[-1]] == [False, True]
-    assert all(torch.equal(a.user, b.user) for a, b in zip(first, again))
-    assert not all(a.user.shape == b.user.shape and torch.equal(a.user, b.user) for a, b in zip(first, other))
+    # of the voices a second instance of espeak-ng may give other samples, of the same number
+    assert all(torch.equal(a.text, b.text) and a.questions == b.questions for a, b in zip(first, again))
+    assert [one.questions for one in first] != [one.questions for one in other]

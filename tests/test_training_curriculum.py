@@ -9,7 +9,8 @@ from training_runs import make_model, make_run
 from modeling_moshi_ttt.data.facts import ScriptSettings
 from modeling_moshi_ttt.training.curriculum import Curriculum
 from modeling_moshi_ttt.training.dialogues import DialoguePlan, DialogueReader
-from modeling_moshi_ttt.training.run_config import CurriculumSettings, load_run_config
+from modeling_moshi_ttt.training.noise import add_noise
+from modeling_moshi_ttt.training.run_config import CurriculumSettings, DataSettings, load_run_config
 from modeling_moshi_ttt.training.trainer import Trainer
 
 SCRIPT = ScriptSettings(facts=[1, 1], lead=[0, 4], start=[0, 0], distance=[4, 8])
@@ -116,7 +117,7 @@ def test_the_log_tells_accuracy_and_level(tmp_path, book):
         (["data.workers=2"], "data.workers=2 0"),
         (["data.carry=state"], "data.carry='state' must be none"),
         (["curriculum.steps=0"], "curriculum.steps"),
-        (["dialogues.kinds=[name, hobby]"], "kinds holds 'hobby'"),
+        (["dialogues.kinds=[name, hobby]", "dialogues.facts=[1, 2]"], "kinds holds 'hobby'"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, message):
@@ -127,3 +128,18 @@ def test_settings_that_cannot_be_are_named(settings, message):
 def test_a_curriculum_needs_made_dialogues():
     with pytest.raises(ValueError, match="only made dialogues can grow"):
         load_run_config("demo", ["curriculum={steps: 3}"])
+
+
+def test_noise_of_single_codes_leaves_most_of_a_frame(book):
+    batch = DialogueReader(book, SCRIPT, 0, [0] * 8)[DialoguePlan(3, None).turn()]
+    seeds = [(0, 1, row, 0) for row in range(3)]
+    noisy, again = (add_noise(batch, DataSettings(train="made", user_code_noise=0.25), 128, seeds) for _ in range(2))
+    there = batch.user_audio_codes >= 0
+    changed = noisy.user_audio_codes != batch.user_audio_codes
+    assert torch.equal(noisy.user_audio_codes, again.user_audio_codes)
+    assert not changed[~there].any()
+    assert 0.2 < changed[there].float().mean() < 0.3
+    assert not changed.all(dim=1).any()
+    assert torch.equal(noisy.moshi_audio_codes, batch.moshi_audio_codes)
+    assert torch.equal(noisy.input_ids, batch.input_ids)
+    assert torch.equal(noisy.asked, batch.asked)

@@ -149,8 +149,9 @@ class Dialogue:
 class Phrasebook:
     """Phrases encoded once, each by every voice and a few times: dialogues are stitched from their codes, fresh ones without end.
 
-    A phrase is encoded in the midst of others, at no fixed place within a frame, so that its codes carry what a codec remembers of the sound
-    before, as in a recording that is encoded as a whole.
+    A phrase is encoded in the midst of others, after short pauses and long ones and at no fixed place within a frame, so that its codes carry
+    what a codec remembers of the sound before, as in a recording that is encoded as a whole. (With short pauses alone a model that answered
+    95% of stitched dialogues answered half of the recorded ones.)
     """
 
     def __init__(self, clips: dict[str, dict[str, list[Tensor]]], silence: Tensor, mark: str, processor: Any):
