@@ -7,7 +7,7 @@ INSTALLED = $(VENV)-package
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-versions soak lint package test-package bench peer peer-check peer-suites mutants evaluate-demo clean
+.PHONY: help install demo demo-train test test-versions soak lint package test-package bench peer peer-check peer-suites mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -22,7 +22,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## fine-tune, evaluate, reload and talk to the tiny model
+demo: $(READY)  ## does it remember what it was told, with and without TTT: table, picture, sound
+	$(BIN)/python examples/remember.py
+
+demo-train: $(READY)  ## fine-tune the tiny model on the sample dialogues, evaluate, reload and talk to it
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/demo.py
 
 test: $(READY)  ## lint, types and the whole test suite (slow soaks left out)

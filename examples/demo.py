@@ -1,4 +1,4 @@
-"""The main job from end to end, as `make demo` runs it: train the tiny model on the sample dialogues, reload it elsewhere, talk to it.
+"""The main job from end to end, as `make demo-train` runs it: train the tiny model on the sample dialogues, reload it elsewhere, talk to it.
 
 python examples/demo.py [key=value …] passes settings on to the recipe, as in seed=1. What an earlier run left in run_dir is removed first.
 """

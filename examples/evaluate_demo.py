@@ -1,6 +1,6 @@
 """Every evaluation on the tiny model, as `make evaluate-demo` runs it; leaves runs/evaluate-demo/report.html.
 
-The model is `model=FOLDER` where given, else the one that `make demo` trained (runs/demo/final) where it is there, else an untrained one,
+The model is `model=FOLDER` where given, else the one that `make demo-train` trained (runs/demo/final) where it is there, else an untrained one,
 which scores at chance. Beside the demo's model the untrained one answers the held-out dialogues; beside yours, dialogue.before=FOLDER. The
 small zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards, phrases against their words in another order, the
 right ending of a dialogue against another's, one voice against a change of voice.
@@ -43,7 +43,7 @@ def untrained(place: Path) -> Path:
 
 
 def trained() -> str | None:
-    """The model that `make demo` left; None: there is none."""
+    """The model that `make demo-train` left; None: there is none."""
     folder = ROOT / "runs" / "demo" / "final"
     return os.path.relpath(folder) if (folder / "config.json").is_file() else None
 
@@ -170,7 +170,7 @@ def main() -> int:
     (place / MARK).touch()
     fresh, demo = str(untrained(place)), trained()
     model = given.get("model", demo)
-    print(f"model: {model}" if model else "model: untrained (make demo trains one, or give model=FOLDER); expect chance", flush=True)
+    print(f"model: {model}" if model else "model: untrained (make demo-train trains one, or give model=FOLDER); expect chance", flush=True)
     recordings = read_manifest(DIALOGUES / "train.jsonl") + read_manifest(DIALOGUES / "eval.jsonl")
     cut_words(place / "data" / "sLM21", recordings)
     cut_phrases(place / "data" / "sLM21", recordings)

@@ -1,20 +1,15 @@
-"""Synthesised English speech for the tiny codec: espeak-ng through ctypes, many voices, rates and pitches, sentences from word lists.
+"""Synthesised English speech for the tiny codec: espeak-ng, many voices, rates and pitches, sentences from word lists.
 
 The voices in HELD_OUT are never trained on: the codec is measured with them. Everything follows from one seed.
 """
 # ruff: noqa: SIM905 (word lists are easier to read and to mend as text)
 
-import ctypes
 import random
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
-from modeling_moshi_ttt.resampling import resample
-
-SAMPLE_RATE = 24_000
-BLOCK_RATE = 22_050  # espeak-ng's own rate
+from modeling_moshi_ttt.data.espeak import SAMPLE_RATE, Espeak, at_codec_rate, leveled
 
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-us-nyc", "en-gb-x-rp")
 VOICES = (
@@ -75,53 +70,12 @@ def words() -> list[str]:
     return text.replace(",", "").split()
 
 
-class Espeak:
-    """The espeak-ng library as brought by the package espeakng-loader. One instance a process."""
-
-    def __init__(self) -> None:
-        import espeakng_loader
-
-        self.library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
-        if self.library.espeak_Initialize(2, 0, str(espeakng_loader.get_data_path()).encode(), 0) != BLOCK_RATE:
-            raise OSError("espeak-ng did not start at 22,050 Hz; reinstall espeakng-loader")
-        self.blocks: list[np.ndarray] = []
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self.callback = callback(self._collect)  # kept, or it is freed while the library still calls it
-        self.library.espeak_SetSynthCallback(self.callback)
-
-    def _collect(self, samples, count: int, _events) -> int:
-        if samples and count > 0:
-            self.blocks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    def say(self, text: str, voice: str, rate: int = 170, pitch: int = 50, spread: int = 50) -> np.ndarray:
-        """Speech at 22,050 Hz, int16 [n]."""
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak-ng knows no voice {voice!r}")
-        for parameter, value in ((1, rate), (3, pitch), (4, spread)):
-            self.library.espeak_SetParameter(parameter, value, 0)
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the breath of some voices is noise
-        self.blocks.clear()
-        data = text.encode()
-        self.library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 1, 0, 1, None, None)
-        self.library.espeak_Synchronize()
-        return np.concatenate(self.blocks)
-
-
-def trimmed(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Without the silence that espeak-ng puts behind a sentence, save a tenth of a second."""
-    loud = np.flatnonzero(np.abs(samples) > 0.005 * np.abs(samples).max())
-    return samples[: loud[-1] + rate // 10]
-
-
 def speech(espeak: Espeak, voices: tuple[str, ...], seconds: float, rng: random.Random) -> np.ndarray:
     """About `seconds` of speech by these voices in turn at 24 kHz, float32 [n], equally loud whatever the voice."""
     parts, total, lines = [], 0, sentences(rng)
     while total < seconds * SAMPLE_RATE:
         voice = f"{rng.choice(ACCENTS)}+{voices[len(parts) % len(voices)]}"
-        raw = espeak.say(next(lines), voice, rng.randint(130, 210), rng.randint(25, 75), rng.randint(30, 70))
-        part = resample(torch.from_numpy(trimmed(raw, BLOCK_RATE).astype(np.float32)), BLOCK_RATE, SAMPLE_RATE).numpy()
-        part *= 0.08 / max(float(np.sqrt(np.mean(part**2))), 1e-6)
-        parts.append(np.pad(np.clip(part, -1, 1), (0, rng.randint(0, SAMPLE_RATE // 2))))
+        part = at_codec_rate(leveled(espeak.say(next(lines), voice, rng.randint(130, 210), rng.randint(25, 75), rng.randint(30, 70))))
+        parts.append(np.pad(part, (0, rng.randint(0, SAMPLE_RATE // 2))))
         total += len(parts[-1])
     return np.concatenate(parts)[: int(seconds * SAMPLE_RATE)]

@@ -38,7 +38,8 @@ def test_every_name_is_a_path_from_anywhere(kind):
 def test_the_names_are_of_the_files_in_the_repository():
     for kind in ("train", "evaluate", "accelerate"):
         assert names(kind) == sorted(path.stem for path in (ROOT / "configuration" / kind).glob("*.yaml"))
-    assert names("model") == names("processor") == ["tiny"]
+    assert names("model") == ["remembering", "spoken_recall", "tiny"]
+    assert names("processor") == ["remembering", "tiny"]
     assert sorted(names("data")) == ["dialogues", "dialogues/eval", "dialogues/train"]
 
 
@@ -92,7 +93,7 @@ def test_a_fresh_start_needs_a_processor_by_either_name():
     ("command", "message"),
     [
         ("train dmeo", "dmeo: there is no such settings file; . holds no .yaml file, and the package none of this name; did you mean 'demo'?"),
-        ("train lora7.yaml", "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_7b, ttt_7b."),
+        ("train lora7.yaml", "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_7b, spoken_recall, ttt_7b."),
         ("train some/where/full-8gpu.yaml", "did you mean 'full_8gpu'?"),
         ("train recall", "recall: there is no such settings file"),
         ("evaluate recal", "did you mean 'recall'? The package holds dialogue, long_context, recall, zero_shot."),

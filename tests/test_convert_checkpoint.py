@@ -470,6 +470,7 @@ def test_converting_takes_little_memory(golden, tmp_path):
     )
     (tmp_path / "large" / "config.json").write_text(json.dumps(lm_kwargs))
     code = f"""{PEAK}
+import modeling_moshi_ttt.modeling_moshi_ttt, modeling_moshi_ttt.processing_moshi_ttt  # what is imported is not what converting takes
 from modeling_moshi_ttt.tools.convert_checkpoint import convert, Options
 before = peak()
 convert("large", "here", Options(max_shard_size="100MB"))

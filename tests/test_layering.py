@@ -18,10 +18,11 @@ ALLOWED_OUTSIDE = {"torch", "transformers", "numpy", "triton", "huggingface_hub"
 # A sub-package may import those it lists, and the flat files.
 MAY_IMPORT = {
     "common": set(),
-    "training": {"common"},
-    "evaluation": {"common"},
-    "live": {"common"},
-    "tools": {"common", "training", "evaluation"},
+    "data": {"common"},
+    "training": {"common", "data"},
+    "evaluation": {"common", "data"},
+    "live": {"common", "data"},
+    "tools": {"common", "data", "training", "evaluation"},
 }
 SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglob("*.py"))
 # The layers of the flat files, lowest first: a file may import from its own layer and from lower ones.

@@ -15,6 +15,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .packaged import resolve
+
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
 
 
@@ -74,8 +76,8 @@ def hub_errors(doing: str, then: str = "nothing has changed there; run the same 
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a checkpoint; a Hub name is fetched first."""
-    path = Path(name)
+    """The folder of a checkpoint, which may be a packaged one; a Hub name is fetched first."""
+    path = Path(resolve("model", name))
     if path.is_dir():
         return path
     if not is_hub_name(name):

@@ -23,7 +23,7 @@ _PLACES: dict[Kind, tuple[str, tuple[str, ...]]] = {
     "train": ("configuration/train", ("*.yaml",)),
     "evaluate": ("configuration/evaluate", ("*.yaml",)),
     "accelerate": ("configuration/accelerate", ("*.yaml",)),
-    "model": ("configuration/model", ("*.json",)),
+    "model": ("configuration/model", ("*/", "*.json")),  # of one name, the config.json of a fresh model
     "processor": ("configuration/model", ("*/",)),
     "data": ("examples/data", ("*/", "*/*.jsonl")),
 }
@@ -33,9 +33,9 @@ def packaged(kind: Kind, name: str) -> str:
     """The path of a file or folder that comes with the package.
 
     Args:
-        kind: "train", "evaluate" or "accelerate" (settings files), "model" (a config.json), "processor" (a folder) or "data" (a folder of
+        kind: "train", "evaluate" or "accelerate" (settings files), "model" (a config.json, or a checkpoint), "processor" (a folder) or "data" (a folder of
             dialogues, or a manifest in it).
-        name: as commands take it, such as "demo" of "train", "tiny" of "model" and "processor", "dialogues/train" of "data".
+        name: as commands take it, such as "demo" of "train", "tiny" of "model" and "processor", "remembering" of both, "dialogues/train" of "data".
 
     Raises:
         ValueError: there is no such kind or name; the message says which there are, and the nearest.

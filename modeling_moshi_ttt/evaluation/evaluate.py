@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
+from ..data.facts import KINDS, ScriptSettings
 from .recall import RecallSettings
 
-SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "recall")
+SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "spoken_recall", "recall")
+SPOKEN_CONDITIONS = ("TTT", "frozen at W0", "gate 0")  # of spoken_recall
+MODES = ("free", "led")  # in which it hears dialogues
 SPLITS = ("swuggy", "sblimp")  # the tasks that have some
 
 
@@ -108,6 +111,45 @@ class DialogueSettings:
 
 
 @dataclass
+class SpokenRecallSettings:
+    """Where the dialogues come from, and under which conditions they are heard.
+
+    manifest: a data.jsonl of ours, each recording's .json with "questions"; null makes `dialogues` of each kind below, of facts together,
+        sentences of talk and renderings that are held out from training.
+    seconds: of talk between telling and asking. told_after: seconds of talk before the facts. corrected: also dialogues in which facts are
+        told anew. voices, ways: to say a phrase, and to tell and ask a fact, that training heard, or others. kinds, facts, digits: as in training.
+    conditions: of the model. beside: other models, by the name they are shown with. modes: free, led.
+    """
+
+    manifest: Path | None = None
+    dialogues: int = 24
+    seconds: list[float] = field(default_factory=lambda: [8.0, 35.0])
+    told_after: list[float] = field(default_factory=lambda: [0.0])
+    corrected: bool = True
+    voices: Literal["trained", "held_out"] = "trained"
+    ways: Literal["trained", "held_out"] = "trained"
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    facts: list[int] = field(default_factory=lambda: [1, 2])
+    digits: list[int] = field(default_factory=lambda: [1, 1])
+    conditions: list[str] = field(default_factory=lambda: ["TTT", "gate 0"])
+    beside: dict[str, str] = field(default_factory=dict)
+    modes: list[str] = field(default_factory=lambda: ["free"])
+
+    def __post_init__(self) -> None:
+        check_numbers(self, dialogues=1, seconds=0, told_after=0)
+        for name in ("seconds", "told_after", "conditions", "modes"):
+            check_entries(name, getattr(self, name))
+        for name, known in (("conditions", SPOKEN_CONDITIONS), ("modes", MODES)):
+            for entry in getattr(self, name):
+                if entry not in known:
+                    raise ValueError(f"{name} holds {entry!r}; choose from {', '.join(known)}.")
+        twice = [name for name in self.beside if name in self.conditions]
+        if twice:
+            raise ValueError(f"beside holds {twice[0]!r}, the name of a condition; give the model another name.")
+        ScriptSettings(kinds=self.kinds, facts=self.facts, digits=self.digits)  # checks them
+
+
+@dataclass
 class EvaluateSettings:
     """What `moshi-ttt evaluate` runs: every section that is given. `model` is a folder or a Hub name, `adapter` a PEFT folder."""
 
@@ -122,6 +164,7 @@ class EvaluateSettings:
     long_context: LongContextSettings | None = None
     inner_loss: InnerLossSettings | None = None
     dialogue: DialogueSettings | None = None
+    spoken_recall: SpokenRecallSettings | None = None
     recall: RecallSettings | None = None
 
     def __post_init__(self) -> None:

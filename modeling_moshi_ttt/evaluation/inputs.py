@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.audio import READING
 from ..common.recordings import Recording, read_manifest
-from . import books, zero_shot
+from . import books, spoken_recall, zero_shot
 from .contents import content
 from .evaluate import RecordingsSettings
 
@@ -40,6 +40,8 @@ def fingerprint(name: str, section: Any) -> str | None:
         return _digest(f"{key} {_recording(one)}" for key, one in long_recordings(section).items())
     if name == "dialogue":
         return _digest(map(_recording, dialogues(section)))
+    if name == "spoken_recall":
+        return spoken_recall.fingerprint(section, content)
     return None
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..common.files import atomic_write
-from . import recall
+from . import recall, spoken_recall
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
@@ -171,6 +171,13 @@ def zero_shot_figure(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def spoken_recall_figure(data: dict[str, Any]) -> Figure:
+    """See `spoken_recall.draw`."""
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    spoken_recall.draw(data, figure, PALETTE, MARKS)
+    return figure
+
+
 def training_figure(data: dict[str, Any]) -> Figure:
     """Training curves: a panel for each group of series {name: {"step": [...], "value": [...]}}."""
     panels = data["panels"]
@@ -196,6 +203,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "long_context": long_context_figure,
     "inner_loss": inner_loss_figure,
     "zero_shot": zero_shot_figure,
+    "spoken_recall": spoken_recall_figure,
     "training": training_figure,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from ..common.files import atomic_write, inside
-from . import recall
+from . import recall, spoken_recall
 from .kept import kept_shape
 from .plots import DPI, FIGURES, draw, save
 from .zero_resource import FREQUENCY_BANDS, comparison_table
@@ -22,6 +22,7 @@ HEADINGS = {
     "long_context": ("Does it use what left the attention window?", "The same recording with TTT and with each part of it switched off."),
     "inner_loss": ("Do the inner models learn?", "They do where the three losses lie one below the other: W₀ never learned, Wₜ₋₁ has heard all before token t."),
     "dialogue": ("Does it behave in a conversation?", "It hears the user's side of each recording and answers; beside it stands the recorded answer."),
+    "spoken_recall": ("Does it remember what it was told?", "Facts are told in speech, then other things, then it is asked; some facts are corrected."),
     "recall": ("Can it recall?", "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."),
 }
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -146,5 +147,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], Section]] = {
     "long_context": long_context_section,
     "inner_loss": inner_loss_section,
     "dialogue": dialogue_section,
+    "spoken_recall": spoken_recall.section,
     "recall": recall_section,
 }

@@ -24,7 +24,7 @@ from ..common.hub import local_folder
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
-from . import books, conversations, inner_loss, inputs, long_context, recall, zero_shot
+from . import books, conversations, inner_loss, inputs, long_context, recall, spoken_recall, zero_shot
 from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
 from .kept import kept_shape, read_kept
@@ -111,6 +111,8 @@ def check(settings: EvaluateSettings) -> Subject:
         _check_inputs(name, section)
     if settings.dialogue is not None and settings.dialogue.before:
         _before(settings, settings.dialogue)
+    if settings.spoken_recall is not None:
+        _beside(settings, settings.spoken_recall)
     settings.output.mkdir(parents=True, exist_ok=True)
     return subject
 
@@ -137,6 +139,8 @@ def _key(name: str, section: Any, settings: EvaluateSettings) -> dict[str, Any]:
     key: dict[str, Any] = json.loads(json.dumps({"seed": settings.seed} | asdict(section), default=str))
     if getattr(section, "before", None):
         key["before_fingerprint"] = _before(settings, section).fingerprint
+    if getattr(section, "beside", None):
+        key["beside_fingerprints"] = {name: one.fingerprint for name, one in _beside(settings, section).items()}
     if data := inputs.fingerprint(name, section):
         key["inputs"] = data
     return key
@@ -153,6 +157,8 @@ def _check_inputs(name: str, section: Any) -> None:
         inputs.long_recordings(section)
     elif name == "recall":
         recall.resume(section)
+    elif name == "spoken_recall" and section.manifest is not None:
+        spoken_recall.recordings(section)
     if name == "long_context":
         long_context.check_conditions(section.conditions)
 
@@ -264,6 +270,26 @@ def _before(settings: EvaluateSettings, section: Any) -> Subject:
         raise ValueError(f"dialogue.before: {error}") from None
 
 
+def _spoken_recall(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
+    model, processor = subject.load()
+    heard = spoken_recall.inputs(section, processor, settings.seed, _bar("encoding", show_progress))
+    models = {"": (model, section.conditions if model.config.ttt_layers else section.conditions[:1])}
+    models |= {name: (one.model, [long_context.TTT]) for name, one in _beside(settings, section).items()}
+    bar = _bar("spoken recall", show_progress)
+    return spoken_recall.measure(models, processor, heard, section.modes, settings.batch_size, settings.seed, bar)
+
+
+def _beside(settings: EvaluateSettings, section: Any) -> dict[str, Subject]:
+    """The models that stand beside the one under evaluation."""
+    found = {}
+    for name, model in section.beside.items():
+        try:
+            found[name] = Subject(replace(settings, model=model, adapter=None))
+        except ValueError as error:
+            raise ValueError(f"spoken_recall.beside, {name}: {error}") from None
+    return found
+
+
 def _recall(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
     return recall.run_recall(section, show_progress)
 
@@ -277,5 +303,6 @@ RUNNERS: dict[str, Callable[[Subject, Any, EvaluateSettings, bool], dict[str, An
     "long_context": _long_context,
     "inner_loss": _inner_loss,
     "dialogue": _dialogue,
+    "spoken_recall": _spoken_recall,
     "recall": _recall,
 }

@@ -59,6 +59,7 @@ class Batch:
     attention_mask: torch.Tensor  # [B, T]
     reset: torch.Tensor  # [B] bool
     names: list[str]
+    asked: torch.Tensor | None = None  # [B, T] bool, words that answer a question about what was heard before; None where it is not known
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
@@ -123,36 +124,47 @@ def _prepare_one(recording: Recording, path: Path, cache: CodesCache, problems: 
     return Prepared(recording.path.stem, path, frames, text)
 
 
-class WindowReader(Dataset):
+class WindowReader(Dataset[Batch]):
     """Turns the windows of one micro-batch into a Batch; picklable, so that workers can do it."""
 
     def __init__(self, recordings: Sequence[Prepared], delays: Sequence[int], num_codebooks: int):
         self.recordings, self.delays, self.num_codebooks = list(recordings), list(delays)[:num_codebooks], num_codebooks
 
     def __getitem__(self, windows: Sequence[Window]) -> Batch:  # type: ignore[override]
-        frames = max(max(window.frames for window in windows), 1)
-        rows, k = len(windows), self.num_codebooks
-        text = torch.full((rows, frames), ZERO, dtype=torch.long)
-        codes = torch.full((rows, 2 * k, frames), ZERO, dtype=torch.long)
-        mask = torch.zeros(rows, frames, dtype=torch.long)
-        labels = torch.full((rows, k, frames), IGNORED, dtype=torch.long)
-        for row, window in enumerate(windows):
-            if window.frames == 0:
-                continue
-            recording, there = self.recordings[window.recording], window.frames
-            stereo = read_codes(recording.codes, window.start, there)  # [2, K, T]
-            text[row, :there] = torch.from_numpy(recording.text[window.start : window.start + there].astype(np.int64))
-            codes[row, :, :there] = torch.from_numpy(stereo.reshape(2 * k, there).astype(np.int64))
-            mask[row, :there] = 1
-            labels[row, :, :there] = codes[row, :k, :there]
-            if window.last:
-                # nothing comes after the window in which a delayed codebook's last frames would be predicted
-                for codebook, delay in enumerate(self.delays):
-                    labels[row, codebook, max(there - delay, 0) :] = IGNORED
-        text_labels = text.masked_fill(text < 0, IGNORED)
         reset = torch.tensor([window.reset for window in windows])
         names = [self.recordings[w.recording].name if w.recording >= 0 else "" for w in windows]
-        return Batch(text, codes[:, :k], codes[:, k:], text_labels, labels, mask, reset, names)
+        return make_batch([self._row(window) for window in windows], self.delays, reset, names)
+
+    def _row(self, window: Window) -> Row:
+        if window.frames == 0:
+            return np.zeros(0, np.int32), np.zeros((2, self.num_codebooks, 0), np.int16), window.last
+        recording = self.recordings[window.recording]
+        text = recording.text[window.start : window.start + window.frames]
+        return text, read_codes(recording.codes, window.start, window.frames), window.last
+
+
+Row = tuple[np.ndarray, np.ndarray, bool]  # text [T], codes [2, K, T] of Moshi and the user, whether nothing comes after
+
+
+def make_batch(rows: Sequence[Row], delays: Sequence[int], reset: torch.Tensor, names: list[str]) -> Batch:
+    """Rows of any length side by side. `delays` are those of Moshi's K codebooks."""
+    k, frames = len(delays), max(*(len(text) for text, _, _ in rows), 1)
+    text = torch.full((len(rows), frames), ZERO, dtype=torch.long)
+    codes = torch.full((len(rows), 2 * k, frames), ZERO, dtype=torch.long)
+    mask = torch.zeros(len(rows), frames, dtype=torch.long)
+    labels = torch.full((len(rows), k, frames), IGNORED, dtype=torch.long)
+    for row, (ids, stereo, last) in enumerate(rows):
+        there = len(ids)
+        text[row, :there] = torch.from_numpy(ids.astype(np.int64))
+        codes[row, :, :there] = torch.from_numpy(stereo.reshape(2 * k, there).astype(np.int64))
+        mask[row, :there] = 1
+        labels[row, :, :there] = codes[row, :k, :there]
+        if last:
+            # nothing comes after the window in which a delayed codebook's last frames would be predicted
+            for codebook, delay in enumerate(delays):
+                labels[row, codebook, max(there - delay, 0) :] = IGNORED
+    text_labels = text.masked_fill(text < 0, IGNORED)
+    return Batch(text, codes[:, :k], codes[:, k:], text_labels, labels, mask, reset, names)
 
 
 @dataclass
@@ -168,13 +180,13 @@ class Loader:
 
     Args:
         plan: over all rows of a step, row r of micro-batch m of rank p being `(p * accumulation + m) * batch_size + r`.
-        reader: makes batches of windows.
+        reader: makes batches of what the plan gives.
         batch_size, accumulation, turns: rows of a micro-batch, micro-batches of a step, windows one after another in a micro-batch.
         rank: which slice of the rows to take.
         workers: processes that read ahead; 0 reads in this one.
     """
 
-    def __init__(self, plan: Plan, reader: WindowReader, batch_size: int, accumulation: int, turns: int, rank: int, workers: int = 0):
+    def __init__(self, plan: Plan, reader: Dataset[Batch], batch_size: int, accumulation: int, turns: int, rank: int, workers: int = 0):
         self.plan, self.reader = plan, reader
         self.batch_size, self.accumulation, self.turns, self.rank, self.workers = batch_size, accumulation, turns, rank, workers
 
@@ -202,7 +214,7 @@ class Loader:
             generator=torch.Generator(),  # else the workers' seed is drawn from the model's generator, and dropout with it is another one
         )
 
-    def _windows(self, states: deque[dict[str, Any]]) -> Iterator[list[Window]]:
+    def _windows(self, states: deque[dict[str, Any]]) -> Iterator[Sequence[Any]]:
         while True:
             turns = [self.plan.turn() for _ in range(self.turns)]
             given = [turn for turn in turns if turn is not None]
@@ -232,10 +244,10 @@ def worker_errors() -> Iterator[None]:
 class _Once:
     """A sampler over an iterator that is read once."""
 
-    def __init__(self, windows: Iterator[list[Window]]):
+    def __init__(self, windows: Iterator[Sequence[Any]]):
         self.windows = windows
 
-    def __iter__(self) -> Iterator[list[Window]]:
+    def __iter__(self) -> Iterator[Sequence[Any]]:
         return self.windows
 
 

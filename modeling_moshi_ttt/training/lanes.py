@@ -31,9 +31,9 @@ EMPTY = Window(-1, 0, 0, True, True)
 
 
 class Plan(Protocol):
-    """An endless or finite sequence of turns; each turn is one window for every row."""
+    """An endless or finite sequence of turns; each turn is one window for every row, or what else the plan's reader makes batches of."""
 
-    def turn(self) -> list[Window] | None: ...
+    def turn(self) -> Sequence[Any] | None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

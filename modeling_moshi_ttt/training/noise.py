@@ -26,13 +26,16 @@ def add_noise(
         seeds: one for each row, of the run, the step and the row's place in it: a resumed run repeats its noise, and so does one
             with other numbers of processes and micro-batches.
     """
-    if max(settings.own_noise, settings.user_noise, settings.text_noise) == 0:
+    if max(settings.own_noise, settings.user_noise, settings.text_noise, settings.user_code_noise) == 0:
         return batch
     text, own, user = batch.input_ids.clone(), batch.moshi_audio_codes.clone(), batch.user_audio_codes.clone()
     for row, seed in enumerate(seeds):
         random = np.random.default_rng(seed)
         for codes, share in ((own[row], settings.own_noise), (user[row], settings.user_noise)):  # [K, T]
             _replace(codes, share, torch.from_numpy(random.integers(entries, size=codes.shape)), random)
+        if settings.user_code_noise:
+            swapped = torch.from_numpy(random.random(user[row].shape) < settings.user_code_noise).to(user.device) & (user[row] >= 0)
+            user[row][swapped] = torch.from_numpy(random.integers(entries, size=int(swapped.sum()))).to(user.device)
         _replace(text[row], settings.text_noise, torch.full(text[row].shape, padding), random)
     return replace(batch, input_ids=text, moshi_audio_codes=own, user_audio_codes=user)
 

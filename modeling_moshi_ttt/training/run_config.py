@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, to_dict
+from ..data.facts import ScriptSettings
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
 BETA1 = 0.9
+MADE = "made"  # as data.train: dialogues drawn as they are needed
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -66,6 +68,7 @@ class LoraSettings:
 class DataSettings:
     """Where recordings come from and how they are cut.
 
+    train: "made" draws fresh dialogues, as `dialogues` says, with the codes of phrases kept in the cache.
     train, evaluation: "path:weight,path:weight"; a path is a .jsonl manifest, a .tar shard or .parquet of sounds, a folder of these, or
         hub:owner/name, hub:owner/name/folder or hub:owner/name/file of a data set on the Hub; "dialogues/train" is a packaged one.
     columns: names of parquet columns that are not the usual ones, as in {path: file, alignments: words}; the roles are audio, path,
@@ -76,6 +79,7 @@ class DataSettings:
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
     own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
         with them what the depth decoder is given within a frame.
+    user_code_noise: share of the user's single codes that are replaced by random ones, so that a sound is not known by exact codes alone.
     text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint.
     on_bad_files: stop with a list of them, or skip them. allow_outside: accept absolute paths and '..' in manifests.
     require_words: a recording without words is a bad file. workers: processes that read ahead; 0 reads in the training process.
@@ -93,6 +97,7 @@ class DataSettings:
     own_noise: float = 0.0
     user_noise: float = 0.0
     text_noise: float = 0.0
+    user_code_noise: float = 0.0
     text_weight: float = 1.0
     on_bad_files: Literal["stop", "skip"] = "stop"
     allow_outside: bool = False
@@ -135,9 +140,18 @@ class CheckpointSettings:
 
 
 @dataclass
+class CurriculumSettings:
+    """Made dialogues grow from the shortest to the longest in `steps` steps of a smoothed accuracy of their answers above `threshold`."""
+
+    threshold: float = 0.8
+    steps: int = 100
+
+
+@dataclass
 class RunConfig:
     """One training run; `run_dir` holds its checkpoints, logs, curve and the final model.
 
+    dialogues: what is drawn where data.train is "made". curriculum: how they grow; None draws the longest from the first step on.
     trackers: any of tensorboard, wandb and trackio; wandb and trackio must be installed besides (WANDB_MODE=offline needs no account).
     """
 
@@ -148,6 +162,8 @@ class RunConfig:
     lora: LoraSettings | None = None
     optim: OptimSettings = field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    dialogues: ScriptSettings | None = None
+    curriculum: CurriculumSettings | None = None
     evaluate_every: int = 0
     evaluate_start: bool = False
     trackers: list[str] = field(default_factory=list)
@@ -182,7 +198,7 @@ def _check(run: RunConfig) -> None:
     check_numbers(run, evaluate_every=0, seed=SEEDS)
     check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
-    check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share)
+    check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share, user_code_noise=share)
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
     check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
     check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
@@ -198,5 +214,19 @@ def _check(run: RunConfig) -> None:
     check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
         raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
+    _check_made(run)
     if run.evaluate_every and run.data.evaluation is None:
         raise ValueError("evaluate_every is set but data.evaluation is missing; name a manifest there or set evaluate_every: 0.")
+
+
+def _check_made(run: RunConfig) -> None:
+    made = run.data.train == MADE
+    if made != (run.dialogues is not None):
+        cure = "give `dialogues: {}`" if made else f"set data.train: {MADE}, or remove them"
+        raise ValueError(f"data.train is {run.data.train!r} and there are {'no' if made else 'some'} dialogues settings; {cure}.")
+    if made and (run.data.carry != "none" or run.data.workers):
+        raise ValueError(f"data.train is {MADE!r}, with which data.carry={run.data.carry!r} must be none and data.workers={run.data.workers} 0.")
+    if run.curriculum is not None:
+        if not made:
+            raise ValueError(f"a curriculum is given, but only made dialogues can grow; set data.train: {MADE}, or remove it.")
+        check_numbers(run.curriculum, "curriculum.", threshold=(0, 1), steps=1)

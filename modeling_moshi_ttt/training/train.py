@@ -92,6 +92,7 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
     from tqdm import tqdm
 
+    from ..data.spoken_dialogues import phrasebook
     from . import setup
     from .codes import CodesCache
     from .data import prepare_set
@@ -104,7 +105,10 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
         return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
 
     with accelerator.main_process_first():
-        train_set = prepare_set(config.data.train, config.data, cache, progress)
+        if config.dialogues is not None:
+            train_set: Any = phrasebook(config.dialogues, processor, cache.folder, progress)
+        else:
+            train_set = prepare_set(config.data.train, config.data, cache, progress)
         held_out = None if config.data.evaluation is None else prepare_set(config.data.evaluation, config.data, cache, progress)
     return train_set, held_out, processor
 

@@ -18,11 +18,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..common.files import atomic_write, read_json, tensors_written
+from ..data.spoken_dialogues import Phrasebook
 from ..tokens_moshi_ttt import FRAME_RATE
 from ..version import __version__
 from . import modes
 from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
+from .curriculum import Curriculum
 from .data import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
+from .dialogues import DialoguePlan, DialogueReader
+from .lanes import Plan
 from .memory import LaneMemory
 from .noise import add_noise
 from .objective import objective, ratio
@@ -49,6 +53,7 @@ class Progress:
     best_step: int | None = None
     best_loss: float = float("inf")
     place: dict[str, Any] = field(default_factory=dict)
+    curriculum: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -57,11 +62,11 @@ class Trainer:
     Args:
         run: all settings.
         model: in its mode (see modes.apply), not yet prepared by accelerate.
-        train, held_out: prepared recordings; held_out may be None.
+        train, held_out: prepared recordings; held_out may be None, and train the phrases that dialogues are made of.
         accelerator: as make_accelerator gives it.
     """
 
-    def __init__(self, run: RunConfig, model: Any, train: PreparedSet, held_out: PreparedSet | None, accelerator: Accelerator):
+    def __init__(self, run: RunConfig, model: Any, train: PreparedSet | Phrasebook, held_out: PreparedSet | None, accelerator: Accelerator):
         self.run, self.accelerator, self.held_out = run, accelerator, held_out
         self.run_dir = Path(run.run_dir)
         self.bare = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -74,14 +79,27 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size)
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
-        self.reader = WindowReader(train.recordings, self.config.audio_delays, self.config.num_codebooks)
-        self.data_mark = data_mark(train)
-        self.plan = make_plan(train, run.data, self.rows, self.window, run.seed)
+        self.curriculum = None if run.curriculum is None else Curriculum(run.curriculum)
+        self._read(train)
         self.folder = CheckpointFolder(
             self.run_dir / "checkpoints", run.checkpoint.keep, accelerator.process_index, accelerator.wait_for_everyone
         )
         self.progress = Progress()
         self.tokens_per_frame = 1 + self.config.num_codebooks
+
+    def _read(self, train: PreparedSet | Phrasebook) -> None:
+        """Set up the plan of the windows, or of the dialogues, and what makes batches of them."""
+        run, delays = self.run, self.config.audio_delays
+        self.reader: WindowReader | DialogueReader
+        self.plan: Plan
+        if isinstance(train, Phrasebook):
+            self.reader = DialogueReader(train, run.dialogues, run.seed, delays[: self.config.num_codebooks])
+            self.plan = DialoguePlan(self.rows, self.curriculum)
+            self.data_mark = train.mark
+        else:
+            self.reader = WindowReader(train.recordings, delays, self.config.num_codebooks)
+            self.plan = make_plan(train, run.data, self.rows, self.window, run.seed)
+            self.data_mark = data_mark(train)
 
     # ---- the loop
 
@@ -135,10 +153,10 @@ class Trainer:
         factor = set_rates(self.optimizer.param_groups, self.rates, self.progress.step, self.run.optim)
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        totals = torch.zeros(3, dtype=torch.float64, device=device)  # text loss, audio loss, frames
+        totals = torch.zeros(5, dtype=torch.float64, device=device)  # text loss, audio loss, frames, answers right, answers
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
-                totals[:2] += self._micro_batch(micro, batches, whole)
+                totals[[0, 1, 3, 4]] += self._micro_batch(micro, batches, whole)
             totals[2] += sum(batch.frames for batch in batches)
         totals = self.accelerator.reduce(totals, "sum")
         norm = self._clip()
@@ -148,8 +166,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.place = step.state
+        right, answers = totals[3:].tolist()
+        if self.curriculum is not None:
+            self.curriculum.update(right / max(answers, 1))
+            self.progress.curriculum = self.curriculum.state_dict()
         self._count(finite, micro_batches)
-        *losses, frames = totals.tolist()
+        *losses, frames = totals[:3].tolist()
         text, audio = (loss if weight > 0 else None for loss, weight in zip(losses, whole.tolist()))
         took = time.perf_counter() - begin
         return {
@@ -163,18 +185,23 @@ class Trainer:
             "tokens_per_second": frames * self.tokens_per_frame / took if frames > 0 else None,
             "data_wait": waited / took,
             "peak_memory_gb": peak_memory(self.accelerator.device),
+            **({} if answers == 0 else {"answer_accuracy": right / answers}),
+            **({} if self.curriculum is None else {"level": self.curriculum.level}),
         }
 
     def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
-        """Forward through windows that follow one another, then one backward; returns (text, audio) loss [2]."""
-        data, total, parts = self.run.data, None, torch.zeros(2, dtype=torch.float64, device=whole.device)
+        """Forward through windows that follow one another, then one backward; returns (text loss, audio loss, answers right, answers) [4]."""
+        data, total, parts = self.run.data, None, torch.zeros(4, dtype=torch.float64, device=whole.device)
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
             noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
             output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True)
             loss = objective(output.text_loss, output.audio_loss, data.text_weight)
             total = loss if total is None else total + loss
-            parts += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
+            parts[:2] += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
+            if batch.asked is not None:
+                parts[2] += (output.logits.argmax(dim=-1) == batch.text_labels)[batch.asked].sum()
+                parts[3] += batch.asked.sum()
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
         self.accelerator.backward(total * self.accelerator.num_processes)
         self.memory.leave(micro)
@@ -301,6 +328,8 @@ class Trainer:
         if "version" not in snapshot.state:
             self._take_over(path)
         self.plan.load_state_dict(self.progress.place)
+        if self.curriculum is not None:
+            self.curriculum.load_state_dict(self.progress.curriculum)
         logger.info("Going on from %s.", path)
         return True
 

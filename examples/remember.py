@@ -1,0 +1,90 @@
+"""Does it remember what it was told, and what it was told last? What `make demo` runs, with the packaged checkpoint `remembering`.
+
+python examples/remember.py [key=value …] passes settings on to `moshi-ttt evaluate spoken_recall`, as in model=runs/spoken_recall/final.
+"""
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_moshi_ttt.common.audio import write_audio
+from modeling_moshi_ttt.common.files import read_json
+from modeling_moshi_ttt.common.settings import load_settings
+from modeling_moshi_ttt.data.espeak import Espeak
+from modeling_moshi_ttt.data.facts import HELD_OUT_VOICES, ScriptSettings
+from modeling_moshi_ttt.data.spoken_dialogues import Script, speak
+from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
+from modeling_moshi_ttt.evaluation.runner import Subject, run_evaluation
+from modeling_moshi_ttt.evaluation.spoken_recall import answer_to, chance, columns_of
+from modeling_moshi_ttt.tokens_moshi_ttt import USER_SPEAKER
+from modeling_moshi_ttt.tools.cli import without_trace
+
+DEFAULTS = [
+    *("output=runs/remember", "model=remembering", "spoken_recall.voices=held_out", "spoken_recall.dialogues=16"),
+    "spoken_recall.conditions=[TTT, frozen at W0, gate 0]",
+]
+
+
+def table(part: dict[str, Any]) -> None:
+    """Print the share of right answers of every condition."""
+    columns = columns_of(part)
+    print("\n" + " " * 16 + "".join(f"{'corrected' if corrected else 'told once'}, {low} s on".rjust(24) for corrected, low in columns))
+    for label, run in part["runs"].items():
+        shares = {(cell["corrected"], cell["from"]): f"{cell['accuracy']:.0%} of {cell['questions']}" for cell in run["cells"]}
+        print(label.ljust(16) + "".join(shares.get(column, "–").rjust(24) for column in columns))
+
+
+def verdict(part: dict[str, Any], reach: float) -> None:
+    """Say in words what the table shows."""
+    for corrected, what in ((False, "what it was told"), (True, "what it was told last")):
+        shares = {}
+        for label, run in part["runs"].items():
+            there = [cell for cell in run["cells"] if cell["corrected"] == corrected and cell["from"] >= reach]
+            asked = sum(cell["questions"] for cell in there)
+            shares[label] = sum(cell["accuracy"] * cell["questions"] for cell in there) / asked if asked else float("nan")
+        others = "; ".join(f"{label}: {share:.0%}" for label, share in shares.items() if label != "TTT")
+        print(f"Longer ago than attention reaches ({reach:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}; chance {chance():.0%}).")
+
+
+def converse(model: Any, processor: Any, output: Path, seed: int) -> None:
+    """One dialogue in free conversation: its transcript, and its sound with Moshi on the left."""
+    settings = ScriptSettings(kinds=["name"], facts=[1, 1], lead=[40, 60], distance=[150, 150], echo=0.0, corrections=1.0)
+    rng = random.Random(seed)
+    spoken = speak(Script(settings, rng, held_out=True), Espeak(), rng.choice(HELD_OUT_VOICES))
+    user = processor.encode_audio(torch.from_numpy(spoken.samples[1:]))  # [1, K, T]
+    text, codes = model.hear(user, do_sample=False)
+    voice = processor.decode_audio(codes)[0, : spoken.samples.shape[1]].numpy()
+    write_audio(output / "dialogue.wav", np.stack([voice, spoken.samples[1]]), processor.sampling_rate)
+    lines = [(start, "user ", phrase) for phrase, (start, _), who in spoken.words if who == USER_SPEAKER]
+    lines += [(start, "Moshi", word) for word, start in processor.words(text[0])]
+    transcript = "\n".join(f"{start:6.1f} s  {who}  {said}" for start, who, said in sorted(lines))
+    (output / "dialogue.txt").write_text(transcript + "\n", encoding="utf-8")
+    print(f"\nOne dialogue, a voice that it never heard:\n{transcript}")
+    for question in spoken.questions:
+        said = " ".join(answer_to(text[0], question, processor)) or "nothing"
+        print(f"asked for {' '.join(question.fact.value)} after {question.asked - question.told:.0f} s, it said {said}")
+    print(f"its sound is in {output / 'dialogue.wav'} (Moshi left, the user right)")
+
+
+def main() -> int:
+    begin = time.perf_counter()
+    settings = load_settings(EvaluateSettings, "spoken_recall", [*DEFAULTS, *sys.argv[1:]], kind="evaluate")
+    report = run_evaluation(settings)
+    part = read_json(settings.output / "results.json")["tasks"]["spoken_recall"]
+    model, processor = Subject(settings).load()
+    table(part)
+    config = model.config
+    verdict(part, (config.num_hidden_layers * (config.sliding_window - 1) + 1) / processor.frame_rate)
+    converse(model, processor, settings.output, settings.seed)
+    print(f"picture: {settings.output / 'pictures' / 'spoken_recall.png'}; report: {report}")
+    print(f"the demonstration took {(time.perf_counter() - begin) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(without_trace(main))

@@ -1,0 +1,1 @@
+"""What a recording is, and recordings that are made."""
