@@ -96,7 +96,7 @@ def test_a_fresh_start_needs_a_processor_by_either_name():
         ("train lora7.yaml", "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_7b, spoken_recall, ttt_7b."),
         ("train some/where/full-8gpu.yaml", "did you mean 'full_8gpu'?"),
         ("train recall", "recall: there is no such settings file"),
-        ("evaluate recal", "did you mean 'recall'? The package holds dialogue, long_context, recall, zero_shot."),
+        ("evaluate recal", "did you mean 'recall'? The package holds dialogue, long_context, recall, spoken_recall, zero_shot."),
         ("evaluate recall dialog model=x", "did you mean 'dialogue'?"),
         ("train demo --launch onegpu", "--launch is onegpu: there is no such file, and the package holds none of this name; did you mean 'one_gpu'?"),
         ("train demo --launch cpu optim.ler=1", "demo: unknown key 'optim.ler'; did you mean 'optim.lr'?"),
