@@ -7,7 +7,7 @@ INSTALLED = $(VENV)-package
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-versions soak lint package test-package bench peer peer-check mutants evaluate-demo clean
+.PHONY: help install demo test test-versions soak lint package test-package bench peer peer-check peer-suites mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,11 @@ peer:  ## Kyutai's own package into .venv-peer, for what is measured or checked 
 peer-check: $(READY) peer  ## model and codec beside Kyutai's own package, into benchmarks/PEER.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/peer_check.py --table benchmarks/PEER.md
 
+# Their files use marks of their own, hence not this project's strict options.
+peer-suites: $(READY)  ## transformers' and PEFT's own tests, of the installed versions, over the tiny model
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,peer-suites]'
+	$(PYTEST) -o addopts=--import-mode=importlib -W ignore -q -n 2 tests/peer_suites/suite_transformers.py tests/peer_suites/suite_peft.py
+
 mutants: $(READY)  ## change the code in small ways and see whether a test notices (hours; MUTANTS='*.frames_moshi_ttt.*' for a part)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutants]'
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1 $(MUTANTS)
@@ -74,4 +79,4 @@ evaluate-demo: $(READY)  ## every evaluation on the tiny model, with its report
 	$(BIN)/python examples/evaluate_demo.py
 
 clean:  ## remove what was built
-	rm -rf $(VENV) $(INSTALLED) .versions-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INSTALLED) .versions-* .peer-suites build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,39 +8,23 @@ import argparse
 import sys
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
 from modeling_moshi_ttt.common.audio import read_audio
 from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.common.recordings import read_manifest
-from modeling_moshi_ttt.tokens_moshi_ttt import IGNORED, ZERO
 from modeling_moshi_ttt.tools.cli import without_trace
-
-PADDING = {"input_ids": ZERO, "moshi_audio_codes": ZERO, "user_audio_codes": ZERO, "text_labels": IGNORED, "audio_labels": IGNORED}
 
 
 def load_examples(manifest: str, processor: MoshiTTTProcessor) -> list[dict[str, torch.Tensor]]:
-    """One dict of frames a recording, without the batch dimension."""
+    """One dict of frames a recording."""
     examples = []
     for recording in read_manifest(manifest):
         samples = torch.from_numpy(read_audio(recording.path, processor.sampling_rate))
         frames = processor(samples, sampling_rate=processor.sampling_rate, words=recording.words)
-        examples.append({name: tensor[0] for name, tensor in frames.items()})
+        examples.append(dict(frames))
     return examples
-
-
-def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Recordings of unequal lengths as one batch, filled up on the right with frames that are absent and not trained."""
-    batch = {}
-    for name, fill in PADDING.items():
-        rows = [example[name].T if example[name].dim() == 2 else example[name] for example in examples]  # [T, K] or [T]
-        padded = pad_sequence(rows, batch_first=True, padding_value=fill)
-        batch[name] = padded.transpose(1, 2) if padded.dim() == 3 else padded
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-    return batch
 
 
 def main() -> int:
@@ -69,7 +53,8 @@ def main() -> int:
         save_strategy="no",
         report_to="none",
     )
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=load_examples(options.manifest, processor))
+    collator = DataCollatorWithPadding(processor)  # recordings of unequal lengths; what is not there is masked and not trained
+    trainer = Trainer(model, arguments, data_collator=collator, train_dataset=load_examples(options.manifest, processor))
     trainer.train()
     trainer.save_model(options.output)
     processor.save_pretrained(options.output)

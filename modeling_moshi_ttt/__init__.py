@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 if TYPE_CHECKING:
     from .cache_moshi_ttt import MoshiTTTCache
     from .common.packaged import packaged
+    from .live.session import MoshiTTTSession, SessionFrame
     from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTOutput, MoshiTTTPreTrainedModel
     from .processing_moshi_ttt import MoshiTTTProcessor
     from .stream_moshi_ttt import MoshiTTTFrame, MoshiTTTStream
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "cache_moshi_ttt": ("MoshiTTTCache",),
     "common.packaged": ("packaged",),
+    "live.session": ("MoshiTTTSession", "SessionFrame"),
     "modeling_moshi_ttt": ("MoshiTTTForConditionalGeneration", "MoshiTTTModel", "MoshiTTTOutput", "MoshiTTTPreTrainedModel"),
     "processing_moshi_ttt": ("MoshiTTTProcessor",),
     "stream_moshi_ttt": ("MoshiTTTFrame", "MoshiTTTStream"),
@@ -101,7 +103,9 @@ __all__ = [
     "MoshiTTTOutput",
     "MoshiTTTPreTrainedModel",
     "MoshiTTTProcessor",
+    "MoshiTTTSession",
     "MoshiTTTStream",
+    "SessionFrame",
     "TTTLinear",
     "TTTState",
     "__version__",

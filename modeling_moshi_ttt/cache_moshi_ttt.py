@@ -206,18 +206,17 @@ class MoshiTTTCache(Cache):
         self.state = replace(state, key_values=grown)
 
     def fill(self, model: Any) -> None:
-        """Give an empty cache all that it will ever hold: whole rings, and the initial fast weights of every row. Later frames change no shape."""
+        """Give a cache all that it will ever hold: whole rings, and fast weights for every row. Later frames change no shape."""
         heads, dim = self._heads
-        shape = (self.batch_size, heads, self.sliding_window, dim)
-
-        def ring() -> torch.Tensor:
-            return torch.zeros(shape, dtype=model.dtype, device=self.frames.device)
-
-        layers = model.decoder.model.layers
-        with torch.no_grad():
-            ttt = [None if layer.ttt is None else layer.ttt.initial_state(self.batch_size).filled(self._mini_batch_size) for layer in layers]
-        rings = tuple((ring(), ring()) for _ in self.layers)
-        self.state = replace(self.state, key_values=rings, ttt_states=tuple(ttt), max_frames=self.sliding_window)
+        empty = torch.zeros(self.batch_size, heads, 0, dim, dtype=model.dtype, device=self.frames.device)
+        rings, ttt = [], []
+        for layer, past, state in zip(model.decoder.model.layers, self.state.key_values, self.state.ttt_states):
+            keys, values = past or (empty, empty)
+            rings.append((pad_ring(keys, self.sliding_window), pad_ring(values, self.sliding_window)))
+            with torch.no_grad():
+                some = state if state is not None or layer.ttt is None else layer.ttt.initial_state(self.batch_size)
+            ttt.append(None if some is None else some.filled(self._mini_batch_size))
+        self.state = replace(self.state, key_values=tuple(rings), ttt_states=tuple(ttt), max_frames=self.sliding_window)
 
     def key_positions(self) -> torch.Tensor:
         """`[B, C]` the position in each slot of the rings, -1 where attention sees nothing."""

@@ -138,6 +138,9 @@ class MoshiTTTConfig(MoshiConfig):
             Frames that attention sees, the newest among them. None: all of them, so that the memory of a stream grows with every frame.
         audio_delays (`list[int]`, *optional*):
             Delay in frames of each audio codebook, Moshi's first, then the user's; `[0, 1, 1, ...]` for either unless given. Text has none.
+        silence_codes (`list[list[int]]`, *optional*):
+            The user's codes of a silent channel, frame by frame until they repeat; `generate` lets the user fall silent with them at the end
+            of a recording. A processor tells those of its codec (`processor.silence_codes()`).
         text_padding_ids (`list[int]`, defaults to `[3, 0]`): the two text ids that say "no word here": padding, and end of padding.
         text_padding_weight (`float`, defaults to 0.5): weight of those ids in the text loss.
         semantic_loss_weight (`float`, defaults to 100): weight of the first (semantic) codebook in the audio loss; the others weigh 1.
@@ -172,6 +175,7 @@ class MoshiTTTConfig(MoshiConfig):
     num_user_codebooks: int | None = None
     sliding_window: int | None = 3000
     audio_delays: list[int] | None = None
+    silence_codes: list[list[int]] | None = None
     text_padding_ids: list[int] | None = None
     text_padding_weight: float | int = 0.5
     semantic_loss_weight: float | int = 100.0
@@ -296,6 +300,12 @@ class MoshiTTTConfig(MoshiConfig):
                 f"`num_codebooks={self.num_codebooks}` of Moshi's, then `num_user_codebooks={self.num_user_codebooks}` of the user's; "
                 "give as many, or None for `[0, 1, 1, ...]` of each."
             )
+        for frame in self.silence_codes or []:
+            if len(frame) != self.num_user_codebooks or not all(0 <= code < self.audio_vocab_size for code in frame):
+                raise ValueError(
+                    f"`silence_codes` holds {frame}; each frame has {self.num_user_codebooks} codes from 0 to {self.audio_vocab_size - 1}, one a "
+                    "codebook of the user's; take them from the codec with `processor.silence_codes()`."
+                )
         check_padding_ids(self.text_padding_ids)
         wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
         if wrong:

@@ -130,6 +130,7 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
 
     Args:
         config: `MoshiDepthConfig`; parameter names are transformers' `MoshiDepthDecoder`'s.
+        part: of a model that draws the start values of all its parts, in the order of its modules.
     """
 
     config: MoshiDepthConfig
@@ -139,10 +140,10 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["DepthDecoderLayer"]
-    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|decoder|whole)\."]
 
-    def __init__(self, config: MoshiDepthConfig):
+    def __init__(self, config: MoshiDepthConfig, part: bool = False):
         super().__init__(config)
+        self._part = part
         self.text_embed_tokens = nn.Embedding(config.vocab_size + 1, config.hidden_size)
         # The last codebook is never an input.
         self.embed_tokens = nn.ModuleList(
@@ -168,6 +169,16 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # any, since attention over the codebooks is SDPA's whatever the temporal transformer runs
+
+    def init_parallel_plans(self) -> None:
+        """As the parent's, without the plans of `MoshiDepthConfig`, which name modules of transformers' own depth decoder."""
+        super().init_parallel_plans()
+        self._fsdp_plan = {}
+
+    def init_weights(self) -> None:
+        """As the parent's, unless another model does it."""
+        if not self._part:
+            super().init_weights()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

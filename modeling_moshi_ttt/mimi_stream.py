@@ -315,17 +315,7 @@ class MimiStream:
         right = audio.dim() == 2 and audio.shape[0] == self.batch_size and audio.shape[1] > 0 and audio.shape[1] % self.frame_size == 0
         if not right or (samples is not None and audio.shape[1] != samples):
             raise ValueError(f"{name} has shape {tuple(audio.shape)}; it must be {wanted}.")
-        if not audio.is_floating_point():
-            raise ValueError(f"{name} is {audio.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
-        sane = audio.detach().abs().amax(1) <= MAX_SAMPLE  # False for NaN, too
-        rows = self._rows(active)
-        bad = ~sane if rows is None else ~sane & rows.to(sane.device)
-        # as numpy, which is no read of a device where the sound is on the host
-        if bool(bad.cpu().numpy().any()):
-            raise ValueError(
-                f"{name} of row {bad.nonzero()[:, 0].tolist()} is not finite or beyond ±{MAX_SAMPLE:g}; samples are in [-1, 1] "
-                "(leave such a row out with `active`)."
-            )
+        check_samples(name, audio, self._rows(active))
         return audio
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MimiStream:
@@ -348,6 +338,20 @@ def _tail_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, MimiConvTranspose1d):
         return conv.out_channels, conv.kernel_size[0] - conv.stride[0]
     return conv.in_channels, (conv.kernel_size[0] - 1) * conv.dilation[0] + 1 - conv.stride[0]
+
+
+def check_samples(name: str, audio: Tensor, rows: Tensor | None = None) -> None:
+    """ValueError unless sound [B, n] is floating point, finite and within ±10; in `rows` [B] bool alone."""
+    if not audio.is_floating_point():
+        raise ValueError(f"{name} is {audio.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
+    sane = audio.detach().abs().amax(1) <= MAX_SAMPLE  # False for NaN, too
+    bad = ~sane if rows is None else ~sane & rows.to(sane.device)
+    # as numpy, which is no read of a device where the sound is on the host
+    if bool(bad.cpu().numpy().any()):
+        raise ValueError(
+            f"{name} of row {bad.nonzero()[:, 0].tolist()} is not finite or beyond ±{MAX_SAMPLE:g}; samples are in [-1, 1] "
+            "(leave such a row out with `active`)."
+        )
 
 
 def check_codes(

@@ -191,7 +191,6 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
     """The temporal transformer: embedded steps in, hidden states out."""
 
     _names_in_whole = {r"^(decoder\.)?model\.": ""}
-    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\.", r"lm_head\."]
 
     def __init__(self, config: MoshiTTTConfig):
         super().__init__(config)
@@ -229,28 +228,27 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         # Only eager attention has weights to give.
         implementation = "eager" if output_attentions else self.config._attn_implementation
         mask = None if attention_mask is None else attention_mask.bool()
-        lengths = None if mask is None else mask.sum(dim=1)
         past = past_key_values
         frames = self._frames(inputs_embeds, mask, past, implementation)
-        hidden_states, seen, outputs, attentions = inputs_embeds, [inputs_embeds], [], []
+        hidden_states, seen, outputs, attentions = inputs_embeds, [], [], []
         for i, layer in enumerate(self.layers):
             key_values, state = (past.state.key_values[i], past.state.ttt_states[i]) if past is not None else (None, None)
             output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, output_inner_losses=output_inner_losses)
-            hidden_states = output.hidden_states
             seen.append(hidden_states)
+            hidden_states = output.hidden_states
             if output_attentions:
                 attentions.append(output.attentions)
             # Nobody reads attention weights again, nor, without a memory, keys, values and states.
             unread = {"attentions": None} if past is not None else {"attentions": None, "key_values": None, "ttt_state": None}
             outputs.append(output._replace(**unread))
-        last_hidden_state = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states)
         if past is not None:
             lengths = None if mask is None else mask.sum(dim=1)
             past.advance(outputs, inputs_embeds.shape[1], lengths, in_place=frames.slot is not None)
         return MoshiTTTModelOutput(
-            last_hidden_state=last_hidden_state,
+            last_hidden_state=hidden_states,
             cache=past_key_values,
-            hidden_states=tuple(seen) if output_hidden_states else None,
+            hidden_states=(*seen, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
         )
@@ -286,7 +284,6 @@ class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
     """The temporal transformer with its text head, as transformers nests them."""
 
     _names_in_whole = {r"^decoder\.": ""}
-    _keys_to_ignore_on_load_unexpected = [r"^(audio_encoder|depth_decoder|embed_tokens\.\d+)\."]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MoshiTTTConfig):
@@ -322,7 +319,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             What the losses are divided by, when the batch is a part of a larger one: the (text, audio) loss weights of the whole in a
             tensor of two (the sum of [`loss_weights`] of its parts; 0 for a stream that is trained nowhere), or as one number the frames
             of the whole.
-        output_hidden_states: also return the hidden states before each layer and after the last; `config.output_hidden_states` when None.
+        output_hidden_states: also return the hidden states before each layer, and the last; `config.output_hidden_states` when None.
         output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
         output_inner_losses: also return the TTT layers' inner losses.
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
@@ -344,7 +341,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         super().__init__(config)
         self.embed_tokens = nn.ModuleList(nn.Embedding(config.audio_vocab_size + 1, config.hidden_size) for _ in config.audio_delays)
         self.decoder = MoshiTTTForCausalLM(config)
-        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config)  # type: ignore[arg-type]
+        self.depth_decoder = MoshiTTTDepthDecoder(config.depth_decoder_config, part=True)  # type: ignore[arg-type]
+        self.generation_config._from_model_config = False  # else settings of our own, such as text_temperature, would be dropped on loading
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -30,7 +30,7 @@ class MoshiTTTModelOutput(_OutputWithCache):
     Args:
         last_hidden_state: `[B, T, E]`, normalised.
         cache: the streams' memory after these frames; also `past_key_values`.
-        hidden_states: `[B, T, E]` before each layer and after the last, when asked for.
+        hidden_states: `[B, T, E]` before each layer, and `last_hidden_state`, when asked for.
         attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
         inner_losses: the inner losses of each TTT layer by its number, when asked for.
     """
@@ -64,6 +64,23 @@ class MoshiTTTOutput(_OutputWithCache):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
+
+
+@dataclass
+class MoshiTTTGenerateOutput(_OutputWithCache):
+    """What `generate` gives.
+
+    Args:
+        sequences: `[B, T]` text tokens, one a frame.
+        audio_codes: `[B, K, T]` Moshi's codes of the same frames.
+        audio: `[B, T · 1920]` their sound, where the batch brought a processor's `decode_audio`.
+        cache: the memory after these frames, to go on from; also `past_key_values`. None with `use_cache=False`.
+    """
+
+    sequences: torch.Tensor | None = None
+    audio_codes: torch.Tensor | None = None
+    audio: torch.Tensor | None = None
+    cache: MoshiTTTCache | None = None
 
 
 def put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ Letters: B rows, T frames of 80 ms, n samples, K codebooks.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
 from .versions_moshi_ttt import check_transformers
+
+# Streams of a batch: their number of dimensions in one recording, frames last, and what stands past its end.
+STREAMS = {"input_ids": (1, ZERO), "moshi_audio_codes": (2, ZERO), "user_audio_codes": (2, ZERO)}
+STREAMS |= {"text_labels": (1, IGNORED), "audio_labels": (2, IGNORED), "attention_mask": (1, 0)}
+AUTO_MAP = {"AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor"}
 
 check_transformers()  # a processor may load without the model's configuration
 
@@ -37,6 +42,7 @@ class MoshiTTTProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"  # saved processors carry the code
     CODEC_FOLDER = "audio_tokenizer"
     LONGEST_PIECE = 125  # frames encoded or decoded at once; memory does not grow with the recording
+    SPOKEN_PACE = 3.0  # words a second of a text without times
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         self.num_codebooks = num_codebooks
         self.text_padding_ids = [*(TEXT_PADDING_IDS if text_padding_ids is None else text_padding_ids)]
         check_padding_ids(self.text_padding_ids)
+        self._silence: list[list[int]] | None = None  # found out when first asked for
         self.audio_tokenizer = audio_tokenizer  # set here, for ProcessorMixin admits only the codecs that it lists
         if audio_tokenizer is not None:
             audio_tokenizer.eval()
@@ -101,8 +108,11 @@ class MoshiTTTProcessor(ProcessorMixin):
         mono_is: str = "moshi",
         main_speaker: str = MAIN_SPEAKER,
         keep_and_shift: bool = False,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = None,
+        **others: Any,
     ) -> BatchFeature:
-        """Aligned frames of one recording or a list of them.
+        """Aligned frames of one recording or a list of them; or, of `text`, what Moshi is to say (see [`spoken_text`]).
 
         audio: float [n] or [channels, n] in [−1, 1]; left channel Moshi, right channel the user. A mono recording is Moshi's or the user's
         by `mono_is` ("moshi" | "user"); the other stream is then absent (−1). words: (word, start, end, speaker) or moshi-finetune's
@@ -110,12 +120,25 @@ class MoshiTTTProcessor(ProcessorMixin):
         `main_speaker` make the text stream; without words (None) it is absent; an empty list means that nobody speaks.
         chunk_start, chunk_end: the window, in seconds; without an end, to the recording's end. Frames past it are absent in every stream.
 
+        return_tensors: "pt", as without it, or "np". others: what transformers' pipelines give beside these (images, videos, padding); None
+        or True, or it is refused.
+
         Returns input_ids [B, T], moshi_audio_codes and user_audio_codes [B, K, T], text_labels [B, T] and audio_labels [B, K, T] (−100
         where absent, hence not trained), and, only when rows differ in length, attention_mask [B, T].
 
         Raises ValueError for audio that is empty, not finite, not float or of more than two channels, for words with end < start or times
         that are no numbers, and for text that the tokenizer cannot encode.
         """
+        wrong = [name for name, value in others.items() if value is not None and value is not True]
+        if wrong or return_tensors not in (None, "pt", "np"):
+            name, value = (wrong[0], others[wrong[0]]) if wrong else ("return_tensors", return_tensors)
+            raise ValueError(f"`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives \"pt\" or \"np\".")
+        if text is None and sampling_rate is None and _is_text(audio):
+            audio, text = None, audio  # text comes first in transformers' processors
+        if text is not None:
+            if audio is not None:
+                raise ValueError("`text` and `audio` exclude each other; give the words of a recording with their times as `words`.")
+            return _as(self.spoken_text(text), return_tensors)
         if audio is None:
             raise ValueError("audio is missing; give samples as float [n] or [channels, n].")
         single = not isinstance(audio, (list, tuple))
@@ -130,12 +153,75 @@ class MoshiTTTProcessor(ProcessorMixin):
         total = max(lengths) if chunk_end is None else math.ceil((chunk_end - chunk_start) * self.frame_rate - 1e-6)
         moshi, user = self._codes(waves, lengths, total, mono_is)
         window = (chunk_start, chunk_start + total / self.frame_rate if chunk_end is None else chunk_end)
-        text = torch.full((len(waves), total), ZERO)
+        frames = torch.full((len(waves), total), ZERO)
         for row, (one, length) in enumerate(zip(spoken, lengths, strict=True)):
             if one is not None:
                 stream = self.text_frames(one, length, *window, main_speaker=main_speaker, keep_and_shift=keep_and_shift)
-                text[row, :length] = torch.tensor(stream)
-        return self._features(text, moshi, user, lengths, total)
+                frames[row, :length] = torch.tensor(stream)
+        return _as(self._features(frames, moshi, user, lengths, total), return_tensors)
+
+    def spoken_text(self, text: str | Sequence[str]) -> BatchFeature:
+        """Frames in which Moshi's text is given and its codes are to be generated, while the user is silent; what `generate` says aloud.
+
+        Words come at `SPOKEN_PACE`, and shorter texts are followed by padding. Beside the frames [B, T] the batch holds `decode_audio`, with
+        which `generate` gives sound as well. ValueError for a text without words, or one that the tokenizer cannot encode.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        spoken = [[(word, i / self.SPOKEN_PACE, (i + 1) / self.SPOKEN_PACE, MAIN_SPEAKER) for i, word in enumerate(one.split())] for one in texts]
+        if not all(spoken):
+            raise ValueError(f"`text={text!r}` holds no words; give at least one in each.")
+        total = max(math.ceil(len(words) / self.SPOKEN_PACE * self.frame_rate) for words in spoken)
+        ids = torch.tensor([self.text_frames(words, total, keep_and_shift=True) for words in spoken])
+        absent = torch.full((len(texts), self.num_codebooks, total), ZERO)
+        silence = self._repeated(self.silence_codes()[-1], total).expand(len(texts), -1, -1)
+        return BatchFeature({"input_ids": ids, "moshi_audio_codes": absent, "user_audio_codes": silence, "decode_audio": self.decode_audio})
+
+    def prompt(
+        self,
+        voice: Any = None,
+        sampling_rate: int | None = None,
+        text: str | None = None,
+        *,
+        silence: float = 0.5,
+        user_codes: Sequence[int] | None = None,
+    ) -> BatchFeature:
+        """Frames for `new_stream(prompt=...)` that give Moshi a voice and a persona before the talk, as PersonaPlex steps them (NVIDIA/personaplex,
+        `LMGen.step_system_prompts`): the voice in Moshi's channel, silence, the text one token a frame over silence, silence.
+
+        voice: float [n] in [-1, 1] at `sampling_rate`. text: the persona; PersonaPlex's are trained as "<system> ... <system>".
+        silence: seconds, in whole frames, after each of the two. user_codes: [K] what the user's channel holds meanwhile, every frame; the
+        codec's silence when None, a tone (`PERSONAPLEX_TONE`) for PersonaPlex.
+
+        Returns input_ids [1, P], moshi_audio_codes and user_audio_codes [1, K, P]. Raises ValueError where neither is given, or as a call does.
+        """
+        if voice is None and not text:
+            raise ValueError("`prompt` has nothing to begin with; give `voice`, `text`, or both.")
+        quiet, pause = self.silence_codes()[-1], int(silence * self.frame_rate)
+        padding, codes, ids = self.text_padding_ids[0], [], []
+        if voice is not None:
+            wave = self._wave(voice, sampling_rate)
+            if len(wave) != 1:
+                raise ValueError(f"`voice` has {len(wave)} channels; give the one that holds Moshi's voice.")
+            codes += [self.encode_audio(wave), self._repeated(quiet, pause)]
+            ids += [padding] * (codes[0].shape[-1] + pause)
+        if text:
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            codes.append(self._repeated(quiet, len(tokens) + pause))
+            ids += [*tokens, *[padding] * pause]
+        user = self._repeated(quiet if user_codes is None else user_codes, len(ids))
+        return BatchFeature({"input_ids": torch.tensor([ids]), "moshi_audio_codes": torch.cat(codes, -1), "user_audio_codes": user})
+
+    def silence_codes(self) -> list[list[int]]:
+        """The codec's codes of digital silence after its first frame, [frames][K], up to where they repeat: `MoshiTTTConfig.silence_codes`."""
+        if self._silence is None:
+            codes = self.encode_audio(torch.zeros(1, self.LONGEST_PIECE * self.frame_size))[0, :, 1:]  # [K, T]
+            changes = (codes != codes[:, -1:]).any(dim=0).nonzero()
+            self._silence = codes[:, : int(changes.max()) + 2 if len(changes) else 1].T.tolist()
+        return self._silence
+
+    def _repeated(self, codes: Sequence[int], frames: int) -> Tensor:
+        """One frame's codes [K] over and over, long [1, K, frames]."""
+        return torch.tensor(codes)[None, :, None].repeat(1, 1, frames)
 
     @staticmethod
     def _features(text: Tensor, moshi: Tensor, user: Tensor, lengths: list[int], total: int) -> BatchFeature:
@@ -145,6 +231,50 @@ class MoshiTTTProcessor(ProcessorMixin):
         if min(lengths) < total:
             data["attention_mask"] = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
         return BatchFeature(data)
+
+    def pad(
+        self,
+        encoded_inputs: Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """One batch of recordings of any lengths: what transformers' `DataCollatorWithPadding(processor)` calls.
+
+        encoded_inputs: what this processor gave for each recording, tensors or lists. padding: to the longest, or to max_length frames when
+        it is "max_length", rounded up to pad_to_multiple_of. Frames past a recording's end are absent, masked and not trained, and so is a
+        stream that a recording lacks. With labels of one kind those of the other are there too, for `Trainer` looks for both.
+
+        Raises ValueError for a stream that is unknown, or a recording that is longer than max_length.
+        """
+        rows = [{name: torch.as_tensor(value) for name, value in one.items()} for one in encoded_inputs]
+        names = {name for row in rows for name in row}
+        if unknown := sorted(names - STREAMS.keys()):
+            raise ValueError(f"recordings hold {unknown[0]!r}, which is no stream; keep {', '.join(STREAMS)}.")
+        lengths = [next(iter(row.values())).shape[-1] for row in rows]
+        total = max_length if padding == "max_length" and max_length is not None else max(lengths)
+        if max(lengths) > total:
+            raise ValueError(f"a recording has {max(lengths)} frames and max_length is {total}; cut it, or allow as many.")
+        total += -total % (pad_to_multiple_of or 1)
+        if names & {"text_labels", "audio_labels"}:
+            names |= {"text_labels", "audio_labels"}
+        if min(lengths) < total:
+            names.add("attention_mask")
+        return BatchFeature({name: self._padded(name, rows, lengths, total) for name in STREAMS if name in names})
+
+    def _padded(self, name: str, rows: list[dict[str, Tensor]], lengths: list[int], total: int) -> Tensor:
+        """One stream of all recordings, long [B, total] or [B, K, total]."""
+        dims, nothing = STREAMS[name]
+        padded = []
+        for row, length in zip(rows, lengths, strict=True):
+            codebooks = (self.num_codebooks,) if dims == 2 else ()
+            # a recording without a mask is there from its first frame to its last
+            missing = torch.full((*codebooks, length), 1 if name == "attention_mask" else nothing)
+            stream = row.get(name, missing)
+            stream = stream if stream.dim() > dims else stream[None]  # with or without the rows' dimension
+            padded.append(F.pad(stream, (0, total - length), value=nothing))
+        return torch.cat(padded)
 
     def _wave(self, audio: Any, sampling_rate: int | None) -> Tensor:
         """Checked and resampled audio, float32 [1 or 2, n]."""
@@ -244,6 +374,14 @@ class MoshiTTTProcessor(ProcessorMixin):
         """The text of one stream of frames [T], without padding."""
         return self.tokenizer.decode([token for _, token in self._said(ids)], skip_special_tokens=True).strip()
 
+    def post_process_multimodal_output(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
+    ) -> Any:
+        """What transformers' any-to-any pipeline shows of what `generate` gave: a text a row, or sound [B, n] for `generation_mode="audio"`."""
+        if generation_mode == "audio":
+            return self.decode_audio(generated_outputs.audio_codes).cpu().numpy()
+        return [self.decode_text(row) for row in getattr(generated_outputs, "sequences", generated_outputs)]
+
     def words(self, ids: Any) -> list[tuple[str, float]]:
         """The words of one stream of frames [T], each with the time in seconds at which it starts."""
         found: list[tuple[list[int], int]] = []
@@ -273,6 +411,12 @@ class MoshiTTTProcessor(ProcessorMixin):
                 "take both from one checkpoint, or set the right ones in config.json or processor_config.json."
             )
 
+    def complete(self, config: Any) -> None:
+        """Tell a model's configuration what its codec knows and it does not: the codes of silence, with which the user ends."""
+        heard = config.num_user_codebooks
+        if config.silence_codes is None and 1 <= heard <= self.num_codebooks:
+            config.silence_codes = [frame[:heard] for frame in self.silence_codes()]
+
     def new_audio_stream(self, batch_size: int = 1) -> MimiStream:
         """Live encoding and decoding of batch_size streams, 80 ms at a time."""
         return MimiStream(self.codec, batch_size, self.num_codebooks)
@@ -291,8 +435,8 @@ class MoshiTTTProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
         without = copy.copy(self)
-        codec = without.__dict__.pop("audio_tokenizer")
-        output = super(MoshiTTTProcessor, without).to_dict()
+        codec, _ = without.__dict__.pop("audio_tokenizer"), without.__dict__.pop("_silence")
+        output = super(MoshiTTTProcessor, without).to_dict() | {"auto_map": dict(AUTO_MAP)}  # which saving would add, and loading takes out
         return output if codec is None else {**output, "audio_tokenizer_folder": self.CODEC_FOLDER}
 
     @classmethod
@@ -306,3 +450,13 @@ class MoshiTTTProcessor(ProcessorMixin):
             folder = f"{subfolder}/{folder}" if subfolder else folder
             processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **own)
         return processor_dict, rest
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str) or (isinstance(given, (list, tuple)) and bool(given) and all(isinstance(one, str) for one in given))
+
+
+def _as(batch: BatchFeature, return_tensors: str | None) -> BatchFeature:
+    if return_tensors == "np":
+        batch.data = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return batch

@@ -98,8 +98,15 @@ class Resampler:
         return {"tail": self.tail, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state` was taken."""
-        self.tail, self.offset = state["tail"], state["offset"]
+        """Go on where `state` was taken. ValueError, and no change, for one that no resampler of these rates and rows was in."""
+        tail, offset = state["tail"], state["offset"]
+        right = tail.dim() == 2 and len(tail) == len(self.tail) and self.latency <= tail.shape[1] <= 2 * self.latency + 1
+        if not right or not bool(tail.isfinite().all()) or offset.dim() or not 0 <= int(offset) < self.up:
+            raise ValueError(
+                f"`tail` {tuple(tail.shape)} and `offset` {offset.tolist()} are not of {len(self.tail)} rows at these rates, or not finite; "
+                "load what `state_dict()` gave, unchanged."
+            )
+        self.tail, self.offset = tail, offset
 
 
 def _ratio(from_rate: int, to_rate: int) -> tuple[int, int, int]:

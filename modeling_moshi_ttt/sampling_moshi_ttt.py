@@ -18,6 +18,8 @@ from torch import Tensor
 MAX_SEED = 2**63 - 1
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # SplitMix64's constants as int64
 
+GUIDANCE = {"cfg_coef", "cfg_scale", "guidance_scale"}  # what Kyutai's package and transformers call it
+
 Number = float | int | bool | Sequence[float] | Tensor
 
 
@@ -98,9 +100,12 @@ def make_sampling(batch_size: int, device: torch.device, **settings: Any) -> Sam
     """Settings as a caller gives them: one number, or one for each row. None of a `top_k` is 0, of a temperature 1.
 
     Raises:
-        ValueError: as many values as rows are not given, or, of a row that samples, a temperature that is not above 0 or a `top_k` below 0.
+        ValueError: classifier-free guidance is asked for, as many values as rows are not given, or, of a row that samples, a temperature that is not above 0 or a `top_k` below 0.
         TypeError: a name that is no setting.
     """
+    if guidance := sorted(GUIDANCE & set(settings)):
+        name = guidance[0]
+        raise ValueError(f"`{name}={settings[name]}` asks for classifier-free guidance, which no Moshi-TTT model is trained for; leave it out.")
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f"`{unknown[0]}` is no setting of sampling; they are {', '.join(SETTINGS)}.")
     rows = {name: _per_row(name, value, batch_size) for name, value in settings.items()}

@@ -6,7 +6,7 @@ Shapes: B rows, K Moshi's codebooks, K_user the user's, M the largest delay.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache_moshi_ttt import MoshiTTTCache
+from .delay_pattern import delay
 from .frames_moshi_ttt import check_shape, check_tokens
 from .rows import Entry, active_rows, check_entries, check_names, row_mask, without_gradients
 from .sampling_moshi_ttt import SETTINGS, Sampling, make_seeds
@@ -34,6 +35,16 @@ class MoshiTTTFrame(NamedTuple):
     valid: Tensor  # [B] bool
 
 
+class LogitsHooks(NamedTuple):
+    """What changes logits before tokens are chosen from them, of the rows as they are given. The model's own logits decide about health."""
+
+    text: Callable[[Tensor], Tensor]  # [B, V] -> [B, V]
+    audio: Callable[[Tensor, int], Tensor]  # [B, card] of the codebook with this number -> [B, card]
+
+
+NO_HOOKS = LogitsHooks(lambda logits: logits, lambda logits, codebook: logits)
+
+
 @dataclass(frozen=True, eq=False)
 class StreamState:
     """What a stream holds at one moment beside its cache; a step makes the next one and puts it in place when all has succeeded.
@@ -44,6 +55,8 @@ class StreamState:
         heard: `[B, K_user, M + 1]` what was heard in them.
         seeds: `[B]` int64.
         sick: `[B]` bool, rows in which numbers were not finite or codes out of range; they say nothing until they are reset.
+        ahead: `[B, 1 + K + K_user, max(M, 1)]` what a prompt's last frames still have to say and to be heard in the next calls, since codebooks
+            are late; -2 where the model chooses, and where the call's own codes are heard.
     """
 
     calls: Tensor
@@ -51,6 +64,7 @@ class StreamState:
     heard: Tensor
     seeds: Tensor
     sick: Tensor
+    ahead: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -68,6 +82,8 @@ class MoshiTTTStream:
     (call [`step`] with nothing once, before the first sound); call s hears the user's frame `s - 1` and returns Moshi's frame `s - M`,
     text and audio of the same instant. The first M calls return no complete frame, and M calls more bring the tail after the last one.
     With Moshi's delays M is 1: the call that hears the user's frame t returns Moshi's frame t.
+    After a prompt of P frames this goes on at call P: it hears the prompt's last frame of the user, so that the codes it is given are
+    dropped too, and returns the prompt's frame P - M.
 
     A row depends on nothing but its own past and its seed. A step that raises has changed nothing.
 
@@ -77,12 +93,23 @@ class MoshiTTTStream:
         sampling: how tokens are chosen.
         seeds: one a row, see [`make_seeds`].
         generator: what seeds are drawn from where none are given, also by [`reset`].
+        past_key_values: what the rows have heard and said before, as a forward pass leaves it; the stream takes it for its own.
+        hooks: what changes logits before tokens are chosen from them.
     """
 
-    def __init__(self, model: Any, batch_size: int, sampling: Sampling, seeds: Any = None, generator: torch.Generator | None = None):
-        self.model, self.sampling, self.generator = model, sampling, generator
-        self.past_key_values: MoshiTTTCache = model.new_cache(batch_size)
-        self.compiled = hasattr(model, "compiled_frame")
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int,
+        sampling: Sampling,
+        seeds: Any = None,
+        generator: torch.Generator | None = None,
+        past_key_values: MoshiTTTCache | None = None,
+        hooks: LogitsHooks = NO_HOOKS,
+    ):
+        self.model, self.sampling, self.generator, self.hooks = model, sampling, generator, hooks
+        self.past_key_values: MoshiTTTCache = model.new_cache(batch_size) if past_key_values is None else past_key_values
+        self.compiled = hasattr(model, "compiled_frame") and hooks == NO_HOOKS
         if self.compiled:
             self.past_key_values.fill(model)
         self.seeded = seeds is not None
@@ -90,6 +117,8 @@ class MoshiTTTStream:
         self._delays = torch.tensor(model.config.delays, device=device)
         self._own = 1 + model.config.num_codebooks
         self.state = self._empty(make_seeds(seeds, batch_size, device, generator))
+        if past_key_values is not None:
+            self.state = self._after(past_key_values)
 
     def _empty(self, seeds: Tensor) -> StreamState:
         config, rows = self.model.config, seeds.shape[0]
@@ -100,7 +129,24 @@ class MoshiTTTStream:
             heard=seeds.new_full((rows, config.num_user_codebooks, depth), ZERO),
             seeds=seeds,
             sick=torch.zeros_like(seeds, dtype=torch.bool),
+            ahead=seeds.new_full((rows, len(config.delays), max(depth - 1, 1)), UNGENERATED),
         )
+
+    def _after(self, cache: MoshiTTTCache) -> StreamState:
+        """The state of rows that have heard the frames of a cache; its `codes` are the last of them."""
+        state, codes, delays = self.state, cache.codes, self.model.config.delays
+        width, unknown = codes.shape[-1], torch.full_like(cache.codes, UNGENERATED)
+        # Frames in delayed time, as calls say them: the last M + 1 calls, and what is late for those to come.
+        line = delay(torch.cat([codes, torch.full_like(state.ahead, UNGENERATED)], dim=-1), delays, unknown)
+        said, ahead = line[:, : self._own, :width], line[..., width:].clone()
+        # Call s hears the user's frame s - 1.
+        user = codes[:, self._own :]
+        ahead[:, self._own :] = UNGENERATED
+        ahead[:, self._own :, 0] = user[..., -1]
+        heard = torch.cat([torch.full_like(user[..., :1], ZERO), user[..., :-1]], dim=-1)
+        heard = heard.masked_fill(heard == self.model.config.audio_vocab_size, ZERO)  # before the start nothing was
+        after = replace(state, calls=cache.frames, said=said, heard=heard, ahead=ahead)
+        return after.where(cache.frames > 0, state)
 
     @property
     def batch_size(self) -> int:
@@ -128,19 +174,24 @@ class MoshiTTTStream:
         Raises:
             ValueError: wrong shapes, or tokens out of range.
         """
-        state = self.state
+        state, ahead = self.state, self.state.ahead[..., 0]
         heard, out_of_range = self._check_heard(user_codes)
-        forced = torch.full_like(state.said[..., 0], UNGENERATED) if forced is None else self._check_forced(forced)
+        heard = torch.where(ahead[:, self._own :] > UNGENERATED, ahead[:, self._own :], heard)
+        late = ahead[:, : self._own]
+        if forced is not None:
+            forced = self._check_forced(forced).to(self.device)
+            late = torch.where(forced > UNGENERATED, forced, late)
         if active is None and self.compiled:
             active = [True] * self.batch_size  # one graph for both
         active = None if active is None else active_rows(active, self.batch_size, self.device)
-        said, sick, cache = self._run(heard, forced.to(self.device), active)
+        said, sick, cache = self._run(heard, late, active)
         after = StreamState(
             calls=state.calls + 1,
             said=torch.cat([state.said[..., 1:], said[..., None]], dim=-1),
             heard=torch.cat([state.heard[..., 1:], heard[..., None]], dim=-1),
             seeds=state.seeds,
             sick=state.sick | sick if out_of_range is None else state.sick | sick | out_of_range,
+            ahead=torch.cat([state.ahead[..., 1:], torch.full_like(state.ahead[..., :1], UNGENERATED)], dim=-1),
         )
         valid = (state.calls >= after.said.shape[-1] - 1) & ~after.sick
         if active is not None:
@@ -155,8 +206,8 @@ class MoshiTTTStream:
     def _run(self, heard: Tensor, forced: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor, MoshiTTTCache]:
         """The tokens `[B, 1 + K]` of this call, the rows `[B]` whose logits are not finite, and the cache after it."""
         state, cache = self.state, self.past_key_values.draft()
-        run = self.model.compiled_frame if self.compiled else frame
-        said, sick = run(self.model, self._inputs(heard), forced, active, cache, self.sampling, state.seeds, state.calls)
+        inputs = (self.model, self._inputs(heard), forced, active, cache, self.sampling, state.seeds, state.calls)
+        said, sick = self.model.compiled_frame(*inputs) if self.compiled else frame(*inputs, self.hooks)
         return said, sick, cache
 
     def _inputs(self, heard: Tensor) -> Tensor:
@@ -239,6 +290,7 @@ class MoshiTTTStream:
         """
         if "seeds" not in tensors and "calls" in tensors:
             kept = {name: tensor for name, tensor in self._own_tensors().items() if name not in ("calls", "said", "heard")}
+            kept["ahead"] = torch.full_like(self.state.ahead, UNGENERATED)
             tensors = {name: tensor for name, tensor in tensors.items() if name != "generator"} | kept
         self._check(tensors, self.batch_size)
         cache = self.past_key_values.draft()
@@ -260,6 +312,9 @@ class MoshiTTTStream:
         check_tokens("said", said[:, :1], tuple(said[:, :1].shape), UNGENERATED, config.vocab_size + 1)
         check_tokens("said", said[:, 1:], tuple(said[:, 1:].shape), UNGENERATED, config.audio_vocab_size + 1)
         check_tokens("heard", tensors["heard"], tuple(tensors["heard"].shape), ZERO, config.audio_vocab_size)
+        ahead = tensors["ahead"]
+        check_tokens("ahead", ahead[:, :1], tuple(ahead[:, :1].shape), UNGENERATED, config.vocab_size + 1)
+        check_tokens("ahead", ahead[:, 1:], tuple(ahead[:, 1:].shape), UNGENERATED, config.audio_vocab_size + 1)
         for name, ok in (
             ("calls", tensors["calls"] >= 0),
             ("seeds", tensors["seeds"] >= 0),
@@ -316,6 +371,7 @@ def frame(
     sampling: Sampling,
     seeds: Tensor,
     calls: Tensor,
+    hooks: LogitsHooks = NO_HOOKS,
 ) -> tuple[Tensor, Tensor]:
     """One frame of every row, without a branch on numbers and without a read by the host: what `compile_stream` makes one graph of.
 
@@ -325,6 +381,7 @@ def frame(
         active: `[B]` bool, or None for all rows.
         cache: brought up to date.
         seeds, calls: `[B]`, what the noise hangs on.
+        hooks: change logits; a stream that has them is not compiled.
 
     Returns:
         What is said `[B, 1 + K]`, and the rows `[B]` whose logits are not finite.
@@ -334,11 +391,11 @@ def frame(
     noise = sampling.noise(seeds, calls, config.vocab_size, config.num_codebooks, config.audio_vocab_size)
     text_noise, audio_noise = noise or (None, None)
     largest = [logits.amax(dim=-1)]  # NaN where one of them is
-    text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], sampling.text(logits, text_noise))
+    text = torch.where(forced[:, 0] > UNGENERATED, forced[:, 0], sampling.text(hooks.text(logits), text_noise))
 
     def choose(logits: Tensor, codebook: int) -> Tensor:
         largest.append(logits.amax(dim=-1))
-        return sampling.audio(logits, None if audio_noise is None else audio_noise[:, codebook])
+        return sampling.audio(hooks.audio(logits, codebook), None if audio_noise is None else audio_noise[:, codebook])
 
     audio = model.depth_decoder.decode(hidden_states, text, forced[:, 1:], choose)
     return torch.cat([text[:, None], audio], dim=1), ~torch.isfinite(torch.stack(largest)).all(dim=0)

@@ -13,6 +13,7 @@ UNGENERATED = -2  # yet to be generated, or not yet complete
 IGNORED = -100  # a label that is not trained
 TEXT_PADDING_IDS = (3, 0)  # Moshi's padding (nobody speaks, or a word's tokens are all said), and its end (right before a word)
 MAIN_SPEAKER, USER_SPEAKER = "SPEAKER_MAIN", "SPEAKER_USER"  # Moshi and the user in word files
+PERSONAPLEX_TONE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)  # Mimi's codes of the tone that PersonaPlex hears while it is prompted
 WORD_START = "\u2581"  # begins the first token of a word
 
 

@@ -140,7 +140,7 @@ def _compute(inputs: TTTInputs, state: TTTState, mask: Tensor | None, options: _
     aligned = _align(inputs, state, mask, b)
     number = aligned.q.shape[1]
     complete = torch.arange(1, number + 1, device=inputs.q.device) * b <= aligned.filled[:, None]  # [B, N]
-    whole = inputs._replace(q=aligned.q, k=aligned.k, v=aligned.v, lr=aligned.lr)
+    whole = TTTInputs(*aligned[:4], *inputs[4:])  # not `_replace`: torch 2.11 empties what that gives where a graph breaks
     out, weights = _body(way)(whole, weights, complete, group_size=group_size, eps=eps, inner_norm=inner_norm)
     return _unalign(out, aligned, inputs.q), dataclasses.replace(_state_after(weights, aligned), lockstep_frames=even)
 

@@ -151,8 +151,9 @@ class TTTState:
         return replace(self, k=empty, v=empty, lr=empty[..., 0])
 
     def filled(self, b: int) -> TTTState:
-        """Likewise, with tensors of its own, and rows that are not taken to be in lockstep."""
-        return replace(self.with_slots(b).map(lambda x: x.contiguous().clone()), lockstep_frames=None)
+        """This state with slots for a mini-batch of b, tensors of its own, and rows that are not taken to be in lockstep."""
+        slotted = self if self.mini_batch_size else self.with_slots(b)
+        return replace(slotted.map(lambda x: x.contiguous().clone()), lockstep_frames=None)
 
     def detach(self) -> TTTState:
         """The same numbers, cut from the graph that made them."""

@@ -91,10 +91,10 @@ def test_golden_there_and_back_is_the_identity(golden, fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(("n_q", "dep_q"), [(7, 3), (5, 4), (8, 2), (3, 3)])
+@pytest.mark.parametrize(("n_q", "dep_q"), [(7, 3), (5, 4), (8, 2)])
 def test_models_with_other_numbers_of_codebooks(golden, n_q, dep_q, fused):
-    """Also where the user is heard in more or fewer codebooks than Moshi speaks in, or not at all."""
-    delays = [0, 0, *[1] * (dep_q - 1), *([0] + [1] * (n_q - dep_q - 1) if n_q > dep_q else [])]
+    """Also where the user is heard in more or fewer codebooks than Moshi speaks in."""
+    delays = [0, 0, *[1] * (dep_q - 1), 0, *[1] * (n_q - dep_q - 1)]
     config = config_from_kyutai({**golden[1], "n_q": n_q, "dep_q": dep_q, "delays": delays})
     assert (config.num_codebooks, config.num_user_codebooks) == (dep_q, n_q - dep_q)
     here = {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
@@ -246,12 +246,15 @@ def test_moshiko_has_the_published_sizes():
         ({"dep_q": 9}, "dep_q = 9"),
         ({"depformer_dim_feedforward": [1, 2, 3]}, "one integer"),
         ({"model_type": "hibiki"}, "model_type = 'hibiki'"),
-        ({"dep_q": 6}, "dep_q = n_q = 6 .* begin anew after 3: .* predicts its user's codebooks too"),
+        ({"n_q": 3, "dep_q": 3, "delays": [0, 0, 1, 1]}, "dep_q = n_q = 3: .* could not hear; .*--own-codebooks"),
+        ({"own_codebooks": 6, "dep_q": 6}, "own_codebooks = 6 must lie between 1 and dep_q = 6, and leave some of n_q = 6"),
+        ({"own_codebooks": 4}, "own_codebooks = 4 must lie between 1 and dep_q = 3"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(golden, change, message):
+    own = change.get("own_codebooks")
     with pytest.raises(ValueError, match=message):
-        config_from_kyutai({**golden[1], **change})
+        config_from_kyutai({**golden[1], **{key: value for key, value in change.items() if key != "own_codebooks"}}, own)
     lacking = {key: value for key, value in golden[1].items() if key != "dim"}
     with pytest.raises(ValueError, match="lacks dim"):
         config_from_kyutai(lacking)
@@ -270,3 +273,14 @@ def test_a_width_that_kyutai_cannot_write_is_refused(golden):
     config.depth_decoder_config.ffn_dim = 170  # would need a feed-forward size of 4 x 32, which Kyutai's code reads as another width
     with pytest.raises(ValueError, match="ffn_dim = 170 at width 32"):
         kyutai_from_config(config)
+
+
+def test_models_that_predict_the_users_codebooks_too_are_split(golden):
+    """PersonaPlex names no sizes; J-Moshi has Moshi's delays; other delays do not tell."""
+    for lm_kwargs in ({"model_type": "personaplex", "version": "7b-v1"}, {**MOSHIKO, "dep_q": 16}):
+        config = config_from_kyutai(lm_kwargs)
+        assert (config.num_codebooks, config.num_user_codebooks, config.hidden_size) == (8, 8, 4096)
+    flat = {**golden[1], "dep_q": 6, "delays": [0] * 7}
+    with pytest.raises(ValueError, match="could not hear"):
+        config_from_kyutai(flat)
+    assert config_from_kyutai(flat, own_codebooks=2).num_user_codebooks == 4

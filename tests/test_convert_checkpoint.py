@@ -216,6 +216,51 @@ def test_ttt_layers_into_kyutais_layout_are_refused_dropped_or_kept(tmp_path):
         assert torch.equal(again(**frames).logits, model(**frames).logits)  # a closed gate added exactly nothing
 
 
+def with_user_slices(folder, state, lm_kwargs, fused):
+    """A repository whose depth transformer predicts all six codebooks, as PersonaPlex's and J-Moshi's do."""
+    folder.mkdir()
+    torch.manual_seed(2)
+    whole = config_from_kyutai({**lm_kwargs, "n_q": 7, "dep_q": 6, "delays": [0] * 8})
+    drawn = hf_to_kyutai({name: torch.randn(tensor.shape) for name, tensor in MoshiTTTForConditionalGeneration(whole).state_dict().items()}, whole)
+    users = {name: tensor for name, tensor in drawn.items() if name not in state and name != "emb.6.weight"}
+    joined = {**state, **users}
+    if fused:
+        for name in [name for name in joined if "depformer" in name and "_projs.0" in name]:
+            parts = [joined.pop(name.replace("projs.0.", f"projs.{k}.")) for k in range(6)]
+            joined[name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0.weight", "out_proj.weight")] = torch.cat(parts)
+    save_file(joined, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**lm_kwargs, "dep_q": 6, "model_type": "moshi"}))
+    return {**state, **users}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_users_depth_slices_are_dropped_for_talking_and_kept_on_request(golden, tmp_path, fused):
+    state, lm_kwargs = golden
+    whole = with_user_slices(tmp_path / "kyutai", state, lm_kwargs, fused)
+    assert "3 codebooks of its own, without the depth slices of the user's" in convert(tmp_path / "kyutai", tmp_path / "here")
+    here = MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "here")
+    assert (here.config.num_codebooks, here.config.num_user_codebooks) == (3, 3)
+    assert equal(here.state_dict(), kyutai_to_hf(state, here.config))
+    convert(tmp_path / "kyutai", tmp_path / "kept", Options(own_codebooks=3, keep_user_slices=True))
+    convert(tmp_path / "kept", tmp_path / "again")
+    assert equal(load_file(tmp_path / "again" / "model.safetensors"), whole)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dep_q"] == 6
+    with pytest.raises(ValueError, match="--fused does not join"):
+        convert(tmp_path / "kept", tmp_path / "fused", Options(fused=True))
+
+
+def test_there_are_no_user_slices_to_keep_where_moshis_alone_are_predicted(kyutai, tmp_path):
+    with pytest.raises(ValueError, match="--keep-user-slices"):
+        convert(kyutai, tmp_path / "here", Options(keep_user_slices=True))
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_converted_model_knows_its_codecs_silence(kyutai, tmp_path):
+    convert(kyutai, tmp_path / "here")
+    processor = MoshiTTTProcessor.from_pretrained(tmp_path / "here")
+    assert MoshiTTTConfig.from_pretrained(tmp_path / "here").silence_codes == processor.silence_codes()
+
+
 def random_lora(state, rank=4):
     """moshi-finetune's LoRA file for a Kyutai model: a pair for every linear layer."""
     generator, pairs = torch.Generator().manual_seed(3), {}

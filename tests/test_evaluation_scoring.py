@@ -210,10 +210,26 @@ def test_slamkits_contract():
     single = torch.cat([scorer.log_likelihood(wavs[i : i + 1, : lens[i]]) for i in range(3)])
     assert torch.allclose(mean, single, atol=1e-5)
     assert scorer.device == torch.device("cpu")
+    named = scorer.log_likelihood(wavs, lens, used_token_modality="SPEECH", mean_nll=False)  # as its metrics call it
+    assert torch.equal(named, total)
+    with pytest.raises(ValueError, match="used_token_modality is 'TEXT'"):
+        scorer.log_likelihood(wavs, lens, used_token_modality="TEXT")
     with pytest.raises(ValueError, match="lens is"):
         scorer.log_likelihood(wavs, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"must be \[B, N\]"):
         scorer.log_likelihood(wavs[0])
+
+
+def test_salmons_contract():
+    """Its metric moves the model once and gives a list of recordings [1, N], of any lengths."""
+    wavs = [torch.randn(1, n) * 0.1 for n in (24000, 5000, 9600)]
+    scorer = SpeechScorer(make_model(), encode)
+    assert scorer.to("cpu") is scorer
+    found = scorer.log_likelihood(wavs)
+    assert torch.equal(found, scorer.log_likelihood([wave[0] for wave in wavs]))
+    assert torch.allclose(found, torch.cat([scorer.log_likelihood(wave) for wave in wavs]), atol=1e-5)
+    with pytest.raises(ValueError, match=r"a wave of shape \(2, 100\)"):
+        scorer.log_likelihood([torch.zeros(2, 100)])
 
 
 def test_what_stands_beside_the_voice_is_chosen_in_words():

@@ -25,12 +25,12 @@ class Step(torch.nn.Module):
 
     def __init__(self, stream):
         super().__init__()
-        self.model, self.stream = stream.model, [stream]
+        self.model, self.sampling, self.cache = stream.model, stream.sampling, [stream.past_key_values.draft()]
 
     def forward(self, inputs, forced, active, seeds, calls, memory):
-        cache, tensors = self.stream[0].past_key_values.draft(), iter(memory)
+        (cache,), tensors = self.cache, iter(memory)
         cache.state = cache.state.map(lambda _: next(tensors))
-        said, sick = frame(self.model, inputs, forced, active, cache, self.stream[0].sampling, seeds, calls)
+        said, sick = frame(self.model, inputs, forced, active, cache, self.sampling, seeds, calls)
         return said, sick, flat(cache)
 
 

@@ -167,7 +167,7 @@ def test_whole_repository_holds_what_was_promised(place):
     hub, *_ = place
     files = hub.repos["user/whole"].files("v1")
     assert sorted(name for name in files if name.startswith("model-")) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert {"README.md", "manifest.json", "config.json", "processor_config.json", "tokenizer.json", "probe.safetensors"} < files.keys()
+    assert {"README.md", "manifest.json", "config.json", "processor_config.json", "tokenizer.json", "probe/probe.safetensors"} < files.keys()
     assert "generation_config.json" in files
     assert "audio_tokenizer/model.safetensors" in files
     assert set(json.loads(files["manifest.json"])["files"]) == files.keys() - {"manifest.json", ".gitattributes"}

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from hub_checkpoints import save_adapter, small_model
+from huggingface_hub import load_torch_model
 from safetensors.torch import load_file, save_file
 from tiny import random_frames
 from transformers import AutoModel, TorchAoConfig
 
 from modeling_moshi_ttt.common.files import write_manifest
 from modeling_moshi_ttt.tools import cli
-from modeling_moshi_ttt.tools.probe import make_probe, probe_loss, write_probe
+from modeling_moshi_ttt.tools.probe import OLD_PROBE, PROBE, make_probe, probe_loss, write_probe
 from modeling_moshi_ttt.tools.verify import human_size, verify
 from modeling_moshi_ttt.training import modes
 from modeling_moshi_ttt.training.run_config import ModelSettings
@@ -52,8 +53,22 @@ def test_a_whole_checkpoint_is_described(checkpoint, capsys):
     assert "TTT layers: 1 (linear)" in said
     assert "dtype: float32 100%" in said
     assert "as stored" in said
-    assert f"full checkpoint, {human_size(sum(path.stat().st_size for path in checkpoint.iterdir()))}\n" in said
+    assert f"full checkpoint, {human_size(sum(path.stat().st_size for path in checkpoint.rglob('*') if path.is_file()))}\n" in said
     assert said.endswith("all is well\n")
+
+
+def test_the_probe_stands_apart_from_the_weights_and_is_found_where_it_used_to_be(checkpoint):
+    model = small_model(ttt_layers=[1], ttt_mixer="linear")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_torch_model(model, checkpoint)  # which takes every `*.safetensors` in the folder for weights
+    saved = load_file(checkpoint / WEIGHTS)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    loss = verify(checkpoint).probe
+    (checkpoint / PROBE).rename(checkpoint / OLD_PROBE)
+    assert loss is not None
+    assert verify(checkpoint).probe == loss
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "common": set(),
     "training": {"common"},
     "evaluation": {"common"},
+    "live": {"common"},
     "tools": {"common", "training", "evaluation"},
 }
 SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglob("*.py"))
@@ -32,7 +33,8 @@ LAYERS = [
     {"ttt_ops"},
     {"ttt_layer", "cache_moshi_ttt"},
     {"outputs_moshi_ttt"},
-    {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt"},
+    {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt", "prompt_moshi_ttt"},
+    {"generation_settings_moshi_ttt"},
     {"generation_moshi_ttt"},
     {"modeling_moshi_ttt"},
 ]

@@ -33,7 +33,7 @@ def test_python_runs_as_it_stands(code, monkeypatch, capsys, tmp_path):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert capsys.readouterr().out.splitlines() == re.findall(r"^print.*  # (.*)$", code, flags=re.MULTILINE) != []
-    assert names["sound"].shape == (1, 1920)
+    assert names["sound"].shape[1] % 1920 == 0
     assert isinstance(names["text"], str)
 
 

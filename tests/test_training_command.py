@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 from hub_checkpoints import small_model, small_processor
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from test_training_data import make_source
 from training_runs import make_model
 from transformers import AutoModel
@@ -55,6 +56,10 @@ def test_from_sound_to_an_adapter_and_again(tmp_path, recipe, capsys):
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
     assert {"tokens_per_second", "data_wait", "peak_memory_gb", "gradient_norm"} <= set(records[0])
     PeftModel.from_pretrained(small_model(), run / "final")
+    alone = AutoPeftModel.from_pretrained(run / "final")  # on the base that the run named
+    assert type(alone.base_model.model).__name__ == "MoshiTTTForConditionalGeneration"
+    saved = load_file(run / "final" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in get_peft_model_state_dict(alone).items())
     told = (run / "final" / "base_config.json").read_text()
     base = MoshiTTTConfig.from_pretrained(tmp_path / "base")
     assert expected_shapes(MoshiTTTConfig.from_dict(json.loads(told))) == expected_shapes(base)
@@ -79,6 +84,9 @@ def test_an_adapter_says_what_base_it_needs(tmp_path, recipe, start):
     assert main(["train", str(recipe), *overrides, "mode=ttt", "lora=null", "trackers=[]", "optim.steps=1", "evaluate_every=0"]) == 0
     final = tmp_path / "run" / "final"
     assert adapter.base_config(final).ttt_layers == [1]
+    # `AutoPeftModel` takes a base as it stands, so it is sent only to one that has the TTT layers by itself
+    named = json.loads((final / "adapter_config.json").read_text())["auto_mapping"]["parent_library"]
+    assert (named == "transformers") == (start == "base")
     if start != "fresh":
         (final / "run.json").unlink()
         (final / "manifest.json").unlink()

@@ -19,13 +19,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The quick core: the ops, the model, its cache and stream, loading by Auto classes, the processor, training, the Hub, the README's first Python.
+# The quick core: the ops, the model, its cache, stream and graphs, loading by Auto classes, the processor, training, the Hub, the README's first Python.
 CORE = (
     "test_ttt_ops.py",
     "test_model.py",
     "test_model_golden.py",
     "test_cache.py",
     "test_generation.py",
+    "test_export.py",
     "test_auto_classes.py",
     "test_processing.py",
     "test_training_modes.py",

@@ -16,6 +16,8 @@ from .files import atomic_write, read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_CONFIG = "base_config.json"
+# PEFT loads a base through a class of one of the libraries that it trusts; transformers then finds the repository's own.
+AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
 TTT_LAYER = re.compile(r"decoder\.model\.layers\.(\d+)\.(ttt|ttt_gate|ttt_layernorm)\.")
 # What an adapter and its base must agree on, and how a message calls it. Of another size, a base would lose or gain layers unnoticed.
 _SIZES = ("hidden_size", "num_hidden_layers", "ffn_dim", "num_codebooks", "vocab_size", "audio_vocab_size")
@@ -48,6 +50,18 @@ def write_base_config(folder: Path, config: MoshiTTTConfig) -> None:
     fields = json.loads(config.to_json_string(use_diff=False))
     fields.pop("_name_or_path", None)  # a folder of the machine it was loaded on
     atomic_write(folder / BASE_CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def name_auto_class(folder: Path, config: MoshiTTTConfig) -> None:
+    """Let `AutoPeftModel` load an adapter whose base has by itself the TTT layers of `config`: it takes the base as it stands."""
+    base, revision = named_base(folder)
+    raw = raw_config(base, "the adapter's base", revision) if base else None
+    if raw is None or _is_plain(raw):
+        return
+    own = _as_ours(raw)
+    if all(getattr(own, name) == getattr(config, name) for name in config.__dataclass_fields__ if name.startswith("ttt_")):
+        content = read_json(folder / ADAPTER_CONFIG) | {"auto_mapping": AUTO_MAPPING}
+        atomic_write(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True))
 
 
 def named_base(folder: Path) -> tuple[str, str | None]:
@@ -164,3 +178,10 @@ def load_base(folder: Path, base: str, revision: str | None = None, dtype: Any =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # fresh TTT layers are the same each time
         return MoshiTTTForConditionalGeneration.from_pretrained(base, config=config, dtype=dtype, **options)
+
+
+def load_merged(folder: Path, base: str, dtype: Any = "auto") -> Any:
+    """The base, with the TTT layers that the adapter needs, and the adapter's weights put into it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(folder, base, dtype=dtype), folder).merge_and_unload()

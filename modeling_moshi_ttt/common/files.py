@@ -120,18 +120,22 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
+def check_folder(path: str | os.PathLike[str], mark: str) -> None:
+    """ValueError where `path` is a file, or a folder that holds something but no file of the name with which its writer marks it."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file())):
+        raise ValueError(f"{path} is there and holds no {mark}, so no earlier run made it; name another folder, or remove it yourself.")
+
+
 def clear_folder(path: str | os.PathLike[str], mark: str) -> None:
     """Remove what an earlier run left in `path`, which it marked with a file of this name; other people's folders are refused.
 
     Raises:
-        ValueError: a file, or a folder that holds something but no such mark.
+        ValueError: as `check_folder`.
     """
-    path = Path(path)
-    if not path.exists():
-        return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file()):
-        raise ValueError(f"{path} is there and holds no {mark}, so no earlier run made it; name another folder, or remove it yourself.")
-    shutil.rmtree(path)
+    check_folder(path, mark)
+    if Path(path).exists():
+        shutil.rmtree(path)
 
 
 @contextmanager

@@ -71,3 +71,16 @@ def hub_errors(doing: str, then: str = "nothing has changed there; run the same 
         if type(error).__module__.startswith("httpx"):
             raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
         raise
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a checkpoint; a Hub name is fetched first."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not is_hub_name(name):
+        raise ValueError(f"{name}: no such folder, and not a Hub name (owner/model)")
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(f"fetching {name}", "run the same command again to go on"):
+        return Path(snapshot_download(name))

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..common.adapters import check_loadable, checked_config, is_adapter, load_base
+from ..common.adapters import check_loadable, checked_config, is_adapter, load_merged
 from ..common.audio import READING
 from ..common.files import atomic_write, read_json, sha256
-from ..common.hub import hub_errors, is_hub_name
+from ..common.hub import local_folder
 from ..common.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
@@ -37,8 +37,8 @@ class Subject:
 
     def __init__(self, settings: EvaluateSettings) -> None:
         self.settings = settings
-        self.folder = _local(settings.model) if settings.model else None
-        self.adapter = _local(settings.adapter) if settings.adapter else None
+        self.folder = local_folder(settings.model) if settings.model else None
+        self.adapter = local_folder(settings.adapter) if settings.adapter else None
         self.device = _device(settings.device)
         if self.folder is not None and is_adapter(self.folder):  # transformers would load another model in silence, the adapter's base
             raise ValueError(f"{self.folder} is an adapter, no whole model; give model=BASE adapter={self.folder}, or merge the two first.")
@@ -68,7 +68,7 @@ class Subject:
         if self.adapter is None:
             model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
         else:
-            model = _merged(self.adapter, str(self.folder), dtype)
+            model = load_merged(self.adapter, str(self.folder), dtype)
         return model.to(self.device).eval()
 
     @cached_property
@@ -91,26 +91,6 @@ class Subject:
             return {"name": "no model", "fingerprint": "", "ttt": {}}
         name = f"{self.settings.model}" + (f" with {self.settings.adapter}" if self.settings.adapter else "")
         return {"name": name, "fingerprint": self.fingerprint, "ttt": self.ttt}
-
-
-def _merged(adapter: Path, base: str, dtype: torch.dtype) -> Any:
-    """The base, with the TTT layers that the adapter needs, and the adapter's weights put into it."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_base(adapter, base, dtype=dtype), adapter).merge_and_unload()
-
-
-def _local(name: str) -> Path:
-    """The folder of a checkpoint; a Hub name is fetched first."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if not is_hub_name(name):
-        raise ValueError(f"{name}: no such folder, and not a Hub name (owner/model)")
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(f"fetching {name}", "run the same command again to go on"):
-        return Path(snapshot_download(name))
 
 
 def _device(name: str) -> str:

@@ -176,7 +176,10 @@ def score_sequences(
 
 
 class SpeechScorer:
-    """Scores waveforms: slamkit's contract, `log_likelihood(wavs, lens, mean_nll) -> [B]`, so that its metrics can call a Moshi-TTT.
+    """Scores waveforms as slamkit's and SALMon's metrics call a model, so that they can call a Moshi-TTT.
+
+    slamkit: `log_likelihood(wavs [B, N], lens [B], used_token_modality=..., mean_nll=...)` and `.device`; SALMon:
+    `log_likelihood([[1, N], ...])` and `.to(device)`.
 
     Args:
         model: `MoshiTTTForConditionalGeneration`.
@@ -223,13 +226,45 @@ class SpeechScorer:
         scored = score_sequences(self.model, self.sequences(waves), self.batch_size)
         return [StreamSums((0.0, *found.sums[1:]), (0, *found.tokens[1:])) for found in scored]
 
-    def log_likelihood(self, wavs: Tensor, lens: Tensor | None = None, mean_nll: bool = True) -> Tensor:
-        """Log-likelihood [B] of zero-padded waves [B, N], the first `lens` [B] samples of each; mean per token (weighted), or the sum."""
-        if wavs.dim() != 2:
-            raise ValueError(f"wavs has shape {tuple(wavs.shape)}; it must be [B, N]")
-        ends = [wavs.shape[1]] * len(wavs) if lens is None else [int(end) for end in lens]
-        if len(ends) != len(wavs) or not all(0 < end <= wavs.shape[1] for end in ends):
-            raise ValueError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
-        waves = [resample(wave[:end].float().cpu(), self.sample_rate, 24000).numpy() for wave, end in zip(wavs, ends)]
+    def to(self, device: torch.device | str) -> SpeechScorer:
+        """Move the model; returns itself."""
+        self.model.to(device)
+        return self
+
+    def log_likelihood(
+        self,
+        wavs: Tensor | Sequence[Tensor],
+        lens: Tensor | None = None,
+        mean_nll: bool = True,
+        used_token_modality: str | None = None,
+    ) -> Tensor:
+        """Log-likelihood [B] of speech; mean per token (weighted), or the sum.
+
+        Args:
+            wavs: zero-padded waves [B, N], or one wave [N] or [1, N] a recording.
+            lens: [B] samples that count of each padded wave; all of them when None.
+            used_token_modality: what slamkit's metrics name; None or "SPEECH", since nothing but speech is scored here.
+
+        Raises:
+            ValueError: shapes or lengths that do not fit, or another modality.
+        """
+        if used_token_modality not in (None, "SPEECH"):
+            raise ValueError(f"used_token_modality is {used_token_modality!r}; speech alone is scored: leave it out or say 'SPEECH'")
+        waves = [resample(wave.float().cpu(), self.sample_rate, 24000).numpy() for wave in _unpadded(wavs, lens)]
         scores = [found.score(self.weights, mean_nll) for found in self.score_waves(waves)]
-        return torch.tensor(scores, device=wavs.device)
+        return torch.tensor(scores, device=self.device)
+
+
+def _unpadded(wavs: Tensor | Sequence[Tensor], lens: Tensor | None) -> list[Tensor]:
+    """One wave [N] a recording, of whichever form `SpeechScorer.log_likelihood` was given."""
+    if not isinstance(wavs, Tensor):
+        wrong = next((tuple(wave.shape) for wave in wavs if wave.dim() not in (1, 2) or (wave.dim() == 2 and len(wave) != 1)), None)
+        if wrong is not None or lens is not None:
+            raise ValueError(f"wavs holds a wave of shape {wrong}, lens is {lens}; a list holds waves [N] or [1, N] and comes without lens")
+        return [wave.reshape(-1) for wave in wavs]
+    if wavs.dim() != 2:
+        raise ValueError(f"wavs has shape {tuple(wavs.shape)}; it must be [B, N]")
+    ends = [wavs.shape[1]] * len(wavs) if lens is None else [int(end) for end in lens]
+    if len(ends) != len(wavs) or not all(0 < end <= wavs.shape[1] for end in ends):
+        raise ValueError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
+    return [wave[:end] for wave, end in zip(wavs, ends)]

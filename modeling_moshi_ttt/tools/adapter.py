@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from ..common import adapters
-from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
+from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, write_base_config
 from ..common.files import atomic_write, read_json
 from ..common.packaged import resolve
 from ..configuration_moshi_ttt import MoshiTTTConfig
@@ -19,8 +19,6 @@ from .shards import ShardWriter, TensorFiles
 from .verify import Facts, Shapes, count, finite_problems, refuse, shape_problems
 
 NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
-# PEFT loads a base through a class of one of the libraries that it trusts; transformers then finds the repository's own.
-AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers"}
 
 
 def _is_local(name: str) -> bool:

@@ -8,6 +8,7 @@ Every row of the table becomes a `Group`: the tensors on one side that together 
 converted by itself, so a checkpoint streams through one group at a time.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -249,6 +250,42 @@ def stream_to_kyutai(names: Iterable[str], fetch: Fetch, config: MoshiTTTConfig,
         yield from zip(group.kyutai, group.to_kyutai(tensors))
     for name in ttt:
         yield name, fetch(name)
+
+
+# Where a name of Kyutai's tells its depth slice, and, with all slices in one tensor, the split spelling of each.
+_SLICE = re.compile(r"^(?:depformer\.layers\.\d+\.(?:self_attn\.(?:in|out)_projs|gating)|depformer_in|depformer_emb|linears)\.(\d+)\.")
+_ALL_SLICES = re.compile(r"^(depformer\.layers\.\d+\.self_attn\.(?:in|out)_proj)(?:_|\.)weight$")
+
+
+class OwnSlices:
+    """A Kyutai checkpoint whose depth transformer has `dep_q` slices, read as one of the first `own` of them, which are Moshi's.
+
+    Within a frame a slice sees those before it, so what Moshi says is the same without the user's.
+
+    names: of the checkpoint without the user's slices. fetch: reads one of them. users: reads the user's slices, in the split spelling.
+    """
+
+    def __init__(self, names: Iterable[str], fetch: Fetch, own: int, dep_q: int):
+        self._all, self._fetch, self.own, self.dep_q = list(names), fetch, own, dep_q
+        self.names = [name for name in self._all if not self._is_users(name)]
+
+    def _is_users(self, name: str) -> bool:
+        found = _SLICE.match(name)
+        # The first slice embeds text; the next one, number 1, has the first table of codes, number 0.
+        return found is not None and int(found[1]) >= self.own - name.startswith("depformer_emb.")
+
+    def fetch(self, name: str) -> Tensor:
+        tensor = self._fetch(name)
+        return tensor[: self.own * (tensor.shape[0] // self.dep_q)] if self.own < self.dep_q and _ALL_SLICES.match(name) else tensor
+
+    def users(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._all:
+            if self._is_users(name):
+                yield name, self._fetch(name)
+            elif self.own < self.dep_q and (found := _ALL_SLICES.match(name)):
+                for k, tensor in enumerate(self._fetch(name).chunk(self.dep_q)):
+                    if k >= self.own:
+                        yield f"{found[1]}s.{k}.weight", tensor.contiguous()
 
 
 def kyutai_to_hf(state_dict: Mapping[str, Tensor], config: MoshiTTTConfig) -> dict[str, Tensor]:

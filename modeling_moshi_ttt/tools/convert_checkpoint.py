@@ -26,16 +26,17 @@ from ..common.files import atomic_folder, atomic_write, parse_json, read_json
 from ..common.hub import hub_errors, is_hub_name
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from . import convert_old_ttt as old_ttt
-from .convert import check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
+from .convert import OwnSlices, check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
 from .convert_lora import lora_to_peft, peft_config, peft_to_lora
 from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
-from .kyutai_config import MOSHI_7B, kyutai_from_config
+from .kyutai_config import MOSHI_7B, kyutai_from_config, published, split_codebooks
 from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from .stage import copy_others
 
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
 KYUTAI_MIMI_CONFIG = "mimi_config.json"
 PUBLISHED_MIMI, PUBLISHED_TOKENIZER = "tokenizer-e351c8d8-checkpoint125.safetensors", "tokenizer_spm_32k_3.model"
+USER_SLICES = "user_depth_slices.safetensors"  # the depth transformer's for the user's codebooks, under Kyutai's names
 KEPT_TTT = "ttt_config.json"  # beside Kyutai's layout with TTT weights: their settings, which its config.json has no place for
 CODEC, SENTENCEPIECE = "audio_tokenizer", "tokenizer.model"
 CODEC_PREFIX = "audio_encoder."
@@ -48,7 +49,8 @@ class Options:
     """What one may choose.
 
     ttt: fields of MoshiTTTConfig. dtype: of the written weights, theirs unless given. keep_ttt, fused: for Kyutai's layout.
-    base: the base model an adapter names.
+    base: the base model an adapter names. own_codebooks: how many audio codebooks are Moshi's, where the depth transformer has the user's too.
+    keep_user_slices: write the depth transformer's slices of the user's codebooks beside the model, from where they go back into Kyutai's layout.
     """
 
     ttt: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Options:
     keep_ttt: bool = False
     fused: bool = False
     base: str | None = None
+    own_codebooks: int | None = None
+    keep_user_slices: bool = False
 
     def cast(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the dtype asked for; ValueError for weights that are not finite, or are too large for it."""
@@ -133,7 +137,7 @@ def _local(src: str, api: HfApi) -> Path:
 
 
 def _lm_kwargs(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else dict(MOSHI_7B)
+    return dict(published(read_json(folder / "config.json"))) if (folder / "config.json").is_file() else dict(MOSHI_7B)
 
 
 def _write_model(out: Path, config: MoshiTTTConfig, tensors: Iterable[tuple[str, Tensor]], options: Options) -> None:
@@ -149,10 +153,19 @@ def from_kyutai(folder: Path, weights: Path | None, out: Path, options: Options)
     """Model, codec and tokenizer of a Kyutai repository, and TTT weights that `to_kyutai` has kept in it."""
     raw = _lm_kwargs(folder)
     kept = read_json(folder / KEPT_TTT) if (folder / KEPT_TTT).is_file() else {}
-    config = config_from_kyutai(raw, **kept | options.ttt)
+    config = config_from_kyutai(raw, options.own_codebooks, **kept | options.ttt)
     files = TensorFiles(weights or _kyutai_weights(folder, raw) or folder / SINGLE)
-    _write_model(out, config, stream_to_here(files.names, files.fetch, config), options)
-    return f"Kyutai's Moshi, {_processor_from_kyutai(folder, raw, out, config)}"
+    own = OwnSlices(files.names, files.fetch, split_codebooks(raw, options.own_codebooks), raw["dep_q"])
+    _write_model(out, config, stream_to_here(own.names, own.fetch, config), options)
+    said = "Kyutai's Moshi"
+    if own.own < own.dep_q:
+        said += f" with {own.own} codebooks of its own, without the depth slices of the user's"
+        if options.keep_user_slices:
+            save_file(dict(options.cast(own.users())), out / USER_SLICES)
+            said += f", which {USER_SLICES} keeps"
+    elif options.keep_user_slices:
+        raise ValueError("--keep-user-slices: the depth transformer has no slices of the user's codebooks; leave it out")
+    return f"{said}, {_processor_from_kyutai(folder, raw, out, config)}"
 
 
 def from_old_ttt(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
@@ -160,7 +173,8 @@ def from_old_ttt(folder: Path, weights: Path | None, out: Path, options: Options
     raw = _lm_kwargs(folder)
     files = TensorFiles(weights or _kyutai_weights(folder, raw) or folder / SINGLE)
     unwrapped = old_ttt.unwrap(files.names)
-    config = config_from_kyutai(raw, **old_ttt.ttt_fields(unwrapped, files.fetch) | options.ttt)
+    ttt: dict[str, Any] = old_ttt.ttt_fields(unwrapped, files.fetch) | options.ttt
+    config = config_from_kyutai(raw, **ttt)
     read = old_ttt.reader(unwrapped, files.fetch, config)
     _write_model(out, config, stream_to_here([*unwrapped.names, *unwrapped.absent], read, config), options)
     said = (
@@ -202,7 +216,10 @@ def _write_processor(out: Path, tokenizer: Any, config: MoshiTTTConfig) -> None:
 
     codec = MimiModel.from_pretrained(out / CODEC)
     extractor = EncodecFeatureExtractor(feature_size=codec.config.audio_channels, sampling_rate=codec.config.sampling_rate)
-    MoshiTTTProcessor(extractor, tokenizer, codec, config.num_codebooks, config.text_padding_ids).save_pretrained(out)
+    processor = MoshiTTTProcessor(extractor, tokenizer, codec, config.num_codebooks, config.text_padding_ids)
+    processor.save_pretrained(out)
+    processor.complete(config)
+    config.save_pretrained(out)
 
 
 def from_moshi(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
@@ -234,9 +251,16 @@ def to_kyutai(folder: Path, weights: Path | None, out: Path, options: Options) -
     config, files = MoshiTTTConfig.from_pretrained(folder), TensorFiles(folder)
     names, said = _without_ttt(files, config, options.keep_ttt)
     options = replace(options, dtype=options.dtype or files.fetch("decoder.lm_head.weight").dtype)  # Kyutai's loader reads one file
+    users = TensorFiles(folder / USER_SLICES) if (folder / USER_SLICES).is_file() else None
+    if users is not None and options.fused:
+        raise ValueError(f"{folder / USER_SLICES} holds one tensor a slice, which --fused does not join; leave it out")
     with ShardWriter(out, ONE_FILE) as writer:
         writer.add_all(options.cast(stream_to_kyutai(names, files.fetch, config, options.fused)))
+        if users is not None:
+            writer.add_all(options.cast((name, users.fetch(name)) for name in users.names))
     raw = kyutai_from_config(config) | {"model_type": "moshi", "moshi_name": SINGLE}
+    if users is not None:
+        raw["dep_q"] = raw["n_q"]
     if (folder / CODEC).is_dir():
         codec_config, codec = MimiConfig.from_pretrained(folder / CODEC), TensorFiles(folder / CODEC)
         save_file(dict(stream_mimi_to_kyutai(codec.names, codec.fetch, codec_config)), out / KYUTAI_MIMI)
@@ -312,7 +336,7 @@ def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -
 
 # What a source is: (its converter, its name in messages, the options that mean something for it)
 CONVERTERS = {
-    "kyutai": (from_kyutai, "a model in Kyutai's layout", ("ttt", "dtype", "max_shard_size")),
+    "kyutai": (from_kyutai, "a model in Kyutai's layout", ("ttt", "dtype", "max_shard_size", "own_codebooks", "keep_user_slices")),
     "old-ttt": (from_old_ttt, "a model of earlier TTT experiments", ("ttt", "dtype", "max_shard_size")),
     "moshi": (from_moshi, "transformers' Moshi", ("ttt", "dtype", "max_shard_size")),
     "here": (to_kyutai, "a model in this package's layout", ("dtype", "keep_ttt", "fused")),
@@ -351,10 +375,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file (default: %(default)s)")
     parser.add_argument("--keep-ttt", action="store_true", help="into Kyutai's layout: keep TTT weights, under their own names")
     parser.add_argument("--fused", action="store_true", help="into Kyutai's layout: the older one, with joint projections")
+    parser.add_argument("--own-codebooks", type=int, help="from Kyutai's layout: audio codebooks that are Moshi's, where dep_q has the user's too")
+    parser.add_argument("--keep-user-slices", action="store_true", help=f"from Kyutai's layout: keep the user's depth slices in {USER_SLICES}")
     parser.add_argument("--base", help="the base model that a converted adapter names")
 
 
 def run(args: argparse.Namespace) -> int:
-    options = Options(parse_ttt(args.ttt), DTYPES.get(args.dtype), args.max_shard_size, args.keep_ttt, args.fused, args.base)
+    options = Options(parse_ttt(args.ttt), DTYPES.get(args.dtype), args.max_shard_size, args.keep_ttt, args.fused, args.base, args.own_codebooks, args.keep_user_slices)
     print(convert(args.src, args.dst, options))
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.adapters import AUTO_MAPPING
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from .convert import Group, as_spelled, check_names, moshi_groups, ttt_names
 
@@ -149,7 +150,7 @@ def peft_config(weights: Mapping[str, Tensor], config: MoshiTTTConfig, rank: int
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {"base_model_class": "AutoModel", "parent_library": "transformers"},
+        "auto_mapping": AUTO_MAPPING,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank * scaling,

@@ -81,6 +81,9 @@ MOSHI_7B: dict[str, Any] = {
     "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
 }
 
+# Whose config.json says nothing but the model's name: PersonaPlex is Moshi 7B with a depth slice for each of the user's codebooks too.
+PUBLISHED = {"personaplex": {**MOSHI_7B, "dep_q": 16}}
+
 # What a repository's config.json says about its files, not about the model.
 REPOSITORY_KEYS = (
     *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "lm_gen_config", "tts_config"),
@@ -124,21 +127,43 @@ def _check(lm_kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"delays[0] = {lm_kwargs['delays'][0]}: the text stream must not be delayed")
     if not 1 <= lm_kwargs["dep_q"] <= lm_kwargs["n_q"]:
         raise ValueError(f"dep_q = {lm_kwargs['dep_q']} must lie between 1 and n_q = {lm_kwargs['n_q']}")
-    half, odd = divmod(lm_kwargs["n_q"], 2)
-    delays = lm_kwargs["delays"][1:]
-    if lm_kwargs["dep_q"] == lm_kwargs["n_q"] and not odd and delays[:half] == delays[half:] and len(set(delays)) > 1:
-        raise ValueError(
-            f"dep_q = n_q = {lm_kwargs['n_q']} with audio delays that begin anew after {half}: this model predicts its user's codebooks too, "
-            f"which has no counterpart here; only a depth transformer of Moshi's own codebooks (dep_q = {half}) can be converted"
-        )
 
 
-def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConfig:
+def split_codebooks(lm_kwargs: Mapping[str, Any], given: int | None = None) -> int:
+    """How many of the n_q audio codebooks are Moshi's own; the others are the user's.
+
+    As many as the depth transformer predicts, unless that predicts the user's too (PersonaPlex, J-Moshi: dep_q = n_q): then half of them where
+    the delays begin anew there, or those `given`. Raises ValueError where nobody would be left to hear.
+    """
+    n_q, dep_q, delays = lm_kwargs["n_q"], lm_kwargs["dep_q"], lm_kwargs["delays"][1:]
+    half, odd = divmod(n_q, 2)
+    if given is not None:
+        if not 1 <= given <= dep_q or given == n_q:
+            raise ValueError(f"own_codebooks = {given} must lie between 1 and dep_q = {dep_q}, and leave some of n_q = {n_q} for the user")
+        return given
+    if dep_q < n_q:
+        return dep_q
+    if not odd and delays[:half] == delays[half:] and len(set(delays)) > 1:
+        return half
+    raise ValueError(
+        f"dep_q = n_q = {n_q}: with every codebook Moshi's own the model could not hear; say how many are with own_codebooks (--own-codebooks)"
+    )
+
+
+def published(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A repository's config.json, or what it stands for where it names a model and none of its sizes."""
+    sizes = PUBLISHED.get(str(config.get("model_type")))
+    return config if sizes is None or "dim" in config else {**sizes, **{key: config[key] for key in REPOSITORY_KEYS if key in config}}
+
+
+def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None = None, **ttt: Any) -> MoshiTTTConfig:
     """The configuration of a Kyutai model, with TTT settings such as `ttt_layers="23-31"` on top; without them it is plain Moshi.
 
-    `lm_kwargs` is what `LMModel` takes, or a repository's whole config.json. Raises ValueError naming the setting that is unknown, missing
+    `lm_kwargs` is what `LMModel` takes, or a repository's whole config.json. `own_codebooks` says how many of the audio codebooks are Moshi's
+    where the depth transformer predicts the user's too and the delays do not tell. Raises ValueError naming the setting that is unknown, missing
     or that this architecture cannot express.
     """
+    lm_kwargs = published(lm_kwargs)
     _check(lm_kwargs)
     dim, depth_dim = lm_kwargs["dim"], lm_kwargs["depformer_dim"]
     scale, norm_eps = lm_kwargs.get("hidden_scale", 4), NORM_EPS[lm_kwargs["norm"]]
@@ -147,7 +172,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], **ttt: Any) -> MoshiTTTConf
         depth_feedforward = int(scale * depth_dim)
     if not isinstance(depth_feedforward, int):
         raise ValueError(f"depformer_dim_feedforward = {depth_feedforward!r}: one integer for all codebooks is needed")
-    own = lm_kwargs["dep_q"]
+    own = split_codebooks(lm_kwargs, own_codebooks)
     context = lm_kwargs.get("context")  # null, and Kyutai's default: attention without a window
     padding = [lm_kwargs.get("existing_text_padding_id", 3), lm_kwargs.get("existing_text_end_padding_id", 0)]
     depth = {

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..common.files import atomic_write
 from ..configuration_moshi_ttt import MoshiTTTConfig
 
-PROBE = "probe.safetensors"
+# In a folder of its own: beside the weights, tools that look for `*.safetensors` take it for one of them.
+PROBE = "probe/probe.safetensors"
+OLD_PROBE = "probe.safetensors"  # where version 0.1.0 put it
 FRAMES = 32
 # Relative difference that another machine or another kernel may make. On the same machine there is none.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -44,14 +46,16 @@ def probe_loss(model: Any, probe: Probe) -> float:
 
 
 def write_probe(folder: str | os.PathLike[str], probe: Probe, loss: float) -> None:
-    """Store the probe and the loss it gave as probe.safetensors."""
-    atomic_write(Path(folder) / PROBE, save({**probe, "loss": torch.tensor(loss, dtype=torch.float64)}))
+    """Store the probe and the loss it gave."""
+    path = Path(folder) / PROBE
+    path.parent.mkdir(exist_ok=True)
+    atomic_write(path, save({**probe, "loss": torch.tensor(loss, dtype=torch.float64)}))
 
 
 def read_probe(folder: str | os.PathLike[str]) -> tuple[Probe, float] | None:
     """The stored probe and its loss; None where there is none. Raises ValueError for a broken file."""
-    path = Path(folder) / PROBE
-    if not path.is_file():
+    path = next((path for name in (PROBE, OLD_PROBE) if (path := Path(folder) / name).is_file()), None)
+    if path is None:
         return None
     try:
         tensors = load_file(path)

@@ -11,7 +11,7 @@ from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type,
 from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD, CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
-from .probe import PROBE, compare, stage_probe
+from .probe import OLD_PROBE, compare, stage_probe
 from .shards import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
 from .verify import Facts, verify
 
@@ -115,7 +115,7 @@ def _stage_full(folder: Path, target: Path, max_shard_size: int | str) -> float:
     return loss
 
 
-REWRITTEN = (MANIFEST, PROBE, CARD, CARD_FACTS, SUMMARY, "config.json", ADAPTER_CONFIG, FINAL_RUN, RUN_CONFIG, RESULTS)
+REWRITTEN = (MANIFEST, OLD_PROBE, CARD, CARD_FACTS, SUMMARY, "config.json", ADAPTER_CONFIG, FINAL_RUN, RUN_CONFIG, RESULTS)
 
 
 def _is_weights(path: Path) -> bool:

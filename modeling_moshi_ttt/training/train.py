@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..common.adapters import write_base_config
+from ..common.adapters import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
 from ..common.packaged import known, names, resolve
 from ..common.settings import describe
@@ -69,7 +69,9 @@ def train(config: RunConfig) -> Path:
     accelerator = setup.make_accelerator(config)
     try:
         train_set, held_out, processor = _load_data(config, model_config, accelerator)
-        model = setup.adapt(setup.build_model(config.model, config.seed), config)
+        model = setup.build_model(config.model, config.seed)
+        processor.complete(model.config)
+        model = setup.adapt(model, config)
         if accelerator.is_main_process:
             print(modes.parameter_table(model), flush=True)
         start_trackers(accelerator, config.trackers, run_dir, config.to_dict())
@@ -139,6 +141,7 @@ def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
             model.save_pretrained(folder, state_dict=state)
             if model is not trainer.bare:
                 write_base_config(folder, trainer.config)
+                name_auto_class(folder, trainer.config)
             if processor is not None:
                 processor.save_pretrained(folder)
             atomic_write(folder / "run.json", json.dumps({"step": trainer.progress.step, "run": trainer.run.to_dict()}, indent=1))

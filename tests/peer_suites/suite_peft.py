@@ -1,40 +1,34 @@
-"""PEFT's common patterns over the tiny model, for every tuner and setting that PEFT tries on decoder models."""
+"""PEFT's tests of decoder models, as they stand, over the tiny model: every tuner and setting that PEFT tries there."""
 
 import dataclasses
 import functools
+import inspect
 import re
 
 import not_applying
 import pytest
 import torch
-from peft_suite.test_decoder_models import ALL_CONFIGS
+from peft_suite import test_decoder_models as theirs  # as a module, for pytest would collect the class itself
 from peft_suite.testing_common import PeftCommonTester
-from tiny import tiny_model
+from tiny import tiny_config
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.training.modes import TEMPORAL
 
-# Two patterns are helpers of others, and some take arguments of their own.
-HELPERS = {"_test_weighted_combination_of_adapters_lora", "_test_weighted_combination_of_adapters_ia3"}
-PATTERNS = sorted(name for name in dir(PeftCommonTester) if name.startswith("_test_") and name not in HELPERS)
-EXTRA = {
-    "_test_add_adapter_no_autocast_adapter_dtype": {"dtype": torch.bfloat16},
-    "_test_generate_pos_args": {"raises_err": False},
-    "_test_passing_input_embeds_works": {"test_name": ""},
-    "_test_training_gradient_checkpointing": {"use_reentrant": False},
-}
+# What PEFT's tests go over, and what this file chooses instead.
+CHOICE = {"model_id": theirs.PEFT_DECODER_MODELS_TO_TEST, "config_cls,config_kwargs": theirs.ALL_CONFIGS}
 
 
 @functools.cache
 def _names(pattern):
-    """Modules of the temporal transformer by their whole names: the depth decoder's, named alike, hold one weight for each codebook."""
-    return [name for name, _ in tiny_model(torch.float32).named_modules() if re.fullmatch(pattern, name)]
+    """Modules of the temporal transformer, by names that the depth decoder's, which hold one weight for each codebook, do not end in."""
+    return [name.removeprefix("decoder.") for name, _ in MoshiTTTForConditionalGeneration(tiny_config()).named_modules() if re.fullmatch(pattern, name)]
 
 
 def _settings():
-    """(name, configuration class, arguments) of PEFT's own choice, aimed at the temporal transformer where PEFT would look the model up."""
-    excluded = not_applying.tuners()
-    for number, (config_class, kwargs) in enumerate(ALL_CONFIGS):
+    """Configuration classes and their arguments, aimed at the temporal transformer where PEFT would look the architecture up."""
+    excluded = not_applying.read("tuners")
+    for number, (config_class, kwargs) in enumerate(theirs.ALL_CONFIGS):
         name, fields = config_class.__name__, {field.name for field in dataclasses.fields(config_class)}
         if "target_modules" in fields:
             kwargs = {**kwargs, "target_modules": _names(TEMPORAL)}
@@ -45,13 +39,15 @@ def _settings():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def model_id(tmp_path_factory):
+    """The tiny model in a folder, where PEFT's tests have the name of a repository."""
     path = tmp_path_factory.mktemp("tiny")
-    tiny_model(torch.float32).save_pretrained(path)
+    torch.manual_seed(0)
+    MoshiTTTForConditionalGeneration(tiny_config()).save_pretrained(path)
     return str(path)
 
 
-class TestPatterns(PeftCommonTester):
+class TestDecoder(PeftCommonTester):
     transformers_class = MoshiTTTForConditionalGeneration
 
     def prepare_inputs_for_testing(self):
@@ -59,13 +55,18 @@ class TestPatterns(PeftCommonTester):
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def _test(pattern):
-    @pytest.mark.parametrize(("config_cls", "config_kwargs"), _settings())
-    def run(self, folder, config_cls, config_kwargs):
-        getattr(self, pattern)(model_id=folder, config_cls=config_cls, config_kwargs=config_kwargs.copy(), **EXTRA.get(pattern, {}))
+def _over_the_tiny_model(test):
+    """The same test with this file's `model_id` and settings, and its other parameters as they are."""
 
-    return run
+    @functools.wraps(test)
+    def run(self, **arguments):
+        test(self, **arguments)
+
+    run.__signature__ = inspect.signature(test)
+    run.pytestmark = [mark for mark in test.pytestmark if mark.args[0] not in CHOICE]
+    return pytest.mark.parametrize(("config_cls", "config_kwargs"), list(_settings()))(run)
 
 
-for _pattern in PATTERNS:
-    setattr(TestPatterns, _pattern.removeprefix("_"), _test(_pattern))
+for _name, _test in vars(theirs.TestDecoderModels).items():
+    if sum(CHOICE.get(mark.args[0]) is mark.args[1] for mark in getattr(_test, "pytestmark", []) if mark.name == "parametrize") == 2:
+        setattr(TestDecoder, _name, _over_the_tiny_model(_test))

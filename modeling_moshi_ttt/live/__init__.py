@@ -1,0 +1,1 @@
+"""Live conversations: sound in, sound and words out."""

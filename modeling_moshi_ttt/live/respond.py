@@ -1,0 +1,172 @@
+"""Answer a recording, or every one of a folder, as a live conversation: the model hears the user frame by frame and speaks at the same time.
+
+A mono recording is the user; of a stereo recording the right channel is. The answer is as long as the recording and stands at its true time.
+Each line of a transcript is a word: {"file", "word", "start", "end", "speaker"}, times in seconds.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..common.adapters import check_loadable, is_adapter, load_merged
+from ..common.audio import audio_pieces, read_audio, write_audio
+from ..common.files import atomic_write, check_folder, make_folder, read_json
+from ..common.hub import local_folder
+from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from ..processing_moshi_ttt import MoshiTTTProcessor
+from ..tokens_moshi_ttt import MAIN_SPEAKER
+from .session import ABOUT, MoshiTTTSession
+
+RATE = 24000  # at which recordings are read to be checked
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
+SAMPLING = {"temperature": float, "text_temperature": float, "top_k": int, "text_top_k": int}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("source", metavar="IN", type=Path, help="a sound file, or a folder of them")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the answer, a .wav; of a folder, a folder")
+    parser.add_argument("--model", required=True, help="folder or Hub name of a model with its processor")
+    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
+    parser.add_argument("--transcript", type=Path, metavar="FILE.jsonl", help="write Moshi's words with their times")
+    parser.add_argument("--stereo", action="store_true", help="write both voices, Moshi left and the user right")
+    parser.add_argument("--seed", type=int, help="of every recording, whose answer then is the same each time, also beside others")
+    for name, kind in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"`{name}` as in the model's new_stream")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--batch-size", type=int, default=8, help="how many recordings of a folder are answered at once (default 8)")
+    parser.add_argument("--save-session", type=Path, metavar="FOLDER", help="keep the conversation after the recording, to go on from")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a conversation that was kept")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer and write everything; what was asked for wrongly is refused before the first answer."""
+    jobs = _jobs(args)
+    model, processor = _load(args)
+    seconds, lines, begin = 0.0, [], time.perf_counter()
+    with tqdm(total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames") as bar:
+        for batch in (jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)):
+            users = [torch.from_numpy(read_audio(source, processor.sampling_rate)[-1]) for source, _ in batch]
+            session = _session(args, model, processor, len(batch))
+            for (source, target), user, (said, text) in zip(batch, users, answer(session, users, bar.update)):
+                sound = np.stack([said.numpy(), user.numpy()]) if args.stereo else said.numpy()
+                write_audio(target, sound, processor.sampling_rate)
+                lines += [{"file": source.name, **word} for word in timed_words(text, processor.frame_rate)]
+                seconds += len(user) / processor.sampling_rate
+    if args.transcript:
+        atomic_write(args.transcript, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if args.save_session:
+        session.save(args.save_session)
+    took = time.perf_counter() - begin
+    print(f"answered {seconds:.1f} s in {took:.1f} s: real-time factor {took / seconds:.2f} (below 1 keeps up with speech)")
+    return 0
+
+
+def answer(
+    session: MoshiTTTSession, users: Sequence[Tensor], progress: Callable[[int], Any] = lambda frames: None
+) -> Iterable[tuple[Tensor, list[str]]]:
+    """Moshi's sound `[n]` and the text of each frame, for every row's user `[n]` at the session's rate, the codec's; the last frame is filled up."""
+    size, late = session.largest_step, max(max(session.stream.model.config.delays) - 1, 0)
+    frames = [math.ceil(len(user) / size) for user in users]
+    heard = torch.stack([F.pad(user, (0, (max(frames) + late) * size - len(user))) for user in users])
+    said = []
+    for t, piece in enumerate(heard.split(size, 1)):
+        said.append(session.step(piece, [t < count + late for count in frames]))
+        progress(sum(t < count for count in frames))
+    sound = torch.cat([frame.pcm for frame in said[late:]], 1)
+    for row, (user, count) in enumerate(zip(users, frames)):
+        yield sound[row, : len(user)], [frame.text[row] for frame in said[late : late + count]]
+
+
+def timed_words(text: Sequence[str], frame_rate: float) -> list[dict[str, Any]]:
+    """The words of text pieces, one a frame: each from its first frame to the end of its last."""
+    words: list[dict[str, Any]] = []
+    for t, piece in enumerate(text):
+        if not piece.strip():
+            continue
+        if piece.startswith(" ") or not words:
+            words.append({"word": "", "start": round(t / frame_rate, 3)})
+        words[-1] |= {"word": words[-1]["word"] + piece.strip(), "end": round((t + 1) / frame_rate, 3), "speaker": MAIN_SPEAKER}
+    return words
+
+
+def _jobs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """(recording, answer) of each; ValueError or OSError for arguments that do not fit each other or what is there."""
+    folder = args.source.is_dir()
+    if folder and (args.save_session or args.resume):
+        raise ValueError(f"IN is the folder {args.source}, but --save-session and --resume are for one conversation; name one recording.")
+    sampling = [name for name in ("seed", *SAMPLING) if getattr(args, name) is not None] + ["greedy"] * args.greedy
+    if args.resume and sampling:
+        raise ValueError(f"--{sampling[0].replace('_', '-')} cannot be given with --resume: a conversation goes on with its own settings.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; it must be 1 or more.")
+    if args.save_session:
+        check_folder(args.save_session, ABOUT)
+    if not folder:
+        jobs = [(args.source, args.target)]
+    else:
+        sources = sorted(path for path in args.source.iterdir() if path.suffix.lower() in SOUNDS)
+        jobs = [(source, args.target / f"{source.stem}.wav") for source in sources]
+        if not jobs:
+            raise ValueError(f"IN is the folder {args.source}, which holds no sound file ({', '.join(SOUNDS)}).")
+    targets = [target for _, target in jobs]
+    if twice := [target for target in targets if targets.count(target) > 1]:
+        raise ValueError(f"two recordings of {args.source} would have the answer {twice[0]}; rename one of them.")
+    for source, target in jobs:
+        if target.suffix.lower() != ".wav" or target.is_dir() or target.resolve() == source.resolve():
+            raise ValueError(f"OUT is {target}; the answer to {source} must be another file, a .wav.")
+        _checked_seconds(source)
+    if folder:
+        make_folder(args.target, "OUT")
+    return jobs
+
+
+@cache  # once before the model is loaded, and again for the progress bar
+def _checked_seconds(path: Path) -> float:
+    """Its length; ValueError or OSError unless the whole recording can be read and says who the user is."""
+    samples = 0
+    for piece in audio_pieces(path, RATE, 60.0):
+        if len(piece) > 2:
+            raise ValueError(f"{path}: has {len(piece)} channels; a recording is mono, the user, or stereo with the user right.")
+        samples += piece.shape[1]
+    return samples / RATE
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and processor; ValueError where there are none, or an adapter stands in a model's place."""
+    folder = local_folder(args.model)
+    if is_adapter(folder):
+        raise ValueError(f"--model is {args.model}, an adapter; give its base as --model and {args.model} as --adapter.")
+    adapter = local_folder(args.adapter) if args.adapter else None
+    if adapter is None:
+        check_loadable(read_json(folder / "config.json"), args.model)
+        model: Any = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    else:
+        model = load_merged(adapter, str(folder))
+    own = [place for place in (folder, adapter) if place is not None and (place / "processor_config.json").is_file()]
+    if not own:
+        raise ValueError(f"--model is {args.model}, which holds no processor (processor_config.json); save it there with save_pretrained.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), MoshiTTTProcessor.from_pretrained(own[0])
+
+
+def _session(args: argparse.Namespace, model: Any, processor: Any, rows: int) -> MoshiTTTSession:
+    if args.resume:
+        session = MoshiTTTSession.load(args.resume, model, processor)
+        if session.batch_size != 1 or session.sample_rate != processor.sampling_rate:
+            found = f"{session.batch_size} rows at {session.sample_rate} Hz"
+            raise ValueError(f"--resume is {args.resume}, with {found}; it must have one row at {processor.sampling_rate} Hz.")
+        return session
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None} | {"do_sample": not args.greedy}
+    seeds = None if args.seed is None else [args.seed] * rows
+    return MoshiTTTSession(model, processor, rows, processor.sampling_rate, seeds=seeds, **sampling)
