@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,6 +25,8 @@ autodoc_default_options = {"members": True, "ignore-module-all": True, "member-o
 autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields of named tuples are members already
+napoleon_custom_sections = [("Args of forward", "params_style")]
 
 html_theme = "furo"
 html_title = f"Moshi-TTT {release}"
@@ -35,8 +38,6 @@ html_math_renderer = "mathml"
 def math(self, node):
     """MathML, which browsers draw themselves: pages need neither a script nor a network."""
     self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
-    from docutils import nodes
-
     raise nodes.SkipNode
 
 

@@ -18,7 +18,7 @@ from modeling_moshi_ttt.training.run_config import RunConfig
 
 PACKAGE = modeling_moshi_ttt.__name__
 # Of the sub-packages, what one calls from Python; the rest is commands.
-ALSO = ("common.packaged", "training.modes", "tools.convert")
+ALSO = ("common.packaged", "live.session", "training.modes", "tools.convert")
 KERNELS = "ttt_kernels"  # their public face is `ttt_ops`
 SETTINGS = {"train": RunConfig, "evaluate": EvaluateSettings}
 

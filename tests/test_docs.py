@@ -1,0 +1,130 @@
+"""The documentation builds without a warning, its tutorials run and say what they show, and its reference pages hold all there is."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from pages import PAGES, commands, files_named, read, run_command, run_page
+from tree import ROOT
+
+import modeling_moshi_ttt
+from modeling_moshi_ttt.common import packaged
+from modeling_moshi_ttt.common.settings import groups
+from modeling_moshi_ttt.tools.cli import COMMANDS, main
+from modeling_moshi_ttt.training.run_config import RunConfig
+
+RECORDINGS = "docs/tutorials/recordings.md"
+# Pages whose commands need a GPU, the network or hours show them in blocks of another kind (bash, py), which are not run.
+IN_PROCESS = ["docs/tutorials/memory.md", "docs/tutorials/talking.md", "docs/tutorials/measuring.md", "docs/how-to/convert.md", "docs/how-to/resume.md"]
+IN_SHORT = {"train": ["optim.steps=2", "evaluate_start=false", "evaluate_every=0"], "recall": ["steps=2", "sequences=8", "pairs=[2]", "distances=[24]"]}
+
+
+def in_short(line: str) -> str:
+    """A command of minutes with fewer steps, which leave its output's form as it is."""
+    return " ".join([line, *(f"'{word}'" for word in IN_SHORT.get(line.split()[1], []))])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which the recipe demo has run, in short."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_command(in_short("moshi-ttt train demo"))
+    return folder
+
+
+@pytest.mark.parametrize("page", IN_PROCESS)
+def test_a_page_runs_and_says_what_it_shows(page, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert run_page(page, lambda line: run_command(in_short(line))) >= 1
+
+
+def test_recordings_become_an_adapter_on_the_hub_and_come_back(tmp_path, monkeypatch):
+    """What speaks with the Hub in processes of their own: its address is read when its library is imported."""
+    monkeypatch.chdir(tmp_path)
+    with HubServer() as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+        def run(line: str) -> str:
+            if line.startswith("hf auth login"):
+                return ""
+            if line.split()[1] not in ("push", "pull"):
+                return run_command(in_short(line))
+            done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            return done.stdout
+
+        assert run_page(RECORDINGS, run) >= 8
+    assert Path("my-moshi").is_dir()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    text = read(page)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", text) if "make " in text else []:
+        if re.search(rf"`make {target}|^make {target}", text, flags=re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for command in re.findall(r"moshi-ttt ([a-z]+)", text):
+        assert command in COMMANDS, command
+    for path in files_named(page):
+        assert [*ROOT.glob(path.rstrip("./"))], path
+
+
+def test_options_that_pages_name_exist(capsys):
+    for page in PAGES:
+        for line in re.findall(r"moshi-ttt [a-z]+ [^`\n]*", read(page)):
+            name, options = line.split()[1], re.findall(r"(?<=\s)--[a-z-]+", re.split(r"\s+# ", line)[0])
+            with pytest.raises(SystemExit):
+                main([name, "--help"])
+            said = capsys.readouterr().out
+            assert [option for option in options if option not in said] == [], line
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The pages, built as `make docs` builds them, from a copy."""
+    place = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "docs", place / "docs", ignore=shutil.ignore_patterns("generated"))
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html", str(place / "docs"), str(place / "html")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(modeling_moshi_ttt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return place
+
+
+def test_the_pages_build_without_a_warning_and_need_no_network(built):
+    pages = {path.relative_to(built / "html").as_posix(): path.read_text() for path in (built / "html").rglob("*.html")}
+    assert {page.removeprefix("docs/").replace(".md", ".html") for page in PAGES if page.startswith("docs/")} <= pages.keys()
+    loaded = re.compile(r'<(?:script|img|link)[^>]*(?:src|href)="https?://')
+    assert [page for page, text in pages.items() if loaded.search(text)] == []
+    assert "<math" in pages["mathematics.html"]
+
+
+def test_every_setting_recipe_and_command_has_its_place(built):
+    settings, recipes, said = ((built / "docs" / "generated" / f"{name}.md").read_text() for name in ("settings", "recipes", "commands"))
+    for group in groups(RunConfig):
+        assert [key for key, _, _ in group.rows if f"| `{key}` |" not in settings] == []
+    assert f"| `optim.lr` | float | `{dataclasses.fields(RunConfig)[5].default_factory().lr}` |" in settings
+    for kind in ("train", "evaluate", "accelerate"):
+        assert [name for name in packaged.names(kind) if f"### {name}\n" not in recipes] == []
+    assert [name for name in COMMANDS if f"usage: moshi-ttt {name} " not in said] == []
+
+
+def test_all_public_names_are_in_the_reference(built):
+    anchors = " ".join(path.read_text() for path in (built / "html" / "generated").glob("*.html"))
+    found = set(re.findall(r'id="modeling_moshi_ttt[\w.]*\.(\w+)"', anchors))
+    assert {name for name in modeling_moshi_ttt.__all__ if not name.startswith("_")} <= found
+
+
+def test_commands_of_the_examples_of_a_page_are_split_from_their_comments():
+    assert commands("moshi-ttt train demo     # minutes\n\nmoshi-ttt verify a#b\n") == ["moshi-ttt train demo", "moshi-ttt verify a#b"]
