@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .live.session import MoshiTTTSession, SessionFrame
     from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTOutput, MoshiTTTPreTrainedModel
     from .processing_moshi_ttt import MoshiTTTProcessor
+    from .quantization_moshi_ttt import MoshiTTTInt8Config
     from .stream_moshi_ttt import MoshiTTTFrame, MoshiTTTStream
     from .ttt_layer import TTTMLP, TTTLinear
     from .ttt_ops import ttt_linear, ttt_mlp
@@ -34,6 +35,7 @@ _HOMES = {
     "live.session": ("MoshiTTTSession", "SessionFrame"),
     "modeling_moshi_ttt": ("MoshiTTTForConditionalGeneration", "MoshiTTTModel", "MoshiTTTOutput", "MoshiTTTPreTrainedModel"),
     "processing_moshi_ttt": ("MoshiTTTProcessor",),
+    "quantization_moshi_ttt": ("MoshiTTTInt8Config",),
     "stream_moshi_ttt": ("MoshiTTTFrame", "MoshiTTTStream"),
     "ttt_layer": ("TTTMLP", "TTTLinear"),
     "ttt_ops": ("ttt_linear", "ttt_mlp"),
@@ -99,6 +101,7 @@ __all__ = [
     "MoshiTTTConfig",
     "MoshiTTTForConditionalGeneration",
     "MoshiTTTFrame",
+    "MoshiTTTInt8Config",
     "MoshiTTTModel",
     "MoshiTTTOutput",
     "MoshiTTTPreTrainedModel",

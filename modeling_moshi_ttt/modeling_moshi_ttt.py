@@ -28,6 +28,7 @@ from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
 from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
+from .quantization_moshi_ttt import METHOD as _INT8  # noqa: F401  # registers the way to load int8 checkpoints
 from .rings import KeyValues, ring_positions
 from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState

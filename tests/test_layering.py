@@ -36,6 +36,7 @@ LAYERS = [
     {"stream_moshi_ttt", "depth_decoder", "attention_moshi_ttt", "prompt_moshi_ttt"},
     {"generation_settings_moshi_ttt"},
     {"generation_moshi_ttt"},
+    {"quantization_moshi_ttt"},
     {"modeling_moshi_ttt"},
 ]
 
