@@ -30,6 +30,10 @@ def blocks_of(page: str, language: str) -> list[str]:
     return [text for name, text in blocks(page) if name == language]
 
 
+def languages(page: str) -> list[str]:
+    return [language for language, _ in blocks(page)]
+
+
 def commands(text: str) -> list[str]:
     """The lines of a block of commands, without their comments."""
     lines = (re.split(r"\s+# ", line)[0].strip() for line in text.splitlines())

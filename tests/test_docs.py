@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from pages import PAGES, commands, files_named, read, run_command, run_page
+from pages import PAGES, commands, files_named, languages, read, run_command, run_page
 from tree import ROOT
 
 import modeling_moshi_ttt
@@ -21,7 +21,7 @@ from modeling_moshi_ttt.training.run_config import RunConfig
 
 RECORDINGS = "docs/tutorials/recordings.md"
 # Pages whose commands need a GPU, the network or hours show them in blocks of another kind (bash, py), which are not run.
-IN_PROCESS = ["docs/tutorials/memory.md", "docs/tutorials/talking.md", "docs/tutorials/measuring.md", "docs/how-to/convert.md", "docs/how-to/resume.md"]
+IN_PROCESS = [page for page in PAGES if page != RECORDINGS and page.startswith("docs/") and {*languages(page)} & {"sh", "python"}]
 IN_SHORT = {"train": ["optim.steps=2", "evaluate_start=false", "evaluate_every=0"], "recall": ["steps=2", "sequences=8", "pairs=[2]", "distances=[24]"]}
 
 
@@ -69,11 +69,9 @@ def test_recordings_become_an_adapter_on_the_hub_and_come_back(tmp_path, monkeyp
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_names_is_there(page):
-    text = read(page)
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", text) if "make " in text else []:
-        if re.search(rf"`make {target}|^make {target}", text, flags=re.MULTILINE):
-            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    text, makefile = read(page), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for command in re.findall(r"moshi-ttt ([a-z]+)", text):
         assert command in COMMANDS, command
     for path in files_named(page):
