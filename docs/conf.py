@@ -16,7 +16,6 @@ author = copyright = "The Moshi-TTT authors"
 release = version = modeling_moshi_ttt.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["README.md"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings mark code with single backticks
@@ -30,7 +29,6 @@ napoleon_custom_sections = [("Args of forward", "params_style")]
 
 html_theme = "furo"
 html_title = f"Moshi-TTT {release}"
-html_static_path = ["pictures"]
 html_copy_source = False
 html_math_renderer = "mathml"
 

@@ -16,6 +16,7 @@ from tree import ROOT
 import modeling_moshi_ttt
 from modeling_moshi_ttt.common import packaged
 from modeling_moshi_ttt.common.settings import groups
+from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.tools.cli import COMMANDS, main
 from modeling_moshi_ttt.training.run_config import RunConfig
 
@@ -110,8 +111,8 @@ def test_the_pages_build_without_a_warning_and_need_no_network(built):
 
 def test_every_setting_recipe_and_command_has_its_place(built):
     settings, recipes, said = ((built / "docs" / "generated" / f"{name}.md").read_text() for name in ("settings", "recipes", "commands"))
-    for group in groups(RunConfig):
-        assert [key for key, _, _ in group.rows if f"| `{key}` |" not in settings] == []
+    for group in [*groups(RunConfig), *groups(EvaluateSettings)]:
+        assert [key for key, _, _ in group.rows if not re.search(rf"^\| `{re.escape(key)}` \|.*\| [^|]{{4,}} \|$", settings, flags=re.MULTILINE)] == []  # with a meaning
     assert f"| `optim.lr` | float | `{dataclasses.fields(RunConfig)[5].default_factory().lr}` |" in settings
     for kind in ("train", "evaluate", "accelerate"):
         assert [name for name in packaged.names(kind) if f"### {name}\n" not in recipes] == []

@@ -55,14 +55,16 @@ class Group(NamedTuple):
     """A dataclass of settings, as help and documentation show it."""
 
     name: str  # as in "zero_shot.tasks[]"; "" is the whole
-    said: str  # the class's docstring
+    said: str  # the docstrings of the class and of those that it extends
     rows: list[tuple[str, str, str]]  # key, type, default as JSON ("" where its own group says it, "needed" where there is none)
 
 
 def groups(cls: type[Any], prefix: str = "") -> list[Group]:
     """Every setting of a dataclass and of the groups in it."""
-    hints, said = typing.get_type_hints(cls), inspect.cleandoc(cls.__doc__ or "")
-    rows, below = [], []
+    hints = typing.get_type_hints(cls)
+    said = "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in cls.__mro__ if dataclasses.is_dataclass(part))
+    rows: list[tuple[str, str, str]] = []
+    below: list[Group] = []
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], prefix + field.name
         rows.append((key, _type_name(hint), _default(field)))
