@@ -14,7 +14,7 @@ from modeling_moshi_ttt.tools.cli import main
 
 REPOSITORY = "https://github.com/moshi-ttt/moshi-ttt/blob/main/"
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "generated" not in path.parts)]
-_VARIES = re.compile(r"[\d.]+ MB|loss [\d.]+|https?://[^/]+|commit \w+")
+_VARIES = re.compile(r" *[\d.]+%|[\d.]+ MB|loss [\d.]+|https?://[^/]+|commit \w+")
 
 
 def read(page: str) -> str:
@@ -41,7 +41,7 @@ def commands(text: str) -> list[str]:
 
 
 def without_what_varies(lines: str) -> list[str]:
-    """Lines of output, but for losses, sizes, addresses and commits."""
+    """Lines of output, but for shares, losses, sizes, addresses and commits."""
     return [_VARIES.sub("...", line).strip() for line in lines.splitlines()]
 
 
