@@ -16,7 +16,7 @@ author = copyright = "The Moshi-TTT authors"
 release = version = modeling_moshi_ttt.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 default_role = "code"  # docstrings mark code with single backticks
 

@@ -137,13 +137,10 @@ def recipes_page() -> str:
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are plain text with `code`, Google sections and, in modules, indented formulas: Sphinx is kept from reading more into them."""
-    if not (getattr(obj, "__module__", None) or name).startswith(PACKAGE):
-        lines[:] = [""]  # inherited from another library, in its own dialect
-    escaped = [re.sub(r"(`[^`]*`)|([*|])|(\w)_(?=\W|$)", lambda m: m[1] or (f"\\{m[2]}" if m[2] else f"{m[3]}\\_"), line) for line in lines]
-    if what == "module":
-        for number in reversed(range(1, len(lines))):
-            if lines[number].startswith("    ") and not lines[number - 1].strip():
-                escaped[number:number] = ["::", ""]
-                end = next((i for i in range(number, len(lines)) if not lines[i].startswith("    ")), len(lines))
-                escaped[number + 2 : end + 2] = lines[number:end]
-    lines[:] = escaped
+    read: list[str] = []
+    for before, line in zip(["", *lines], lines):
+        if what == "module" and line.startswith("    "):
+            read += [line] if before.strip() else ["::", "", line]
+        else:
+            read.append(re.sub(r"(`[^`]*`)|([*|])|(\w)_(?=\W|$)", lambda m: m[1] or (f"\\{m[2]}" if m[2] else f"{m[3]}\\_"), line))
+    lines[:] = read

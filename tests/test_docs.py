@@ -1,11 +1,11 @@
 """The documentation builds without a warning, its tutorials run and say what they show, and its reference pages hold all there is."""
 
-import dataclasses
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,10 @@ from tree import ROOT
 
 import modeling_moshi_ttt
 from modeling_moshi_ttt.common import packaged
-from modeling_moshi_ttt.common.settings import groups
+from modeling_moshi_ttt.common.settings import Group, groups
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.tools.cli import COMMANDS, main
-from modeling_moshi_ttt.training.run_config import RunConfig
+from modeling_moshi_ttt.training.run_config import OptimSettings, RunConfig
 
 RECORDINGS = "docs/tutorials/recordings.md"
 # Pages whose commands need a GPU, the network or hours show them in blocks of another kind (bash, py), which are not run.
@@ -89,41 +89,46 @@ def test_options_that_pages_name_exist(capsys):
             assert [option for option in options if option not in said] == [], line
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The pages, built as `make docs` builds them, from a copy."""
-    place = tmp_path_factory.mktemp("docs")
-    shutil.copytree(ROOT / "docs", place / "docs", ignore=shutil.ignore_patterns("generated"))
-    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html", str(place / "docs"), str(place / "html")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(modeling_moshi_ttt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_the_pages_build_without_a_warning_and_need_no_network(tmp_path):
+    """As `make docs` builds them, from a copy; every public name of the package has its place in them."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("generated"))
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html", "docs", "html"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(modeling_moshi_ttt.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    return place
-
-
-def test_the_pages_build_without_a_warning_and_need_no_network(built):
-    pages = {path.relative_to(built / "html").as_posix(): path.read_text() for path in (built / "html").rglob("*.html")}
+    pages = {path.relative_to(tmp_path / "html").as_posix(): path.read_text() for path in (tmp_path / "html").rglob("*.html")}
     assert {page.removeprefix("docs/").replace(".md", ".html") for page in PAGES if page.startswith("docs/")} <= pages.keys()
     loaded = re.compile(r'<(?:script|img|link)[^>]*(?:src|href)="https?://')
     assert [page for page, text in pages.items() if loaded.search(text)] == []
     assert "<math" in pages["mathematics.html"]
+    named = set(re.findall(r'id="modeling_moshi_ttt[\w.]*\.(\w+)"', " ".join(pages.values())))
+    assert {name for name in modeling_moshi_ttt.__all__ if not name.startswith("_")} <= named
 
 
-def test_every_setting_recipe_and_command_has_its_place(built):
-    settings, recipes, said = ((built / "docs" / "generated" / f"{name}.md").read_text() for name in ("settings", "recipes", "commands"))
-    for group in [*groups(RunConfig), *groups(EvaluateSettings)]:
-        assert [key for key, _, _ in group.rows if not re.search(rf"^\| `{re.escape(key)}` \|.*\| [^|]{{4,}} \|$", settings, flags=re.MULTILINE)] == []  # with a meaning
-    assert f"| `optim.lr` | float | `{dataclasses.fields(RunConfig)[5].default_factory().lr}` |" in settings
+@pytest.fixture
+def generate(monkeypatch):
+    """What writes the reference pages at each build."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return import_module("generate")
+
+
+def test_every_setting_has_a_meaning_and_every_recipe_and_command_its_place(generate, tmp_path):
+    generate.write_pages(tmp_path / "pages")
+    settings, recipes, said = ((tmp_path / "pages" / f"{name}.md").read_text() for name in ("settings", "recipes", "commands"))
+    for key, _, _ in (row for cls in (RunConfig, EvaluateSettings) for group in groups(cls) for row in group.rows):
+        assert re.search(rf"^\| `{re.escape(key)}` \|.*\| [^|]{{4,}} \|$", settings, flags=re.MULTILINE), key
+    assert f"| `optim.lr` | float | `{OptimSettings().lr}` |" in settings
     for kind in ("train", "evaluate", "accelerate"):
         assert [name for name in packaged.names(kind) if f"### {name}\n" not in recipes] == []
     assert [name for name in COMMANDS if f"usage: moshi-ttt {name} " not in said] == []
 
 
-def test_all_public_names_are_in_the_reference(built):
-    anchors = " ".join(path.read_text() for path in (built / "html" / "generated").glob("*.html"))
-    found = set(re.findall(r'id="modeling_moshi_ttt[\w.]*\.(\w+)"', anchors))
-    assert {name for name in modeling_moshi_ttt.__all__ if not name.startswith("_")} <= found
+def test_meanings_are_read_from_a_docstring(generate):
+    rows = [(name, "int", "0") for name in ("one", "two", "three")]
+    said, meanings = generate.meanings_of(Group("", "A group.\n\none, two: what both are,\n    at length.\nNot a field: at all.", rows))
+    assert said == "A group.\n\nNot a field: at all."
+    assert meanings == {"one": "what both are, at length.", "two": "what both are, at length."}
 
 
-def test_commands_of_the_examples_of_a_page_are_split_from_their_comments():
+def test_commands_are_split_from_their_comments():
     assert commands("moshi-ttt train demo     # minutes\n\nmoshi-ttt verify a#b\n") == ["moshi-ttt train demo", "moshi-ttt verify a#b"]
