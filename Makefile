@@ -7,7 +7,7 @@ INSTALLED = $(VENV)-package
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-train test test-versions soak lint package test-package bench peer peer-check peer-suites mutants evaluate-demo clean
+.PHONY: help install demo demo-train test test-versions soak lint package test-package docs bench peer peer-check peer-suites mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ test-package: package  ## the whole test suite and the demonstration, on the ins
 	cd $(INSTALLED)/project && OMP_NUM_THREADS=1 ../bin/pytest -m "not slow" -n 2 --dist worksteal
 	$(INSTALLED)/bin/moshi-ttt init $(INSTALLED)/work
 	cd $(INSTALLED)/work && PATH="$(abspath $(INSTALLED)/bin):$$PATH" ../bin/python examples/demo.py
+
+docs: $(READY)  ## the documentation into build/docs, warnings as errors
+	$(BIN)/python -m sphinx --fail-on-warning --fresh-env --builder html docs build/docs
 
 bench: $(READY)  ## the CPU benchmarks, as ratios against benchmarks/baseline.json
 	$(BIN)/python benchmarks/run.py

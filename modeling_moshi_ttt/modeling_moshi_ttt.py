@@ -305,7 +305,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     Frames go in aligned in time, as the processor makes them; the model delays and shifts them itself. With `past_key_values` they
     continue the streams it holds, so that a recording in windows gives what it gives in one piece.
 
-    Args of `forward`:
+    Args of forward:
         input_ids: `[B, T]` text tokens; -1 is the zero token. All -1 when None.
         moshi_audio_codes: `[B, K, T]` Moshi's codes, or -1. All -1 when None.
         user_audio_codes: `[B, K_user, T]` the user's codes, or -1. All -1 when None.

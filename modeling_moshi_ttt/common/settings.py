@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -23,6 +23,7 @@ from .files import read_text
 T = TypeVar("T")
 ABOVE_ZERO = 1e-30  # as a lowest value: more than 0
 SEEDS = (0, 2**32 - 1)  # that numpy and torch both take
+NEEDED = "needed"  # in place of a default
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,18 +51,38 @@ def load_settings(
     return _fill(cls, data, where, "")
 
 
-def describe(cls: type[Any], group: str = "") -> str:
-    """Every setting of a dataclass and of the groups in it, for a command's help: what a group says of itself, key, type, default."""
-    hints, said = typing.get_type_hints(cls), inspect.cleandoc(cls.__doc__ or "")
-    lines = [f"{group.rstrip('.') or 'settings'}: {said}"]
-    groups = []
+class Group(NamedTuple):
+    """A dataclass of settings, as help and documentation show it."""
+
+    name: str  # as in "zero_shot.tasks[]"; "" is the whole
+    said: str  # the docstrings of the class and of those that it extends
+    rows: list[tuple[str, str, str]]  # key, type, default as JSON ("" where its own group says it, "needed" where there is none)
+
+
+def groups(cls: type[Any], prefix: str = "") -> list[Group]:
+    """Every setting of a dataclass and of the groups in it."""
+    hints = typing.get_type_hints(cls)
+    said = "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in cls.__mro__ if dataclasses.is_dataclass(part))
+    rows: list[tuple[str, str, str]] = []
+    below: list[Group] = []
     for field in dataclasses.fields(cls):
-        hint, key = hints[field.name], group + field.name
-        lines.append(f"  {key}: {_type_name(hint)}{_default(field)}")
+        hint, key = hints[field.name], prefix + field.name
+        rows.append((key, _type_name(hint), _default(field)))
         for part in (hint, *get_args(hint)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
-                groups.append(describe(part, f"{key}[]." if get_origin(hint) is list else f"{key}."))
-    return "\n\n".join(["\n".join(lines), *groups])
+                below += groups(part, f"{key}[]." if get_origin(hint) is list else f"{key}.")
+    return [Group(prefix.rstrip("."), said, rows), *below]
+
+
+def describe(cls: type[Any]) -> str:
+    """Every setting for a command's help: what a group says of itself, then key, type and default."""
+    return "\n\n".join(
+        "\n".join([f"{group.name or 'settings'}: {group.said}", *(_line(*row) for row in group.rows)]) for group in groups(cls)
+    )
+
+
+def _line(key: str, kind: str, default: str) -> str:
+    return f"  {key}: {kind}" + (", needed" if default == NEEDED else f" = {default}" if default else "")
 
 
 def _type_name(hint: Any) -> str:
@@ -82,10 +103,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     else:
         value = field.default
+    if value is dataclasses.MISSING:
+        return NEEDED
     if dataclasses.is_dataclass(value):
-        return ""  # its own lines say it
-    plain = json.dumps(value, default=lambda part: to_dict(part) if dataclasses.is_dataclass(part) else str(part))
-    return ", needed" if value is dataclasses.MISSING else f" = {plain}"
+        return ""  # its own group says it
+    return json.dumps(value, default=lambda part: to_dict(part) if dataclasses.is_dataclass(part) else str(part))
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

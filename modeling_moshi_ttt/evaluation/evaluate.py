@@ -20,7 +20,13 @@ SPLITS = ("swuggy", "sblimp")  # the tasks that have some
 
 @dataclass
 class ZeroShotTask:
-    """One benchmark. `folder` is the unpacked download; `split` is for sWUGGY and sBLIMP, `parts` for SALMon (null: all eight)."""
+    """One benchmark.
+
+    task: its name.
+    folder: the unpacked download.
+    split: of sWUGGY and sBLIMP.
+    parts: of SALMon; null: all eight.
+    """
 
     task: Literal["swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon"]
     folder: Path
@@ -38,7 +44,16 @@ class ZeroShotTask:
 
 @dataclass
 class ZeroShotSettings:
-    """How recordings are scored (the recording is Moshi's voice) and on which tasks."""
+    """How recordings are scored (the recording is Moshi's voice) and on which tasks.
+
+    tasks: the benchmarks.
+    user: the other side of the conversation: absent, or silence (encoded).
+    text: the text stream, which is never scored: absent, or padding in every frame.
+    semantic_weight, acoustic_weight: of a token of the first codebook, and of the others, in a recording's score.
+    reduction: log-likelihood per token, or its sum; the other one is reported beside it.
+    submission: also write ZeroSpeech's submission files.
+    published: set the published rows beside this model's; false for sets of your own in these layouts.
+    """
 
     tasks: list[ZeroShotTask]
     user: Literal["absent", "silence"] = "absent"
@@ -46,8 +61,8 @@ class ZeroShotSettings:
     semantic_weight: float = 100.0
     acoustic_weight: float = 1.0
     reduction: Literal["mean", "sum"] = "mean"
-    submission: bool = False  # also write ZeroSpeech's submission files
-    published: bool = True  # set the published rows beside this model's; false for sets of your own in these layouts
+    submission: bool = False
+    published: bool = True
 
     def __post_init__(self) -> None:
         check_entries("tasks", [task.task for task in self.tasks])
@@ -58,12 +73,18 @@ class ZeroShotSettings:
 
 @dataclass
 class RecordingsSettings:
-    """Where long recordings come from: `folder` in Libri-Light's layout, or `manifest`, a jsonl of ours."""
+    """Where long recordings come from.
+
+    folder: in Libri-Light's layout; or
+    manifest: a .jsonl, as for training.
+    max_recordings: how many of them; null: all.
+    max_frames: of each recording, 750 a minute; null: all.
+    """
 
     folder: Path | None = None
     manifest: Path | None = None
     max_recordings: int | None = None
-    max_frames: int | None = None  # of each recording; 750 a minute
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.manifest is None):
@@ -73,10 +94,14 @@ class RecordingsSettings:
 
 @dataclass
 class LongContextSettings(RecordingsSettings):
-    """Loss against position under each condition."""
+    """Loss against position under each condition.
+
+    conditions: the memory as it is, and what is taken from it.
+    chunk: frames in one forward pass; null: a window.
+    """
 
     conditions: list[str] = field(default_factory=lambda: ["TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"])
-    chunk: int | None = None  # frames in one forward pass; null: a window
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +111,10 @@ class LongContextSettings(RecordingsSettings):
 
 @dataclass
 class InnerLossSettings(RecordingsSettings):
-    """The inner losses of every TTT layer, smoothed over `smooth` points."""
+    """The inner losses of every TTT layer.
+
+    smooth: points of the running mean.
+    """
 
     smooth: int = 10
 
@@ -97,10 +125,16 @@ class InnerLossSettings(RecordingsSettings):
 
 @dataclass
 class DialogueSettings:
-    """The model listens to the user's side of each recording and answers; `max_seconds` of each."""
+    """The model listens to the user's side of each recording and answers.
+
+    manifest: stereo dialogues, a .jsonl.
+    before: the model before fine-tuning (a folder or a Hub name), to stand beside this one.
+    max_recordings, max_seconds: how many dialogues (null: all), and of each how much.
+    temperature, text_temperature: of the codes and of the text.
+    """
 
     manifest: Path
-    before: str | None = None  # the model before fine-tuning (a folder or a Hub name), to stand beside this one
+    before: str | None = None
     max_recordings: int | None = None
     max_seconds: float = 120.0
     temperature: float = 0.8
@@ -151,7 +185,17 @@ class SpokenRecallSettings:
 
 @dataclass
 class EvaluateSettings:
-    """What `moshi-ttt evaluate` runs: every section that is given. `model` is a folder or a Hub name, `adapter` a PEFT folder."""
+    """What `moshi-ttt evaluate` runs: every section that is given.
+
+    output: folder of the report, of results.json and of the pictures.
+    model: a folder or a Hub name.
+    adapter: a PEFT folder or Hub name, to be put into the model.
+    device: auto (a GPU where there is one), cpu, cuda, or one of several by its number, as in cuda:1.
+    dtype: of the weights.
+    batch_size: recordings that are scored at once.
+    seed: of what is drawn: answers, shuffled windows, resamples for the intervals.
+    zero_shot, long_context, inner_loss, dialogue, recall: the sections, each a group of its own.
+    """
 
     output: Path = Path("runs/evaluate")
     model: str | None = None

@@ -36,7 +36,12 @@ def share_within_reach(pairs: int, distance: int, window: int) -> float:
 
 @dataclass
 class VariantSettings:
-    """One model: `mixer` none is window attention alone; `base_lr` null takes the default of the task."""
+    """One model.
+
+    mixer: of its TTT layers; none is window attention alone.
+    mini_batch_size: frames of an inner mini-batch.
+    base_lr: inner learning rate; null: the default of the task.
+    """
 
     mixer: Literal["none", "linear", "mlp"] = "linear"
     mini_batch_size: int = 16
@@ -59,22 +64,36 @@ def _variants() -> list[VariantSettings]:
 
 @dataclass
 class RecallSettings:
-    """What `moshi-ttt recall` runs; every field can be given as key=value."""
+    """What `moshi-ttt recall` runs; every field can be given as key=value.
+
+    output: folder of recall.json and of the picture.
+    window: frames that attention sees in each of two layers.
+    pairs, distances: pairs of key and value, and frames of noise before they are asked for, that are measured.
+    train_distances: lowest and highest in training.
+    told_after: frames of noise before the pairs, measured.
+    train_told_after: lowest and highest in training.
+    sequences: measured for each number of pairs and distance.
+    steps, batch_size, learning_rate: of training; it stops early once the task is learned.
+    seconds: of training for each model, at the most.
+    seed: of weights and sequences.
+    threads: 0: as many as torch takes by itself.
+    variants: the models.
+    """
 
     output: Path = Path("runs/recall")
     window: int = 16
     pairs: list[int] = field(default_factory=lambda: [4, 8])
     distances: list[int] = field(default_factory=lambda: [24, 32, 48, 64, 96])
     train_distances: list[int] = field(default_factory=lambda: [24, 40])
-    told_after: list[int] = field(default_factory=lambda: [0])  # frames of noise before the pairs, measured
-    train_told_after: list[int] = field(default_factory=lambda: [0, 0])  # lowest and highest
-    sequences: int = 512  # measured for each number of pairs and distance
+    told_after: list[int] = field(default_factory=lambda: [0])
+    train_told_after: list[int] = field(default_factory=lambda: [0, 0])
+    sequences: int = 512
     steps: int = 1500
     batch_size: int = 64
     learning_rate: float = 3e-3
-    seconds: float = 600.0  # of training for each model, at the most
+    seconds: float = 600.0
     seed: int = 0
-    threads: int = 0  # 0: as many as torch takes by itself
+    threads: int = 0
     variants: list[VariantSettings] = field(default_factory=_variants)
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ class ModelSettings:
         to the launcher's mixed_precision.
     matmul_precision: of float32 products (torch.set_float32_matmul_precision). "high" lets a GPU's tensor cores do them in TF32, several
         times faster; None takes it where the arithmetic is bfloat16, whose own rounding is coarser, and "highest" where it is float32.
+    activation_checkpointing: compute each layer again in backward instead of keeping what is inside it: less memory, more time.
     """
 
     path: str
@@ -55,7 +56,13 @@ class ModelSettings:
 
 @dataclass
 class LoraSettings:
-    """LoRA over the temporal transformer; `depth_decoder` and `embeddings` add these. scaling = alpha / rank."""
+    """LoRA over the temporal transformer.
+
+    rank: of the two matrices beside each weight.
+    scaling: of their product, alpha / rank.
+    dropout: share of what goes into them that is set to 0 in training.
+    depth_decoder, embeddings: adapt these too.
+    """
 
     rank: int = 128
     scaling: float = 2.0
@@ -74,15 +81,18 @@ class DataSettings:
     columns: names of parquet columns that are not the usual ones, as in {path: file, alignments: words}; the roles are audio, path,
         alignments and speakers.
     cache: folder of the Mimi codes, encoded once, and of what was downloaded or unpacked; None keeps it in the run folder.
-    window_seconds: length of one window. carry: what a batch row takes on from window to window ("none": shuffled windows).
+    window_seconds: length of one window.
+    carry: what a batch row takes on from window to window ("none": shuffled windows).
     tbptt_windows: windows through which gradients flow before the state is cut from its past.
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
     own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
         with them what the depth decoder is given within a frame.
     user_code_noise: share of the user's single codes that are replaced by random ones, so that a sound is not known by exact codes alone.
     text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint.
-    on_bad_files: stop with a list of them, or skip them. allow_outside: accept absolute paths and '..' in manifests.
-    require_words: a recording without words is a bad file. workers: processes that read ahead; 0 reads in the training process.
+    on_bad_files: stop with a list of them, or skip them.
+    allow_outside: accept absolute paths and '..' in manifests.
+    require_words: a recording without words is a bad file.
+    workers: processes that read ahead; 0 reads in the training process.
     """
 
     train: str
@@ -107,14 +117,20 @@ class DataSettings:
 
 @dataclass
 class OptimSettings:
-    """ttt_lr and gate_lr default to lr; no weight decay on norms, biases, gates and inner learning-rate parameters.
+    """How weights are moved.
 
+    steps: of the optimizer.
+    lr, ttt_lr, gate_lr: peak learning rates, of all else, of TTT weights and of gates; the last two are lr where they are null.
+    betas: of AdamW.
+    weight_decay: of AdamW, not on norms, biases, gates and inner learning-rate parameters.
     optimizer: "adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix, next
         to nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. Not
         with FSDP.
     schedule: "onecycle" is moshi-finetune's, torch's OneCycleLR with its defaults: rates rise from 1/25 and fall to 1/250000, and AdamW's
         beta1 falls from 0.95 to 0.85 meanwhile and rises back, in place of the first of `betas`. "cosine" and "constant" keep beta1.
-    clip: largest norm of all gradients together. warmup: share of the steps in which rates rise. max_bad_steps: not finite in a row.
+    clip: largest norm of all gradients together.
+    warmup: share of the steps in which rates rise.
+    max_bad_steps: steps in a row that are not finite, before the run stops.
     """
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
@@ -132,7 +148,12 @@ class OptimSettings:
 
 @dataclass
 class CheckpointSettings:
-    """every: steps between checkpoints (0: only the end). keep: how many stay beside the best. sharded: one file a rank."""
+    """What a run goes on from.
+
+    every: steps between checkpoints (0: only the end).
+    keep: how many stay beside the best.
+    sharded: one file a rank.
+    """
 
     every: int = 100
     keep: int = 3
@@ -151,7 +172,14 @@ class CurriculumSettings:
 class RunConfig:
     """One training run; `run_dir` holds its checkpoints, logs, curve and the final model.
 
-    dialogues: what is drawn where data.train is "made". curriculum: how they grow; None draws the longest from the first step on.
+    run_dir: a new folder, or that of a run to go on with.
+    mode: what is trained: nothing, LoRA, the TTT layers with their gates, both, or every parameter.
+    model, data, lora, optim, checkpoint: groups of their own.
+    dialogues: what is drawn where data.train is "made".
+    curriculum: how they grow; None draws the longest from the first step on.
+    evaluate_every: steps between evaluations on data.evaluation; 0: none.
+    evaluate_start: evaluate before the first step too.
+    seed: of fresh weights, the order of the data, noise and dropout.
     trackers: any of tensorboard, wandb and trackio; wandb and trackio must be installed besides (WANDB_MODE=offline needs no account).
     """
 
