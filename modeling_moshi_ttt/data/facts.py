@@ -50,13 +50,21 @@ _DOES = (
 
 @dataclass
 class ScriptSettings:
-    """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest; kinds are name, number, place and like.
+    """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest. All of it holds at level 1 of a curriculum; at level
+    0 the distance is `start`, every fact is repeated, there is no talk before the facts and nothing is corrected.
 
-    facts: how many are told in a dialogue. digits: of a number. lead: talk before the facts, in half of the dialogues where its lowest is 0. distance: talk between
-        telling and asking. echo: share of the dialogues in which Moshi repeats what it is told. corrections: share in which a fact is told
-        anew and asked again. These hold at level 1 of a curriculum; at level 0 the distance is `start`, every fact is repeated, there is
-        no talk before the facts and nothing is corrected.
-    voices: how many speak. renderings: of a fact's phrases by each voice; `talk_renderings` of a sentence of talk.
+    kinds: of facts that are told: name, number, place and like.
+    facts: how many are told in a dialogue.
+    digits: of a number.
+    lead: talk before the facts, in half of the dialogues where its lowest is 0.
+    start: talk between telling and asking at level 0.
+    distance: talk between telling and asking at level 1.
+    echo: share of the dialogues in which Moshi repeats what it is told.
+    corrections: share of the dialogues in which a fact is told anew and asked again.
+    voices: how many speak.
+    renderings: of a fact's phrases by each voice.
+    talk_renderings: of a sentence of talk by each voice.
+    seed: of the phrases' renderings.
     """
 
     kinds: list[str] = field(default_factory=lambda: list(KINDS))

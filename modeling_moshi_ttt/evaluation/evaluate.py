@@ -148,11 +148,17 @@ class DialogueSettings:
 class SpokenRecallSettings:
     """Where the dialogues come from, and under which conditions they are heard.
 
-    manifest: a data.jsonl of ours, each recording's .json with "questions"; null makes `dialogues` of each kind below, of facts together,
-        sentences of talk and renderings that are held out from training.
-    seconds: of talk between telling and asking. told_after: seconds of talk before the facts. corrected: also dialogues in which facts are
-        told anew. voices, ways: to say a phrase, and to tell and ask a fact, that training heard, or others. kinds, facts, digits: as in training.
-    conditions: of the model. beside: other models, by the name they are shown with. modes: free, led.
+    manifest: a data.jsonl of ours, each recording's .json with "questions"; null makes dialogues.
+    dialogues: how many are made of each kind below, of facts together, sentences of talk and renderings that are held out from training.
+    seconds: of talk between telling and asking.
+    told_after: seconds of talk before the facts.
+    corrected: also dialogues in which facts are told anew.
+    voices: those that training heard, or others.
+    ways: of telling and asking a fact, those that training heard, or others.
+    kinds, facts, digits: as in training.
+    conditions: of the model: TTT, frozen at W0, gate 0.
+    beside: other models, by the name they are shown with.
+    modes: free, led.
     """
 
     manifest: Path | None = None
@@ -194,7 +200,7 @@ class EvaluateSettings:
     dtype: of the weights.
     batch_size: recordings that are scored at once.
     seed: of what is drawn: answers, shuffled windows, resamples for the intervals.
-    zero_shot, long_context, inner_loss, dialogue, recall: the sections, each a group of its own.
+    zero_shot, long_context, inner_loss, dialogue, recall, spoken_recall: the sections, each a group of its own.
     """
 
     output: Path = Path("runs/evaluate")

@@ -162,7 +162,11 @@ class CheckpointSettings:
 
 @dataclass
 class CurriculumSettings:
-    """Made dialogues grow from the shortest to the longest in `steps` steps of a smoothed accuracy of their answers above `threshold`."""
+    """Made dialogues grow from the shortest to the longest while their answers are right.
+
+    threshold: smoothed accuracy of the answers above which they grow.
+    steps: of training above it, from the shortest to the longest.
+    """
 
     threshold: float = 0.8
     steps: int = 100
