@@ -30,6 +30,7 @@ demo-train: $(READY)  ## fine-tune the tiny model on the sample dialogues, evalu
 
 test: $(READY)  ## lint, types and the whole test suite (slow soaks left out)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow" -n 2 --dist worksteal
 
@@ -42,6 +43,7 @@ soak: $(READY)  ## the slow tests
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 package: $(READY)  ## wheel and source distribution into dist/, checked

@@ -17,7 +17,15 @@ Weights = tuple[Tensor, ...]
 
 
 def loop(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, token_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Weights, eps: float = 1e-6
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    token_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Weights,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Weights]:
     """q, k, v `[B, T, H, D]`, lr `[B, T, H]`, weights `[B, H, ...]`, T a multiple of b -> out `[B, T, H, D]` and the weights after."""
     rows, length, heads, dim = q.shape

@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from modeling_moshi_ttt.tools.convert import config_from_kyutai, moshi_groups
-from modeling_moshi_ttt.tools.kyutai_config import MOSHI_7B
+from modeling_moshi_ttt.conversion.kyutai_config import MOSHI_7B
+from modeling_moshi_ttt.conversion.tables import config_from_kyutai, moshi_groups
 
 CODE = """
 import re, sys
-from modeling_moshi_ttt.tools.convert_checkpoint import Options, convert
+from modeling_moshi_ttt.conversion.convert import Options, convert
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 convert(sys.argv[1], sys.argv[2], Options(max_shard_size="5GB"))

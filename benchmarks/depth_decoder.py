@@ -54,13 +54,22 @@ def main() -> None:
     torch.manual_seed(0)
     ours, peer = MoshiTTTDepthDecoder(medium()), MoshiDepthDecoder._from_config(medium(), attn_implementation="sdpa")
     ours.load_state_dict({name: torch.randn_like(weight) * 0.02 for name, weight in ours.state_dict().items()})
-    sides = {"ours": (step(ours, options.frames, False), options.frames), "transformers": (step(peer, options.peer_frames, True), options.peer_frames)}
+    sides = {
+        "ours": (step(ours, options.frames, False), options.frames),
+        "transformers": (step(peer, options.peer_frames, True), options.peer_frames),
+    }
     times = seconds(*(run for run, _ in sides.values()), repeats=options.repeats)
     rows = {}
     print(f"{'':14}{'frames':>8}{'s':>9}{'GB over the model':>20}{'ms a frame':>12}{'MB a frame':>12}")
     for (name, (run, frames)), taken in zip(sides.items(), times):
         peak = peak_bytes(run)
-        rows[name] = {"frames": frames, "seconds": taken, "peak_gb": peak / 1e9, "ms_a_frame": taken / frames * 1e3, "mb_a_frame": peak / frames / 1e6}
+        rows[name] = {
+            "frames": frames,
+            "seconds": taken,
+            "peak_gb": peak / 1e9,
+            "ms_a_frame": taken / frames * 1e3,
+            "mb_a_frame": peak / frames / 1e6,
+        }
         print(f"{name:14}{frames:8}{taken:9.2f}{peak / 1e9:20.2f}{taken / frames * 1e3:12.2f}{peak / frames / 1e6:12.2f}")
     ratio = {key: rows["transformers"][key] / rows["ours"][key] for key in ("ms_a_frame", "mb_a_frame")}
     print(f"transformers' takes {ratio['ms_a_frame']:.1f}x our time and {ratio['mb_a_frame']:.1f}x our memory a frame")

@@ -117,7 +117,13 @@ def check(case: Case, device: str) -> dict[str, Any]:
     errors = {name: float((ours[name] - x).abs().max() / x.abs().max()) for name, x in theirs.items()}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     good = errors[worst] <= BOUNDS[case.numbers]
-    return {**case._asdict(), "error": errors[worst], "of": worst, "good": good, "same_bits": all(torch.equal(ours[n], again[n]) for n in ours)}
+    return {
+        **case._asdict(),
+        "error": errors[worst],
+        "of": worst,
+        "good": good,
+        "same_bits": all(torch.equal(ours[n], again[n]) for n in ours),
+    }
 
 
 def main() -> int:
@@ -136,7 +142,9 @@ def main() -> int:
     print(f"{'mixer':6} {'D':>3} {'b':>2} {'numbers':8} choice masked inner_norm  largest error (of)           same bits twice")
     for row in rows:
         error = f"{row['error']:.1e} ({row['of']})" + ("" if row["good"] else f"  ABOVE {BOUNDS[row['numbers']]:.0e}")
-        start = f"{row['mixer']:6} {row['dim']:3} {row['b']:2} {row['numbers']:8} {row['choice']:6} {row['masked']!s:6} {row['inner_norm']:10}"
+        start = (
+            f"{row['mixer']:6} {row['dim']:3} {row['b']:2} {row['numbers']:8} {row['choice']:6} {row['masked']!s:6} {row['inner_norm']:10}"
+        )
         print(f"{start}  {error:28} {row['same_bits']}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

@@ -1,6 +1,7 @@
 """Compile every configuration of every Triton kernel for Hopper (sm_90), without a GPU: shared memory, registers, spilled bytes.
 
-    python benchmarks/gpu_compile.py [--kernels mlp_forward ...] [--head-dims 64 ...] [--mini-batch 16] [--precision tf32] [--inner-norm none] [--json file]
+    python benchmarks/gpu_compile.py [--kernels mlp_forward ...] [--head-dims 64 ...] [--mini-batch 16] [--precision tf32] [--inner-norm
+    none] [--json file]
 
 Triton brings the compiler and ptxas along. One program may use 227 KB of shared memory; the kernels were not run for this table.
 """
@@ -47,7 +48,16 @@ def compile_one(name: str, dim: int, b: int, precision: str, inner_norm: str, bl
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     taken = time.perf_counter() - begin
-    row = {"kernel": name, "D": dim, "b": b, "tokens": DTYPE[precision], "products": precision, "BLOCK_F": block, "warps": warps, "stages": stages}
+    row = {
+        "kernel": name,
+        "D": dim,
+        "b": b,
+        "tokens": DTYPE[precision],
+        "products": precision,
+        "BLOCK_F": block,
+        "warps": warps,
+        "stages": stages,
+    }
     row["inner_norm"] = inner_norm
     return row | {"shared_bytes": compiled.metadata.shared, **resources(compiled.asm["cubin"]), "seconds": round(taken, 1)}
 
@@ -80,7 +90,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
-    print(f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products inner_norm BLOCK_F warps stages  shared KB registers spilled B  compiled in s")
+    print(
+        f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products inner_norm BLOCK_F warps stages  shared KB registers spilled B  compiled in s"
+    )
     for name in args.kernels:
         for dim in args.head_dims:
             for precision, inner_norm in product(args.precision, args.inner_norm):
@@ -93,7 +105,9 @@ def main() -> None:
                         flush=True,
                     )
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "target": "sm_90", "shared_limit": HOPPER_SHARED_BYTES, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"triton": triton.__version__, "target": "sm_90", "shared_limit": HOPPER_SHARED_BYTES, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

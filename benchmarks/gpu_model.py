@@ -34,7 +34,11 @@ TINY = {
 
 def make_model(tiny: bool, device: str) -> MoshiTTTForConditionalGeneration:
     """Random weights, made where they stay; 7B is what MoshiConfig gives when nothing is said, with Kyutai's widths."""
-    fields = TINY if tiny else {"hidden_size": 4096, "num_hidden_layers": 32, "ffn_dim": 22528, "sliding_window": 3000, "depth_decoder_config": DEPTH_7B}
+    fields = (
+        TINY
+        if tiny
+        else {"hidden_size": 4096, "num_hidden_layers": 32, "ffn_dim": 22528, "sliding_window": 3000, "depth_decoder_config": DEPTH_7B}
+    )
     config = MoshiTTTConfig(**fields, ttt_layers="last:9", ttt_mixer="mlp")
     if tiny:
         return MoshiTTTForConditionalGeneration(config)
@@ -133,7 +137,9 @@ def measure_streaming(model: MoshiTTTForConditionalGeneration, frames: int) -> d
     return found
 
 
-def measure_training(model: MoshiTTTForConditionalGeneration, sizes: list[tuple[float, int]], rank: int, repeats: int) -> list[dict[str, Any]]:
+def measure_training(
+    model: MoshiTTTForConditionalGeneration, sizes: list[tuple[float, int]], rank: int, repeats: int
+) -> list[dict[str, Any]]:
     model.activation_checkpointing_enable()
     adapted = modes.apply(model, "lora+ttt", lora=modes.lora_config(LoraSettings(rank=rank), model)).train()
     rows = []
@@ -167,14 +173,27 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters, of which TTT "
           f"{sum(p.numel() for n, p in model.named_parameters() if modes.is_ttt_parameter(n)) / 1e9:.2f}e9", flush=True)  # fmt: skip
     streaming = measure_streaming(model, 8 if args.tiny else 40 if args.cpu else 200)
-    print("streaming, ms a frame:  with TTT {auto:.2f}  TTT in torch {scan:.2f}  without {without:.2f}  added {added:.1%}".format(**streaming), flush=True)
+    print(
+        "streaming, ms a frame:  with TTT {auto:.2f}  TTT in torch {scan:.2f}  without {without:.2f}  added {added:.1%}".format(
+            **streaming
+        ),
+        flush=True,
+    )
     sizes, rank, repeats = ([(1.0, 1), (1.5, 2)], 4, 1) if args.tiny else ([(15.0, 1), (100.0, 16)], 128, 3)
     rows = [] if args.cpu else measure_training(model, sizes, rank, repeats)
     for row in rows:
-        sides = "   ".join(f"{side} {row[side]['seconds']:.3f} s {row[side]['peak_gb']:.1f} GB" for side in ("auto", "scan", "without") if side in row)
+        sides = "   ".join(
+            f"{side} {row[side]['seconds']:.3f} s {row[side]['peak_gb']:.1f} GB" for side in ("auto", "scan", "without") if side in row
+        )
         print(f"LoRA + TTT step, {row['seconds_of_audio']:.0f} s x {row['rows']}:  {sides}   added {row['added']:.1%}", flush=True)
     if args.json:
-        result = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__, "streaming": streaming, "training": rows}
+        result = {
+            "device": name,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "streaming": streaming,
+            "training": rows,
+        }
         args.json.write_text(json.dumps(result, indent=1))
 
 

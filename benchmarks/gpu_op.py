@@ -185,12 +185,18 @@ def main() -> None:
         ops.append(op_row(case, device, repeats, peaks))
         print_op(ops[-1])
     print("layers in bf16: one frame, forward + backward of all frames, peak memory")
-    for case in [small[1]._replace(frames=18)] if args.tiny else [Case("linear", 128, 16, 1250), Case("mlp", 128, 1, 188), Case("mlp", 128, 16, 1250)]:
+    for case in (
+        [small[1]._replace(frames=18)]
+        if args.tiny
+        else [Case("linear", 128, 16, 1250), Case("mlp", 128, 1, 188), Case("mlp", 128, 16, 1250)]
+    ):
         row: dict[str, Any] = case._asdict()
         for backend in ("triton", "scan"):
             row[backend] = measured(layer_work(case, backend, device), device, repeats)
         layers.append(row)
-        sides = "   ".join(f"{n} {row[n]['first_ms']:.3f} {row[n]['both_ms']:.2f} ms {row[n]['peak_mb']:.0f} MB" for n in ("triton", "scan"))
+        sides = "   ".join(
+            f"{n} {row[n]['first_ms']:.3f} {row[n]['both_ms']:.2f} ms {row[n]['peak_mb']:.0f} MB" for n in ("triton", "scan")
+        )
         print(f"{case.mixer:6} D={case.dim:3} B={case.rows:2} T={case.frames:4}  {sides}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "ops": ops, "layers": layers}, indent=1))

@@ -1,4 +1,5 @@
-"""How long it takes to import the package, beside torch and transformers alone, and to load the tiny model: python benchmarks/import_time.py
+"""How long it takes to import the package, beside torch and transformers alone, and to load the tiny model: python
+benchmarks/import_time.py
 
 Processor seconds of fresh processes, medians; the two imports take turns. --out FILE also writes them as JSON.
 """

@@ -1,7 +1,7 @@
 """What a way of holding the weights costs in talking: size, time of a live frame on one CPU thread, and the loss of a trained model.
 
-Size and time are of the medium configuration (131M parameters, TTT-MLP in 3 of 8 layers, random weights), the ways in turns within one run. The loss
-is of the checkpoint that `--model` names (`make demo` trains one: runs/demo/final), on the dialogues that it learned.
+Size and time are of the medium configuration (131M parameters, TTT-MLP in 3 of 8 layers, random weights), the ways in turns within one run.
+The loss is of the checkpoint that `--model` names (`make demo` trains one: runs/demo/final), on the dialogues that it learned.
 
     python benchmarks/int8.py --model runs/demo/final --out int8.json
 """
@@ -18,8 +18,8 @@ import torch
 from medium import medium
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTInt8Config, MoshiTTTProcessor, packaged
-from modeling_moshi_ttt.common.audio import read_audio
-from modeling_moshi_ttt.common.recordings import read_manifest
+from modeling_moshi_ttt.data.audio import read_audio
+from modeling_moshi_ttt.data.recordings import read_manifest
 
 WAYS = {
     "float32": {"dtype": torch.float32},
@@ -76,7 +76,9 @@ def main() -> None:
         found = f"{row['loss']:10.4f}{row['loss'] / first['loss'] - 1:+9.2%}" if "loss" in row else ""
         print(f"{name:28}{row['megabytes']:8.0f}{row['ms']:12.1f}{row['ms'] / first['ms']:7.2f}x{found}")
     if options.out:
-        options.out.write_text(json.dumps({"date": date.today().isoformat(), "seed": 0, "frames": options.frames, "rows": rows}, indent=2) + "\n")
+        options.out.write_text(
+            json.dumps({"date": date.today().isoformat(), "seed": 0, "frames": options.frames, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

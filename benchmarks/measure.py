@@ -31,7 +31,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         work()
     results = run.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]" and e.device_type() == torch.profiler.DeviceType.CPU)
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]" and e.device_type() == torch.profiler.DeviceType.CPU
+    )
     held = most = 0
     for _, change in events:
         held += change

@@ -1,7 +1,8 @@
-"""How long a memory takes to be written over: one key is told value v1 for one mini-batch, then v2, until its answer is nearer to v2 than to v1.
+"""How long a memory takes to be written over: one key is told value v1 for one mini-batch, then v2, until its answer is nearer to v2 than
+to v1.
 
-Both inner losses in one run, for every mixer, mini-batch size and inner learning rate, on the op alone with a layer's start values, D = 32, gate 1/2.
-"one frame": each value is told in the last frame of a mini-batch only, and the other frames write nothing.
+Both inner losses in one run, for every mixer, mini-batch size and inner learning rate, on the op alone with a layer's start values, D = 32,
+gate 1/2. "one frame": each value is told in the last frame of a mini-batch only, and the other frames write nothing.
 
     python benchmarks/overwrite.py --out benchmarks/overwrite.json --figure docs/pictures/overwrite
 """
@@ -36,7 +37,9 @@ GATE = 0.5  # of a fresh layer
 class Memory:
     """One head of a fresh layer in `rows` streams with a key each, which is told values and asked for them."""
 
-    def __init__(self, mixer: str, inner_norm: str, b: int, base_lr: float, rows: int = 64, dim: int = 32, seed: int = 0, one_frame: bool = False) -> None:
+    def __init__(
+        self, mixer: str, inner_norm: str, b: int, base_lr: float, rows: int = 64, dim: int = 32, seed: int = 0, one_frame: bool = False
+    ) -> None:
         g = torch.Generator().manual_seed(seed)
         self.op, layer = OPS[mixer]
         self.options: dict[str, Any] = {"mini_batch_size": b, "inner_norm": inner_norm}
@@ -91,10 +94,14 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes, (mixer, told) in zip(panels.flat, itertools.product(MIXERS, ("all frames", "one frame"))):
         for inner_norm, marker in zip(INNER_NORMS, "os"):
-            found = [row for row in rows if (row["mixer"], row["told"], row["inner_norm"], row["mini_batch"]) == (mixer, told, inner_norm, 16)]
+            found = [
+                row for row in rows if (row["mixer"], row["told"], row["inner_norm"], row["mini_batch"]) == (mixer, told, inner_norm, 16)
+            ]
             counts = [statistics.median(count or MOST for count in row["mini_batches"]) for row in found]
             axes.loglog([row["base_lr"] for row in found], counts, marker=marker, label=f'ttt_inner_norm "{inner_norm}"')
-            axes.plot(*zip(*[(row["base_lr"], count) for row, count in zip(found, counts) if row["default"]]), "k*", markersize=12, zorder=3)
+            axes.plot(
+                *zip(*[(row["base_lr"], count) for row, count in zip(found, counts) if row["default"]]), "k*", markersize=12, zorder=3
+            )
         axes.set_title(f"TTT-{mixer}, each value told in {told} of a mini-batch", fontsize="medium")
         axes.grid(alpha=0.3)
     figure.supxlabel("ttt_base_lr (star: the default)")

@@ -2,7 +2,8 @@
 
 For every case the peer, in its own environment (.venv-peer, made by benchmarks/install_peer.sh), draws random weights in Kyutai's modules
 and computes; this half converts the weights, computes the same, and compares: logits, losses, every gradient, a greedy stream in which
-rows start anew, and Mimi both ways. Prints both sides; the exit code is 1 where a number lies outside its bound. Twenty seconds, one thread.
+rows start anew, and Mimi both ways. Prints both sides; the exit code is 1 where a number lies outside its bound. Twenty seconds, one
+thread.
 
     python benchmarks/peer_check.py --table benchmarks/PEER.md
 """
@@ -24,10 +25,10 @@ from torch import Tensor
 from transformers import MimiModel
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.conversion.mimi import mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
+from modeling_moshi_ttt.conversion.tables import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
 from modeling_moshi_ttt.delay_pattern import undelay
 from modeling_moshi_ttt.mimi_stream import MimiStream
-from modeling_moshi_ttt.tools.convert import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
-from modeling_moshi_ttt.tools.convert_mimi import mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
 
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "python"
@@ -271,7 +272,9 @@ def page(rows: list[Row], said: str) -> str:
         f"- `{name}`: {lm['n_q']} codebooks, the first {lm['dep_q']} of them Moshi's, delays {lm['delays'][1:]}, context {lm['context']}"
         for name, lm in ((name, LM | changes) for name, changes in LANGUAGE_MODELS.items())
     ]
-    described += [f"- `{name}`: Mimi with 8 codebooks, its transformers' window {context} steps of 40 ms" for name, context in CODECS.items()]
+    described += [
+        f"- `{name}`: Mimi with 8 codebooks, its transformers' window {context} steps of 40 ms" for name, context in CODECS.items()
+    ]
     versions = f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}, moshi 0.2.13"
     lines = "\n".join(described)
     return f"""# Beside Kyutai's package

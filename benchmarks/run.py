@@ -84,7 +84,9 @@ def main() -> int:
     worse = compare(found, baseline, options.tolerance)
     if options.update:
         machine = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-        BASELINE.write_text(json.dumps(machine | {"ratios": {name: round(ratio, 3) for name, (ratio, _) in found.items()}}, indent=2) + "\n")
+        BASELINE.write_text(
+            json.dumps(machine | {"ratios": {name: round(ratio, 3) for name, (ratio, _) in found.items()}}, indent=2) + "\n"
+        )
         print(f"wrote {BASELINE}")
         return 0
     if worse:

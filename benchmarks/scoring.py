@@ -1,8 +1,9 @@
 """Throughput of scoring codes: batches against a plain loop over files, on the tiny model, on the CPU; encoding sound is not in it.
 
 Words are as long as sWUGGY's (0.4 to 1 s), sentences as sBLIMP's (1 to 4 s): the shorter the file, the more a batch saves. The sets
-themselves hold thousands of files, so that most batches are of one length; 256 come near to that. Both sides give the same scores (checked).
-GFLOP/s counts the matrix products that the files need, padding not; beside it stands what the same library reaches on one product of the model's own sizes.
+themselves hold thousands of files, so that most batches are of one length; 256 come near to that. Both sides give the same scores
+(checked). GFLOP/s counts the matrix products that the files need, padding not; beside it stands what the same library reaches on one
+product of the model's own sizes.
 
     python benchmarks/scoring.py --out scoring.json
 """
@@ -66,7 +67,14 @@ def measure(model: MoshiTTTForConditionalGeneration, kind: str, count: int) -> l
     gflop = counter.get_total_flops() / 1e9
     times = seconds(*sides.values(), repeats=3, clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     return [
-        {"kind": kind, "side": name, "files_a_second": count / taken, "ratio": times[0] / taken, "gflops": gflop / taken, "gflop_a_file": gflop / count}
+        {
+            "kind": kind,
+            "side": name,
+            "files_a_second": count / taken,
+            "ratio": times[0] / taken,
+            "gflops": gflop / taken,
+            "gflop_a_file": gflop / count,
+        }
         for name, taken in zip(sides, times)
     ]
 
@@ -84,7 +92,9 @@ def main() -> None:
     rows = []
     for kind in LENGTHS:
         for row in measure(model, kind, options.files):
-            print(f"{kind:>10}, {row['side']:10}{row['files_a_second']:9.1f}{row['ratio']:7.2f}x{row['gflops']:9.1f}{row['gflop_a_file']:14.3f}")
+            print(
+                f"{kind:>10}, {row['side']:10}{row['files_a_second']:9.1f}{row['ratio']:7.2f}x{row['gflops']:9.1f}{row['gflop_a_file']:14.3f}"
+            )
             rows.append(row)
     speed = product_speed()
     print(f"a product of the model's own size alone: {speed:.1f} GFLOP/s")

@@ -110,8 +110,13 @@ def print_accounts() -> dict[str, dict[str, float]]:
                 print(f"  {part:<20}{gigabytes:8.2f} GB")
     least = accounts["15 s x 1, adafactor"]
     over = sum(least.values()) - GOAL_GB
-    print(f"\nThe goal at 15 s x 1 is {GOAL_GB:.0f} GB: {'met' if over <= 0 else f'missed by {over:.2f} GB'} with Adafactor. Frozen weights and", end="")
-    print(f" activations alone are {least['weights, frozen'] + least['activations']:.2f} GB; the rest is float32 weights and their gradients.")
+    print(
+        f"\nThe goal at 15 s x 1 is {GOAL_GB:.0f} GB: {'met' if over <= 0 else f'missed by {over:.2f} GB'} with Adafactor. Frozen weights and",
+        end="",
+    )
+    print(
+        f" activations alone are {least['weights, frozen'] + least['activations']:.2f} GB; the rest is float32 weights and their gradients."
+    )
     return accounts
 
 

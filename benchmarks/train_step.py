@@ -18,7 +18,7 @@ from medium import medium
 from safetensors.torch import save_file
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from modeling_moshi_ttt.tools.convert import hf_to_kyutai
+from modeling_moshi_ttt.conversion.tables import hf_to_kyutai
 
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "python"

@@ -1,7 +1,7 @@
 """The TTT op on one CPU thread: forward + backward and decoding, beside the reference body and a plain loop in the published dual form.
 
-Hidden size 1024 in 8 heads of 128, mini-batches of 16, float32. The plain loop (baseline_loop.py) is the stand-in for the public TTT-LM layer's
-op. Also: how time grows with the length, and memory with length over group. Times are processor seconds of this one-thread process.
+Hidden size 1024 in 8 heads of 128, mini-batches of 16, float32. The plain loop (baseline_loop.py) is the stand-in for the public TTT-LM
+layer's op. Also: how time grows with the length, and memory with length over group. Times are processor seconds of this one-thread process.
 
     python benchmarks/ttt_op.py --out ttt_op.json
 """

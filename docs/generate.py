@@ -10,15 +10,15 @@ from importlib import import_module
 from pathlib import Path
 
 import modeling_moshi_ttt
+from modeling_moshi_ttt.cli import COMMANDS, main
 from modeling_moshi_ttt.common import packaged
 from modeling_moshi_ttt.common.settings import Group, groups
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
-from modeling_moshi_ttt.tools.cli import COMMANDS, main
 from modeling_moshi_ttt.training.run_config import RunConfig
 
 PACKAGE = modeling_moshi_ttt.__name__
 # Of the sub-packages, what one calls from Python; the rest is commands.
-ALSO = ("common.packaged", "live.session", "training.modes", "tools.convert")
+ALSO = ("common.packaged", "live.session", "training.modes", "conversion.tables")
 KERNELS = "ttt_kernels"  # their public face is `ttt_ops`
 SETTINGS = {"train": RunConfig, "evaluate": EvaluateSettings}
 
@@ -98,8 +98,14 @@ def settings_page() -> str:
 def group_table(group: Group) -> str:
     """A group of settings: what it says of itself, and a row for each."""
     said, meanings = meanings_of(group)
-    rows = [[f"`{key}`", kind, f"`{default}`" if default else "", meanings.get(key.rpartition(".")[2], "")] for key, kind, default in group.rows]
-    table = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |", *("| " + " | ".join(map(cell, row)) + " |" for row in rows)]
+    rows = [
+        [f"`{key}`", kind, f"`{default}`" if default else "", meanings.get(key.rpartition(".")[2], "")] for key, kind, default in group.rows
+    ]
+    table = [
+        "| setting | type | default | meaning |",
+        "| --- | --- | --- | --- |",
+        *("| " + " | ".join(map(cell, row)) + " |" for row in rows),
+    ]
     return "\n\n".join([f"### {group.name or 'The whole'}", said, "\n".join(table)])
 
 
@@ -128,7 +134,11 @@ def meanings_of(group: Group) -> tuple[str, dict[str, str]]:
 def recipes_page() -> str:
     """Every packaged settings file, with its comments."""
     parts = ["# Recipes", "They come with the package and are called by these names; `moshi-ttt init FOLDER` writes copies to edit."]
-    for kind, what in (("train", "moshi-ttt train NAME"), ("evaluate", "moshi-ttt evaluate NAME"), ("accelerate", "moshi-ttt train … --launch NAME")):
+    for kind, what in (
+        ("train", "moshi-ttt train NAME"),
+        ("evaluate", "moshi-ttt evaluate NAME"),
+        ("accelerate", "moshi-ttt train … --launch NAME"),
+    ):
         parts.append(f"## `{what}`")
         for name in packaged.names(kind):
             parts.append(f"### {name}\n\n```yaml\n{Path(packaged.packaged(kind, name)).read_text().strip()}\n```")
@@ -136,7 +146,9 @@ def recipes_page() -> str:
 
 
 def plain_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings are plain text with `code`, Google sections and, in modules, indented formulas: Sphinx is kept from reading more into them."""
+    """Docstrings are plain text with `code`, Google sections and, in modules, indented formulas: Sphinx is kept from reading more into
+    them.
+    """
     read: list[str] = []
     for before, line in zip(["", *lines], lines):
         if what == "module" and line.startswith("    "):

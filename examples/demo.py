@@ -1,4 +1,5 @@
-"""The main job from end to end, as `make demo-train` runs it: train the tiny model on the sample dialogues, reload it elsewhere, talk to it.
+"""The main job from end to end, as `make demo-train` runs it: train the tiny model on the sample dialogues, reload it elsewhere, talk to
+it.
 
 python examples/demo.py [key=value …] passes settings on to the recipe, as in seed=1. What an earlier run left in run_dir is removed first.
 """
@@ -11,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.files import clear_folder
-from modeling_moshi_ttt.tools.cli import without_trace
 from modeling_moshi_ttt.training.report import shown
 from modeling_moshi_ttt.training.run_config import load_run_config
 
@@ -33,7 +34,9 @@ def show(run_dir: Path) -> None:
     scores = [record for record in records if "eval_loss" in record]
     print(f"\n{'held out':<12}{'text loss':>12}{'audio loss':>12}{'words right':>12}")
     for name, record in (("before", scores[0]), ("after", scores[-1])):
-        numbers = (shown(record[f"eval_{key}"], spec) for key, spec in (("text_loss", ".3f"), ("audio_loss", ".3f"), ("text_accuracy", ".1%")))
+        numbers = (
+            shown(record[f"eval_{key}"], spec) for key, spec in (("text_loss", ".3f"), ("audio_loss", ".3f"), ("text_accuracy", ".1%"))
+        )
         print(name.ljust(12) + "".join(number.rjust(12) for number in numbers))
     print(f"loss curve: {run_dir / 'loss.png'}; TensorBoard: tensorboard --logdir {run_dir}", flush=True)
 

@@ -1,9 +1,9 @@
 """Every evaluation on the tiny model, as `make evaluate-demo` runs it; leaves runs/evaluate-demo/report.html.
 
-The model is `model=FOLDER` where given, else the one that `make demo-train` trained (runs/demo/final) where it is there, else an untrained one,
-which scores at chance. Beside the demo's model the untrained one answers the held-out dialogues; beside yours, dialogue.before=FOLDER. The
-small zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards, phrases against their words in another order, the
-right ending of a dialogue against another's, one voice against a change of voice.
+The model is `model=FOLDER` where given, else the one that `make demo-train` trained (runs/demo/final) where it is there, else an untrained
+one, which scores at chance. Beside the demo's model the untrained one answers the held-out dialogues; beside yours, dialogue.before=FOLDER.
+The small zero-shot sets, in the benchmarks' own layouts, are cut from examples/data/dialogues: words against the same words backwards,
+phrases against their words in another order, the right ending of a dialogue against another's, one voice against a change of voice.
 
     python examples/evaluate_demo.py [key=value ...]    # settings for `moshi-ttt evaluate`, as in recall.steps=100 or output=FOLDER
 """
@@ -22,10 +22,10 @@ import torch
 import yaml
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
-from modeling_moshi_ttt.common.audio import read_audio, write_audio
+from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.files import clear_folder
-from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
-from modeling_moshi_ttt.tools.cli import without_trace
+from modeling_moshi_ttt.data.audio import read_audio, write_audio
+from modeling_moshi_ttt.data.recordings import MAIN_SPEAKER, Recording, read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 DIALOGUES = ROOT / "examples" / "data" / "dialogues"
@@ -179,7 +179,7 @@ def main() -> int:
     join_dialogues(place / "data" / "long", recordings)
     file = place / "settings.yaml"
     file.write_text(yaml.safe_dump(settings(place, model or fresh, fresh if model and model == demo else None), sort_keys=False))
-    command = [sys.executable, "-m", "modeling_moshi_ttt.tools.cli", "evaluate", str(file), *overrides]
+    command = [sys.executable, "-m", "modeling_moshi_ttt.cli", "evaluate", str(file), *overrides]
     # the model's products are small: threads would wait for one another longer than they compute
     code = subprocess.run(command, check=False, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     if code == 0:

@@ -5,7 +5,7 @@ The same command goes on from the newest checkpoint where a run was stopped. It 
 
 import sys
 
-from modeling_moshi_ttt.tools.cli import main
+from modeling_moshi_ttt.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

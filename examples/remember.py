@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling_moshi_ttt.common.audio import write_audio
+from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.files import read_json
 from modeling_moshi_ttt.common.settings import load_settings
+from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.data.espeak import Espeak
 from modeling_moshi_ttt.data.facts import HELD_OUT_VOICES, ScriptSettings
 from modeling_moshi_ttt.data.spoken_dialogues import Script, speak
@@ -22,7 +23,6 @@ from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.evaluation.runner import Subject, run_evaluation
 from modeling_moshi_ttt.evaluation.spoken_recall import answer_to, chance, columns_of
 from modeling_moshi_ttt.tokens_moshi_ttt import USER_SPEAKER
-from modeling_moshi_ttt.tools.cli import without_trace
 
 DEFAULTS = [
     *("output=runs/remember", "model=remembering", "spoken_recall.voices=held_out", "spoken_recall.dialogues=16"),
@@ -48,7 +48,9 @@ def verdict(part: dict[str, Any], reach: float) -> None:
             asked = sum(cell["questions"] for cell in there)
             shares[label] = sum(cell["accuracy"] * cell["questions"] for cell in there) / asked if asked else float("nan")
         others = "; ".join(f"{label}: {share:.0%}" for label, share in shares.items() if label != "TTT")
-        print(f"Longer ago than attention reaches ({reach:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}; chance {chance():.0%}).")
+        print(
+            f"Longer ago than attention reaches ({reach:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}; chance {chance():.0%})."
+        )
 
 
 def converse(model: Any, processor: Any, output: Path, seed: int) -> None:

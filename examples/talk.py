@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import modeling_moshi_ttt  # noqa: F401 - tells the Auto classes of the model
-from modeling_moshi_ttt.common.audio import read_audio, write_audio
+from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.hub import check_place
-from modeling_moshi_ttt.common.recordings import MAIN_SPEAKER, Recording, read_manifest
+from modeling_moshi_ttt.data.audio import read_audio, write_audio
+from modeling_moshi_ttt.data.recordings import MAIN_SPEAKER, Recording, read_manifest
 from modeling_moshi_ttt.tokens_moshi_ttt import ZERO
-from modeling_moshi_ttt.tools.cli import without_trace
 
 
 def frames_of(processor, recording: Recording):

@@ -26,10 +26,10 @@ from tiny_tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
-from modeling_moshi_ttt.common.audio import read_audio
+from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.files import atomic_write, make_folder
+from modeling_moshi_ttt.data.audio import read_audio
 from modeling_moshi_ttt.processing_moshi_ttt import MoshiTTTProcessor
-from modeling_moshi_ttt.tools.cli import without_trace
 
 RUN_FILE = "run.safetensors"
 DIALOGUES = Path(__file__).parent / "data" / "dialogues"

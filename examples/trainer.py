@@ -11,10 +11,10 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
-from modeling_moshi_ttt.common.audio import read_audio
+from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.hub import check_place
-from modeling_moshi_ttt.common.recordings import read_manifest
-from modeling_moshi_ttt.tools.cli import without_trace
+from modeling_moshi_ttt.data.audio import read_audio
+from modeling_moshi_ttt.data.recordings import read_manifest
 
 
 def load_examples(manifest: str, processor: MoshiTTTProcessor) -> list[dict[str, torch.Tensor]]:

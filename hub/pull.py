@@ -2,7 +2,7 @@
 
 import sys
 
-from modeling_moshi_ttt.tools.cli import main
+from modeling_moshi_ttt.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["pull", *sys.argv[1:]]))

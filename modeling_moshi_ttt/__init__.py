@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .configuration_moshi_ttt import MoshiTTTConfig  # first: it says so where this transformers is too old for what follows
+from .former_names import install as _install_former_names
 from .version import __version__
 
 # isort: split
@@ -86,6 +87,7 @@ def _register_processor(module: Any) -> None:
     module.PROCESSOR_MAPPING.register(MoshiTTTConfig, _Deferred("MoshiTTTProcessor", (), {}))
 
 
+_install_former_names()
 AutoConfig.register(MoshiTTTConfig.model_type, MoshiTTTConfig)
 _model: Any = _Deferred("MoshiTTTForConditionalGeneration", (), {})
 for _mapping in (MODEL_MAPPING, MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):

@@ -1,7 +1,7 @@
 """Moshi's windowed self-attention, the same in a full pass, in windows with a memory, and frame by frame.
 
-Shapes: B rows, T new frames, C slots of the rings of keys and values, S = C + T (or C, where the new frame is written into its slot), H heads,
-D head width, E width.
+Shapes: B rows, T new frames, C slots of the rings of keys and values, S = C + T (or C, where the new frame is written into its slot), H
+heads, D head width, E width.
 """
 
 from typing import NamedTuple
@@ -53,8 +53,8 @@ class MoshiTTTAttention(MoshiAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, frames: Frames, past: KeyValues | None
     ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None]:
-        """`[B, T, E]` -> `[B, T, E]`; the new keys and values `[B, H, T, D]`, or the rings with them where `frames.slot` is given; and what eager
-        attention gives of its weights, `[B, H, T, S]`."""
+        """`[B, T, E]` -> `[B, T, E]`; the new keys and values `[B, H, T, D]`, or the rings with them where `frames.slot` is given; and what
+        eager attention gives of its weights, `[B, H, T, S]`."""
         q, k, v = (  # [B, H, T, D]
             project(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -97,7 +97,9 @@ def visible_keys(positions: torch.Tensor, key_positions: torch.Tensor, window: i
         visible = visible & (distance < window)
     # A frame of padding sees itself, so that no softmax runs over nothing.
     num_frames, num_keys = positions.shape[1], key_positions.shape[1]
-    itself = torch.arange(num_keys, device=positions.device) == torch.arange(num_keys - num_frames, num_keys, device=positions.device)[:, None]
+    itself = (
+        torch.arange(num_keys, device=positions.device) == torch.arange(num_keys - num_frames, num_keys, device=positions.device)[:, None]
+    )
     return (visible | itself)[:, None]
 
 

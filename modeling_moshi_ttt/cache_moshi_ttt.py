@@ -181,7 +181,9 @@ class MoshiTTTCache(Cache):
     def check(self, batch_size: int, num_layers: int, ttt_layers: list[int] | str) -> None:
         """Raise a ValueError where this cache is of another batch or model."""
         if batch_size != self.batch_size:
-            raise ValueError(f"`past_key_values` holds {self.batch_size} rows, the input {batch_size}; make a cache for this batch or reset it.")
+            raise ValueError(
+                f"`past_key_values` holds {self.batch_size} rows, the input {batch_size}; make a cache for this batch or reset it."
+            )
         if (num_layers, ttt_layers) != (len(self.layers), self.ttt_layers):
             raise ValueError(
                 f"`past_key_values` is of a model with {len(self.layers)} layers and TTT in {self.ttt_layers}; "
@@ -240,13 +242,13 @@ class MoshiTTTCache(Cache):
         else:
             capacity = max(self.capacity, longest)
             positions = ring_positions(frames, state.attention_start, capacity)  # [B, C]
-            key_values = tuple(store_frames(past, output.key_values, positions, state.frames) for past, output in zip(state.key_values, outputs))
+            key_values = tuple(
+                store_frames(past, output.key_values, positions, state.frames) for past, output in zip(state.key_values, outputs)
+            )
         # Where all rows have heard a frame none of them starts anew any more; otherwise only the device knows which.
         reset_mask = None if state.reset_mask is None or lengths is None else state.reset_mask & (frames == 0)
         ttt_states = tuple(output.ttt_state for output in outputs)
-        self.state = replace(
-            state, frames=frames, key_values=key_values, ttt_states=ttt_states, reset_mask=reset_mask, max_frames=longest
-        )
+        self.state = replace(state, frames=frames, key_values=key_values, ttt_states=ttt_states, reset_mask=reset_mask, max_frames=longest)
 
     def remember(self, codes: torch.Tensor, labels: torch.Tensor | None, lengths: torch.Tensor | None) -> None:
         """Keep the last aligned frames of `codes` `[B, 1 + K + K_user, T]` and `labels` `[B, K, T]` for the delay pattern."""
@@ -376,7 +378,9 @@ class MoshiTTTCache(Cache):
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             has_keys = "keys" in own
-            key_values.append((in_ring(own["keys"], positions, capacity), in_ring(own["values"], positions, capacity)) if has_keys else None)
+            key_values.append(
+                (in_ring(own["keys"], positions, capacity), in_ring(own["values"], positions, capacity)) if has_keys else None
+            )
             ttt = {name.removeprefix("ttt."): tensor for name, tensor in own.items() if name.startswith("ttt.")}
             ttt_states.append(TTTState.from_tensors(ttt) if ttt else None)
         reset_mask = tensors["fresh"] if bool(tensors["fresh"].any()) else None

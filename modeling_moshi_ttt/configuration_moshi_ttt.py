@@ -48,7 +48,8 @@ AUTO_MAP = {
 def default_base_lr(mixer: str, inner_norm: str, head_dim: int) -> float:
     """Without LayerNorm in the inner loss, the rate at which a frame of gate 1 writes as much as the bound on the step allows at b = 1.
 
-    Exactly so for linear, where keys of norm 1 give 1 / (|k|^2 + 1) = 1/2; about so for a fresh MLP, whose hidden units have a norm of 0.6 sqrt(D).
+    Exactly so for linear, where keys of norm 1 give 1 / (|k|^2 + 1) = 1/2; about so for a fresh MLP, whose hidden units have a norm of 0.6
+    sqrt(D).
     """
     if inner_norm == "layer_norm":
         return PUBLISHED_BASE_LR[mixer]
@@ -98,7 +99,9 @@ def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
     for part in text.split(",") if text else []:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f'`ttt_layers={text!r}` is not understood; write a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".')
+            raise ValueError(
+                f'`ttt_layers={text!r}` is not understood; write a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".'
+            )
         numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
     return numbers
 
@@ -116,31 +119,33 @@ class MoshiTTTConfig(MoshiConfig):
 
     Args:
         ttt_layers (`list[int]` or `str`, defaults to `"middle"`):
-            Layers of the temporal transformer with a TTT layer after attention: a list, `"23-31"`, `"0,4,8-11"`, `"all"`, `"middle"` (the middle third),
-            `"last:9"`; stored as a list. An empty list is plain Moshi.
+            Layers of the temporal transformer with a TTT layer after attention: a list, `"23-31"`, `"0,4,8-11"`, `"all"`, `"middle"` (the
+            middle third), `"last:9"`; stored as a list. An empty list is plain Moshi.
         ttt_mixer (`str`, defaults to `"mlp"`): the inner model, `"linear"` or `"mlp"`.
         ttt_inner_norm (`str`, defaults to `"layer_norm"`):
-            The inner loss, `½‖LN(f(k)) − target‖²` as published, or with `"none"` `½‖f(k) − target‖²` and a bounded step: a memory that can be written
-            over (`ttt_reference` has both). The answer is normalised either way.
+            The inner loss, `½‖LN(f(k)) − target‖²` as published, or with `"none"` `½‖f(k) − target‖²` and a bounded step: a memory that can
+            be written over (`ttt_reference` has both). The answer is normalised either way.
         ttt_num_heads (`int`, *optional*): TTT heads; `num_attention_heads` unless given.
         ttt_head_dim (`int`, *optional*): width of a TTT head; `hidden_size / ttt_num_heads` unless given.
         ttt_mini_batch_size (`int`, defaults to 16): frames per inner mini-batch; 1 is online gradient descent.
         ttt_base_lr (`float`, *optional*): inner learning rate; 1.0 for `"linear"`, 0.1 for `"mlp"` unless given; with
             `ttt_inner_norm="none"` `ttt_head_dim / 2` for `"linear"`, 2.0 for `"mlp"`.
-        ttt_rope (`str`, defaults to `"mini_batch"`): rotary positions inside the TTT layer: `"mini_batch"` (t mod b), `"absolute"` or `"none"`.
+        ttt_rope (`str`, defaults to `"mini_batch"`): rotary positions inside the TTT layer: `"mini_batch"` (t mod b), `"absolute"` or
+            `"none"`.
         ttt_gate_init (`float`, defaults to 0.1): start of `gating_alpha`; the layer's output is scaled by its tanh.
         ttt_norm_eps (`float`, defaults to 1e-6): epsilon of the layer norm of the inner model.
         scan_checkpoint_group_size (`int`, defaults to 16):
             Mini-batches for which backward keeps one state of the fast weights; changes memory and time, never a number.
-        ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`, `"reference"`.
+        ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`,
+            `"reference"`.
         num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
         sliding_window (`int`, *optional*, defaults to 3000):
             Frames that attention sees, the newest among them. None: all of them, so that the memory of a stream grows with every frame.
         audio_delays (`list[int]`, *optional*):
             Delay in frames of each audio codebook, Moshi's first, then the user's; `[0, 1, 1, ...]` for either unless given. Text has none.
         silence_codes (`list[list[int]]`, *optional*):
-            The user's codes of a silent channel, frame by frame until they repeat; `generate` lets the user fall silent with them at the end
-            of a recording. A processor tells those of its codec (`processor.silence_codes()`).
+            The user's codes of a silent channel, frame by frame until they repeat; `generate` lets the user fall silent with them at the
+            end of a recording. A processor tells those of its codec (`processor.silence_codes()`).
         text_padding_ids (`list[int]`, defaults to `[3, 0]`): the two text ids that say "no word here": padding, and end of padding.
         text_padding_weight (`float`, defaults to 0.5): weight of those ids in the text loss.
         semantic_loss_weight (`float`, defaults to 100): weight of the first (semantic) codebook in the audio loss; the others weigh 1.
@@ -288,7 +293,9 @@ class MoshiTTTConfig(MoshiConfig):
                 f"`ttt_head_dim={self.ttt_head_dim}` must be at least 2: targets are standardised over it; choose fewer `ttt_num_heads`."
             )
         if self.ttt_head_dim % 2 and self.ttt_rope != "none":
-            raise ValueError(f"`ttt_head_dim={self.ttt_head_dim}` must be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`.")
+            raise ValueError(
+                f"`ttt_head_dim={self.ttt_head_dim}` must be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`."
+            )
 
     def _check_codebooks(self) -> None:
         if self.num_user_codebooks < 0:
@@ -336,14 +343,18 @@ class MoshiTTTConfig(MoshiConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, MoshiConfig.model_type):
-            raise ValueError(f"{pretrained_model_name_or_path!r} holds a model of type {model_type!r}; MoshiTTTConfig reads 'moshi_ttt' and 'moshi'.")
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} holds a model of type {model_type!r}; MoshiTTTConfig reads 'moshi_ttt' and 'moshi'."
+            )
         if model_type == MoshiConfig.model_type:
             config_dict = {**config_dict, "model_type": cls.model_type, "architectures": ["MoshiTTTForConditionalGeneration"]}
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused alike."""
+        """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused
+        alike.
+        """
         # The parent knows more ways to write `dtype` than its field takes.
         given = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
         for key in given.keys() & cls.sub_configs.keys():
@@ -355,7 +366,9 @@ class MoshiTTTConfig(MoshiConfig):
 
     @classmethod
     def refuse_other_inner_norm(cls, name_or_path: str, inner_norm: str, **where: Any) -> None:
-        """ValueError where a checkpoint's TTT layers were trained with another inner loss; `where` finds it on the Hub, as in `from_pretrained`."""
+        """ValueError where a checkpoint's TTT layers were trained with another inner loss; `where` finds it on the Hub, as in
+        `from_pretrained`.
+        """
         try:
             stored, _ = cls.get_config_dict(name_or_path, **where)
         except OSError:

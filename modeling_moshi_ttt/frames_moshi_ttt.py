@@ -69,9 +69,7 @@ def align(
     return AlignedFrames(*moved, order=order)
 
 
-def delay_frames(
-    config: Any, frames: AlignedFrames, code_history: torch.Tensor | None, label_history: torch.Tensor | None
-) -> DelayedSteps:
+def delay_frames(config: Any, frames: AlignedFrames, code_history: torch.Tensor | None, label_history: torch.Tensor | None) -> DelayedSteps:
     """Apply the delay pattern.
 
     What a step should give, and the depth decoder is teacher-forced with, are its labels: codes may differ from them, as where training
@@ -118,9 +116,13 @@ def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, us
     rows, frames = given.shape[0], given.shape[-1]
     if rows == 0 or frames == 0:
         raise ValueError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
-    lengths = {name: x.shape[-1] for name, x in (("input_ids", text), ("moshi_audio_codes", moshi), ("user_audio_codes", user)) if x is not None}
+    lengths = {
+        name: x.shape[-1] for name, x in (("input_ids", text), ("moshi_audio_codes", moshi), ("user_audio_codes", user)) if x is not None
+    }
     if any(length != frames for length in lengths.values()):
-        raise ValueError(f"the streams are of unequal lengths: {lengths} frames in the last dimension of their shape; cut or pad them alike.")
+        raise ValueError(
+            f"the streams are of unequal lengths: {lengths} frames in the last dimension of their shape; cut or pad them alike."
+        )
     streams = []
     for name, codes, count, card in (
         ("input_ids", None if text is None else text[:, None] if text.dim() == 2 else text, 1, config.vocab_size),
@@ -154,4 +156,6 @@ def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> Non
     numbers = tokens.detach().numpy() if tokens.device.type == "cpu" else tokens  # as numpy they are on the host already
     low, high = int(numbers.min()), int(numbers.max())
     if low < lowest or high >= card:
-        raise ValueError(f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none.")
+        raise ValueError(
+            f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none."
+        )

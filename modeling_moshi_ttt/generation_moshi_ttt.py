@@ -90,8 +90,8 @@ class MoshiTTTGenerationMixin(GenerationMixin):
     def compile_stream(self: Any, batch_size: int = 1, backend: str = "inductor", mode: str | None = None, **sampling: Any) -> None:
         """Make one graph of a frame, once, and run it until nothing is left to be made: streams begun afterwards use it and do not stall.
 
-        Such a stream takes all its memory when it begins (see [`MoshiTTTCache.fill`]). Another batch size, or settings of [`new_stream`] that
-        change what is computed (`do_sample`, `top_k`), compile anew at their first frames: call this for each.
+        Such a stream takes all its memory when it begins (see [`MoshiTTTCache.fill`]). Another batch size, or settings of [`new_stream`]
+        that change what is computed (`do_sample`, `top_k`), compile anew at their first frames: call this for each.
 
         Args:
             batch_size, sampling: of the streams to come.
@@ -122,7 +122,8 @@ class MoshiTTTGenerationMixin(GenerationMixin):
             return
         with torch.no_grad():
             states = [
-                None if ttt is None else ttt.reset(state.reset_mask, layer.ttt.initial_state(1)) for ttt, layer in zip(state.ttt_states, layers)
+                None if ttt is None else ttt.reset(state.reset_mask, layer.ttt.initial_state(1))
+                for ttt, layer in zip(state.ttt_states, layers)
             ]
         past_key_values.state = replace(state, ttt_states=tuple(states), reset_mask=None)
 
@@ -212,7 +213,9 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         heard = int(given.heard.max())
         frames = _frames_wanted(given.said.shape[-1], heard, settings.get("max_new_tokens"), settings.get("max_length"))
         if user_silence and self.config.silence_codes is None and frames > int(given.heard.min()):
-            logger.warning_once("`config.silence_codes` is not set, so the user is absent after the end; set it to `processor.silence_codes()`.")
+            logger.warning_once(
+                "`config.silence_codes` is not set, so the user is absent after the end; set it to `processor.silence_codes()`."
+            )
         copies, rows = settings.get("num_return_sequences", 1), given.said.shape[0]
         before = None if past is None else cache_after(self, rows, None, past)
         if copies > 1:

@@ -1,4 +1,6 @@
-"""What a call of `generate` asks for: transformers' generation parameters, as far as they mean something to a model that speaks while it listens."""
+"""What a call of `generate` asks for: transformers' generation parameters, as far as they mean something to a model that speaks while it
+listens.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -55,19 +57,27 @@ def generation_settings(
     Raises:
         ValueError: a parameter that cannot apply is set, by name; or `stop_strings` without a tokenizer.
     """
-    sources = [{name: value for name, value in config.to_dict().items() if value is not None} for config in (defaults, given) if config is not None]
+    sources = [
+        {name: value for name, value in config.to_dict().items() if value is not None} for config in (defaults, given) if config is not None
+    ]
     known = {*vars(GenerationConfig()), *SETTINGS, *UNSUPPORTED, *PASSED_OVER}
     values = {name: value for source in [*sources, keywords] for name, value in source.items() if name in known}
     values = {name: value for name, value in values.items() if value is not None and name not in PASSED_OVER}
     neutral = GenerationConfig._get_default_generation_params()
     for name, value in values.items():
-        if name not in TAKEN | HARMLESS | set(SETTINGS) and not name.startswith("_") and (name in UNSUPPORTED or _says(value, neutral.get(name))):
+        if (
+            name not in TAKEN | HARMLESS | set(SETTINGS)
+            and not name.startswith("_")
+            and (name in UNSUPPORTED or _says(value, neutral.get(name)))
+        ):
             raise ValueError(f"`{name}={value}` {_reason(name)}; leave it out.")
     count = values.get("num_return_sequences", 1)
     if type(count) is not int or count < 1:
         raise ValueError(f"`num_return_sequences={count}` must be a whole number of 1 or more.")
     if count > 1 and values.get("do_sample") is False:
-        raise ValueError(f"`num_return_sequences={count}` gives the same answer so many times with `do_sample=False`; sample, or leave it out.")
+        raise ValueError(
+            f"`num_return_sequences={count}` gives the same answer so many times with `do_sample=False`; sample, or leave it out."
+        )
     sampling = {name: value for name, value in keywords.items() if name not in known}
     sampling |= {name: values[name] for name in SETTINGS if name in values}
     return GenerationSettings(values, sampling, _criteria(values, stopping_criteria, tokenizer, device))
@@ -112,7 +122,9 @@ class Listener:
         criteria, processors: transformers' lists; each sees the text `[B, t]` said so far.
     """
 
-    def __init__(self, rows: int, device: torch.device, streamer: Any, criteria: StoppingCriteriaList, processors: LogitsProcessorList | None):
+    def __init__(
+        self, rows: int, device: torch.device, streamer: Any, criteria: StoppingCriteriaList, processors: LogitsProcessorList | None
+    ):
         self.streamer, self.criteria, self.processors = streamer, criteria, processors
         self.text = torch.empty(rows, 0, dtype=torch.long, device=device)
         self.running = torch.ones(rows, dtype=torch.bool, device=device)

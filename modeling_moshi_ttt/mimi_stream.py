@@ -58,10 +58,14 @@ class CausalState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
         layers = {f"{name}.{i}": x for name, xs in (("keys", self.keys), ("values", self.values)) for i, x in enumerate(xs)}
-        return {f"tails.{name}": tail for name, tail in self.tails.items()} | layers | {
-            "key_positions": self.key_positions,
-            "position": self.position,
-        }
+        return (
+            {f"tails.{name}": tail for name, tail in self.tails.items()}
+            | layers
+            | {
+                "key_positions": self.key_positions,
+                "position": self.position,
+            }
+        )
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> CausalState:
@@ -224,7 +228,9 @@ class MimiStream:
         A frame of −2 (not complete yet) is silence and leaves its row's state alone, and so is every frame of a row that is not `active`
         [B] bool.
         """
-        check_codes(codes, self.codec.config.codebook_size, self.codec.config.num_quantizers, self.batch_size, UNGENERATED, self._rows(active))
+        check_codes(
+            codes, self.codec.config.codebook_size, self.codec.config.num_quantizers, self.batch_size, UNGENERATED, self._rows(active)
+        )
         rows, state, sound = self._rows(active), self.states[1], []
         codes = codes.to(state.position.device)
         for piece in codes.split(1, dim=-1) if codes.shape[-1] > 1 and bool((codes == UNGENERATED).any()) else (codes,):
@@ -357,9 +363,13 @@ def check_samples(name: str, audio: Tensor, rows: Tensor | None = None) -> None:
 def check_codes(
     codes: Tensor, codebook_size: int, num_codebooks: int, batch_size: int | None = None, lowest: int = 0, rows: Tensor | None = None
 ) -> None:
-    """ValueError unless codes are integers [B, K, T] from `lowest` on within the codebook, K at most num_codebooks; in `rows` [B] bool alone."""
+    """ValueError unless codes are integers [B, K, T] from `lowest` on within the codebook, K at most num_codebooks; in `rows` [B] bool
+    alone.
+    """
     if codes.dim() != 3 or codes.is_floating_point() or not 1 <= codes.shape[1] <= num_codebooks or codes.shape[2] == 0:
-        raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; they must be integers [rows, up to {num_codebooks} codebooks, frames].")
+        raise ValueError(
+            f"codes are {codes.dtype} {tuple(codes.shape)}; they must be integers [rows, up to {num_codebooks} codebooks, frames]."
+        )
     if batch_size is not None and codes.shape[0] != batch_size:
         raise ValueError(f"codes have {codes.shape[0]} rows; the stream has {batch_size}.")
     numbers = codes.cpu().numpy()  # which is no read of a device where the codes are on the host
@@ -367,4 +377,6 @@ def check_codes(
         numbers = numbers[rows.cpu().numpy()]
     wrong = numbers[((numbers < 0) & (numbers != lowest)) | (numbers >= codebook_size)]
     if wrong.size:
-        raise ValueError(f"codes hold {wrong[0]}; a code is 0 to {codebook_size - 1} (cut frames that are absent (-1) or not yet complete (-2)).")
+        raise ValueError(
+            f"codes hold {wrong[0]}; a code is 0 to {codebook_size - 1} (cut frames that are absent (-1) or not yet complete (-2))."
+        )

@@ -37,8 +37,8 @@ TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
 
 
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, and its attention weights
-    where they are at hand."""
+    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, and its attention
+    weights where they are at hand."""
 
     hidden_states: torch.Tensor
     key_values: KeyValues | None
@@ -251,7 +251,9 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             cache=past_key_values,
             hidden_states=(*seen, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None} if output_inner_losses else None,
+            inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None}
+            if output_inner_losses
+            else None,
         )
 
     def _frames(
@@ -278,7 +280,9 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         branch = not torch.compiler.is_compiling()
         plainly_causal = branch and past is None and mask is None and (window is None or num_frames <= window) and implementation == "sdpa"
         shown = None if plainly_causal else as_implemented(visible, implementation, dtype)
-        return Frames(implementation, rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot)
+        return Frames(
+            implementation, rotary_embedding(positions, self.config, dtype), shown, positions.expand(rows, -1), mask, reset_mask, slot
+        )
 
 
 class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
@@ -491,5 +495,9 @@ def _refuse(others: dict[str, Any]) -> None:
     """Raise a ValueError that names the first argument that is given and unknown."""
     for name, value in others.items():
         if value is not None:
-            cure = "give `text_labels` and `audio_labels`" if name == "labels" else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
+            cure = (
+                "give `text_labels` and `audio_labels`"
+                if name == "labels"
+                else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
+            )
             raise ValueError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")

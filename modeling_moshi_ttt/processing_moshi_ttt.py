@@ -132,7 +132,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         wrong = [name for name, value in others.items() if value is not None and value is not True]
         if wrong or return_tensors not in (None, "pt", "np"):
             name, value = (wrong[0], others[wrong[0]]) if wrong else ("return_tensors", return_tensors)
-            raise ValueError(f"`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives \"pt\" or \"np\".")
+            raise ValueError(f'`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives "pt" or "np".')
         if text is None and sampling_rate is None and _is_text(audio):
             audio, text = None, audio  # text comes first in transformers' processors
         if text is not None:
@@ -163,11 +163,13 @@ class MoshiTTTProcessor(ProcessorMixin):
     def spoken_text(self, text: str | Sequence[str]) -> BatchFeature:
         """Frames in which Moshi's text is given and its codes are to be generated, while the user is silent; what `generate` says aloud.
 
-        Words come at `SPOKEN_PACE`, and shorter texts are followed by padding. Beside the frames [B, T] the batch holds `decode_audio`, with
-        which `generate` gives sound as well. ValueError for a text without words, or one that the tokenizer cannot encode.
+        Words come at `SPOKEN_PACE`, and shorter texts are followed by padding. Beside the frames [B, T] the batch holds `decode_audio`,
+        with which `generate` gives sound as well. ValueError for a text without words, or one that the tokenizer cannot encode.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        spoken = [[(word, i / self.SPOKEN_PACE, (i + 1) / self.SPOKEN_PACE, MAIN_SPEAKER) for i, word in enumerate(one.split())] for one in texts]
+        spoken = [
+            [(word, i / self.SPOKEN_PACE, (i + 1) / self.SPOKEN_PACE, MAIN_SPEAKER) for i, word in enumerate(one.split())] for one in texts
+        ]
         if not all(spoken):
             raise ValueError(f"`text={text!r}` holds no words; give at least one in each.")
         total = max(math.ceil(len(words) / self.SPOKEN_PACE * self.frame_rate) for words in spoken)
@@ -185,14 +187,16 @@ class MoshiTTTProcessor(ProcessorMixin):
         silence: float = 0.5,
         user_codes: Sequence[int] | None = None,
     ) -> BatchFeature:
-        """Frames for `new_stream(prompt=...)` that give Moshi a voice and a persona before the talk, as PersonaPlex steps them (NVIDIA/personaplex,
-        `LMGen.step_system_prompts`): the voice in Moshi's channel, silence, the text one token a frame over silence, silence.
+        """Frames for `new_stream(prompt=...)` that give Moshi a voice and a persona before the talk, as PersonaPlex steps them
+        (NVIDIA/personaplex, `LMGen.step_system_prompts`): the voice in Moshi's channel, silence, the text one token a frame over silence,
+        silence.
 
         voice: float [n] in [-1, 1] at `sampling_rate`. text: the persona; PersonaPlex's are trained as "<system> ... <system>".
         silence: seconds, in whole frames, after each of the two. user_codes: [K] what the user's channel holds meanwhile, every frame; the
         codec's silence when None, a tone (`PERSONAPLEX_TONE`) for PersonaPlex.
 
-        Returns input_ids [1, P], moshi_audio_codes and user_audio_codes [1, K, P]. Raises ValueError where neither is given, or as a call does.
+        Returns input_ids [1, P], moshi_audio_codes and user_audio_codes [1, K, P]. Raises ValueError where neither is given, or as a call
+        does.
         """
         if voice is None and not text:
             raise ValueError("`prompt` has nothing to begin with; give `voice`, `text`, or both.")
@@ -377,7 +381,9 @@ class MoshiTTTProcessor(ProcessorMixin):
     def post_process_multimodal_output(
         self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
     ) -> Any:
-        """What transformers' any-to-any pipeline shows of what `generate` gave: a text a row, or sound [B, n] for `generation_mode="audio"`."""
+        """What transformers' any-to-any pipeline shows of what `generate` gave: a text a row, or sound [B, n] for
+        `generation_mode="audio"`.
+        """
         if generation_mode == "audio":
             return self.decode_audio(generated_outputs.audio_codes).cpu().numpy()
         return [self.decode_text(row) for row in getattr(generated_outputs, "sequences", generated_outputs)]

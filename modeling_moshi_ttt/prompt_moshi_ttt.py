@@ -64,7 +64,9 @@ def _repeat(cache: MoshiTTTCache, rows: int) -> None:
 def _prompt_frames(prompt: Any, device: torch.device) -> dict[str, Tensor]:
     """The tensors of a prompt, as `forward` takes them."""
     if not isinstance(prompt, Mapping):
-        raise TypeError(f"`prompt` is a {type(prompt).__name__}; give frames as a processor makes them, of text with `processor.prompt(text=...)`.")
+        raise TypeError(
+            f"`prompt` is a {type(prompt).__name__}; give frames as a processor makes them, of text with `processor.prompt(text=...)`."
+        )
     if unknown := sorted(set(prompt) - {*STREAMS, *UNREAD, "attention_mask"}):
         raise ValueError(f"`prompt` holds `{unknown[0]}`; it takes {', '.join(STREAMS)} and attention_mask.")
     frames = {name: as_tensor(prompt[name], device) for name in (*STREAMS, "attention_mask") if prompt.get(name) is not None}
@@ -99,9 +101,7 @@ def as_tensor(value: Any, device: torch.device) -> Tensor:
     return torch.as_tensor(value).to(device)
 
 
-def given_frames(
-    config: Any, device: torch.device, text: Any, moshi: Any, user: Any, attention_mask: Any = None
-) -> GivenFrames:
+def given_frames(config: Any, device: torch.device, text: Any, moshi: Any, user: Any, attention_mask: Any = None) -> GivenFrames:
     """What `generate` begins from: absent streams filled in, and those that the model is to say.
 
     Moshi's side of a row is to be said where all of it is absent (-1), as in a processor's batch of the user's voice alone. Where only its
@@ -119,7 +119,9 @@ def given_frames(
     moshi = given.new_full((rows, config.num_codebooks, length), UNGENERATED) if moshi is None else moshi
     user = given.new_full((rows, config.num_user_codebooks, 0), ZERO) if user is None else user
     if text.shape[-1] != moshi.shape[-1]:
-        raise ValueError(f"`input_ids` has {text.shape[-1]} frames and `moshi_audio_codes` {moshi.shape[-1]}; a prompt has as many of both.")
+        raise ValueError(
+            f"`input_ids` has {text.shape[-1]} frames and `moshi_audio_codes` {moshi.shape[-1]}; a prompt has as many of both."
+        )
     check_tokens("input_ids", text, (rows, length), UNGENERATED, config.vocab_size)
     check_tokens("moshi_audio_codes", moshi, (rows, config.num_codebooks, length), UNGENERATED, config.audio_vocab_size)
     check_tokens("user_audio_codes", user, (rows, config.num_user_codebooks, user.shape[-1]), ZERO, config.audio_vocab_size)

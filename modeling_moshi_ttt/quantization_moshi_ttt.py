@@ -1,4 +1,5 @@
-"""Weight-only int8 for talking: weights of the temporal and the depth transformer as int8 with a scale a row, products by torch's packed kernel.
+"""Weight-only int8 for talking: weights of the temporal and the depth transformer as int8 with a scale a row, products by torch's packed
+kernel.
 
 TTT layers, norms, embeddings and heads stay as they are: what learns while it listens must not be rounded. Training is not supported.
 

@@ -1,8 +1,8 @@
 """How tokens are chosen from logits: temperature, top-k, and noise that belongs to a row alone.
 
 The noise of a token is a hash of its row's seed, of the frame and of the stream (counter-based, as in Salmon et al. 2011, "Parallel random
-numbers: as easy as 1, 2, 3", with the mixing function of SplitMix64, Steele et al. 2014). What a row says then depends on nothing but its own
-past and its seed: not on its neighbors, nor on the order in which rows are computed, nor on the device.
+numbers: as easy as 1, 2, 3", with the mixing function of SplitMix64, Steele et al. 2014). What a row says then depends on nothing but its
+own past and its seed: not on its neighbors, nor on the order in which rows are computed, nor on the device.
 
 Shapes: B rows, V entries of a vocabulary or codebook, k of them that may be chosen.
 """
@@ -100,12 +100,15 @@ def make_sampling(batch_size: int, device: torch.device, **settings: Any) -> Sam
     """Settings as a caller gives them: one number, or one for each row. None of a `top_k` is 0, of a temperature 1.
 
     Raises:
-        ValueError: classifier-free guidance is asked for, as many values as rows are not given, or, of a row that samples, a temperature that is not above 0 or a `top_k` below 0.
+        ValueError: classifier-free guidance is asked for, as many values as rows are not given, or, of a row that samples, a temperature
+            that is not above 0 or a `top_k` below 0.
         TypeError: a name that is no setting.
     """
     if guidance := sorted(GUIDANCE & set(settings)):
         name = guidance[0]
-        raise ValueError(f"`{name}={settings[name]}` asks for classifier-free guidance, which no Moshi-TTT model is trained for; leave it out.")
+        raise ValueError(
+            f"`{name}={settings[name]}` asks for classifier-free guidance, which no Moshi-TTT model is trained for; leave it out."
+        )
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f"`{unknown[0]}` is no setting of sampling; they are {', '.join(SETTINGS)}.")
     rows = {name: _per_row(name, value, batch_size) for name, value in settings.items()}

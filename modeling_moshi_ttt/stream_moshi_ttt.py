@@ -55,8 +55,8 @@ class StreamState:
         heard: `[B, K_user, M + 1]` what was heard in them.
         seeds: `[B]` int64.
         sick: `[B]` bool, rows in which numbers were not finite or codes out of range; they say nothing until they are reset.
-        ahead: `[B, 1 + K + K_user, max(M, 1)]` what a prompt's last frames still have to say and to be heard in the next calls, since codebooks
-            are late; -2 where the model chooses, and where the call's own codes are heard.
+        ahead: `[B, 1 + K + K_user, max(M, 1)]` what a prompt's last frames still have to say and to be heard in the next calls, since
+            codebooks are late; -2 where the model chooses, and where the call's own codes are heard.
     """
 
     calls: Tensor
@@ -347,7 +347,9 @@ class MoshiTTTStream:
     def _check_forced(self, forced: Tensor) -> Tensor:
         rows, config = self.batch_size, self.model.config
         if tuple(forced.shape) != (rows, self._own):
-            raise ValueError(f"`forced` has shape {tuple(forced.shape)}; it must be {(rows, self._own)}: a text token and codes for each row.")
+            raise ValueError(
+                f"`forced` has shape {tuple(forced.shape)}; it must be {(rows, self._own)}: a text token and codes for each row."
+            )
         # the initial token may be said before a late codebook's first frame
         check_tokens("forced", forced[:, 0], (rows,), UNGENERATED, config.vocab_size + 1)
         check_tokens("forced", forced[:, 1:], (rows, self._own - 1), UNGENERATED, config.audio_vocab_size + 1)

@@ -21,7 +21,9 @@ def check_padding_ids(ids: Any) -> None:
     """ValueError unless `ids` are two token ids: padding and end of padding."""
     whole = isinstance(ids, (list, tuple)) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
     if not whole or len(ids) != 2 or min(ids) < 0:
-        raise ValueError(f"`text_padding_ids={ids}` must hold two token ids of 0 or more, of padding and of its end; Moshi's are {[*TEXT_PADDING_IDS]}.")
+        raise ValueError(
+            f"`text_padding_ids={ids}` must hold two token ids of 0 or more, of padding and of its end; Moshi's are {[*TEXT_PADDING_IDS]}."
+        )
 
 
 def parse_word(index: int, word: Any) -> tuple[str, float, float, str]:

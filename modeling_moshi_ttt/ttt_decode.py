@@ -5,8 +5,8 @@ kept with the state (`TTTState.open_factors`), and where the inner loss has no L
 frame then reads W1 once, for its key and query together, and W2 for the key, for the gradient and for the query.
 
 Rows that the host knows to stand at the same frame (lockstep), as those of one live stream, fill the same slot, and their weights are
-rewritten at a mini-batch's end only. Others are ragged: every row has its own slot, and the weights are written in every frame, unchanged in
-the rows whose mini-batch goes on. Neither reads anything back from the device, and the latter has no branch, so that one graph holds it.
+rewritten at a mini-batch's end only. Others are ragged: every row has its own slot, and the weights are written in every frame, unchanged
+in the rows whose mini-batch goes on. Neither reads anything back from the device, and the latter has no branch, so that one graph holds it.
 
 Shape letters: B rows, H heads, M = B H, b mini-batch size, D head dimension, F hidden width, n tokens that are kept.
 """
@@ -54,7 +54,9 @@ class _Norm(NamedTuple):
     inner: bool  # the inner loss has it too; else its step is bounded
 
 
-def decode_step(inputs: TTTInputs, state: TTTState, *, valid: Tensor | None, eps: float, inner_norm: str = "layer_norm") -> tuple[Tensor, TTTState]:
+def decode_step(
+    inputs: TTTInputs, state: TTTState, *, valid: Tensor | None, eps: float, inner_norm: str = "layer_norm"
+) -> tuple[Tensor, TTTState]:
     """The op for one frame of every row, T = 1, all inputs in the dtype of the state's weights; valid `[B]` or None."""
     q, k, v, lr, token_weight, norm_weight, norm_bias = inputs
     rows, _, heads, dim = q.shape

@@ -1,7 +1,8 @@
-"""The TTT op in the paper's dual form (Sun et al. 2024, section 2.5), to be read: plain torch, autograd, no stream. The tests' second oracle.
+"""The TTT op in the paper's dual form (Sun et al. 2024, section 2.5), to be read: plain torch, autograd, no stream. The tests' second
+oracle.
 
-All gradients of a mini-batch are taken at its first weights W, so what token t reads is linear in them, and the weights that each token reads need
-never be made. A layer z W + b whose outputs' gradients are g_s gives, for query input q_t and key inputs k_s,
+All gradients of a mini-batch are taken at its first weights W, so what token t reads is linear in them, and the weights that each token
+reads need never be made. A layer z W + b whose outputs' gradients are g_s gives, for query input q_t and key inputs k_s,
 
     q_t W_t + b_t = q_t W + b - share_t sum_{s <= t} (q_t . k_s + 1) lr_s g_s,
 

@@ -18,7 +18,8 @@ def normalise_backward(d: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tens
     return torch.ops.aten.native_layer_norm_backward.default(d, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
 
 
-# The tanh form of GELU is z gate with gate = (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3). Everything is taken from
+# The tanh form of GELU is z gate with gate = (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3). Everything is taken
+# from
 # the sigmoid, which costs a tenth of tanh, and from r, a third of (2 u)', and z r: 2 u = z (r + 2 S / 3).
 _SCALE, _CUBE = 1.5957691216057308, 0.044715  # S and c in r = S (1 / 3 + c z^2)
 

@@ -4,7 +4,8 @@ It computes what `ttt_scan.scan_mini_batches` computes, with the same arguments,
 mini-batches of one (batch row, head). The forward keeps the weights before every `group_size`-th mini-batch; the backward recomputes, group
 by group from the last, the weights before each of its mini-batches, and walks back over them. Nothing is added atomically: two runs give
 the same bits. Under torch.compile the two halves are opaque custom ops; activation checkpointing, FSDP2 and autocast see an ordinary
-autograd function. With TRITON_INTERPRET=1 (set before Triton is imported) the kernels run on CPU tensors, slowly: that is how they are tested.
+autograd function. With TRITON_INTERPRET=1 (set before Triton is imported) the kernels run on CPU tensors, slowly: that is how they are
+tested.
 
 Letters: B rows, H heads, N mini-batches of b tokens (BT: padded to a power of two >= 16), D head width, F hidden width of the inner model.
 """
@@ -27,9 +28,11 @@ MAX_MINI_BATCH = 64
 
 TOKEN_DTYPES = (torch.float32, torch.bfloat16)
 
-# What is tried, once per kernel, head width and mini-batch size: (width BLOCK_F of a tile, warps, stages of prefetched loads). Triton keeps the
+# What is tried, once per kernel, head width and mini-batch size: (width BLOCK_F of a tile, warps, stages of prefetched loads). Triton keeps
+# the
 # winner in its cache directory. Each fits in the 227 KB of shared memory of one H100 multiprocessor (the tests compile them). BLOCK_F = 4 D
-# in the MLP's forward means: fast weights in registers from one mini-batch to the next. Prefetching stays inside a loop over tiles, and no loop
+# in the MLP's forward means: fast weights in registers from one mini-batch to the next. Prefetching stays inside a loop over tiles, and no
+# loop
 # reads what it has written, so it never overtakes the barriers between the passes.
 CONFIGURATIONS = {
     "linear_forward": {32: [(0, 1, 1), (0, 4, 2)], 64: [(0, 4, 2), (0, 8, 2)], 128: [(0, 8, 1), (0, 8, 2), (0, 16, 1)]},
@@ -102,8 +105,8 @@ def scan_mini_batches(
     """Run whole mini-batches, one after the other; call `is_supported` first.
 
     Args:
-        inputs: tokens as `[B, N, b, ...]`; q, k, v float32 or bfloat16, any strides (copied where not contiguous); lr is 0 in empty slots, which
-            then change nothing but their own output.
+        inputs: tokens as `[B, N, b, ...]`; q, k, v float32 or bfloat16, any strides (copied where not contiguous); lr is 0 in empty slots,
+            which then change nothing but their own output.
         weights: (W1, b1[, W2, b2]) = `[B, H, D, F]`, `[B, H, 1, F]`, `[B, H, F, D]`, `[B, H, 1, D]`, float32; F = D for the linear mixer.
         complete: `[B, N]` bool; a mini-batch that is not complete leaves the weights as they are.
         group_size: mini-batches recomputed together in backward; any number from 1.
@@ -141,11 +144,14 @@ class _Scan(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
-# --- the two halves: lists of tensors in, lists of new tensors out -------------------------------------------------------------------------
+# --- the two halves: lists of tensors in, lists of new tensors out
+# -------------------------------------------------------------------------
 
 
 def _forward(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
-    """inputs: the seven of `_Scan` and the weights. Gives out, the last weights and, with group > 0, those before every group of mini-batches."""
+    """inputs: the seven of `_Scan` and the weights. Gives out, the last weights and, with group > 0, those before every group of
+    mini-batches.
+    """
     (q, weights), mixer = (inputs[0], inputs[7:]), _mixer(inputs[7:])
     number = q.shape[1]
     out = _new(q, q.shape)
@@ -177,7 +183,9 @@ def _backward(inputs: list[Tensor], complete: Tensor, group: int, eps: float, no
             first = index * group
             count = min(group, number - first)
             ranges = _ranges(row, first, count, number, saved[0].shape[2], index, group, 1)
-            _launch(f"{mixer}_forward", q, programs, [*shared, *saved, q, *working, *states], ranges, eps, QUERY=False, SAVE=True, NORMED=normed)
+            _launch(
+                f"{mixer}_forward", q, programs, [*shared, *saved, q, *working, *states], ranges, eps, QUERY=False, SAVE=True, NORMED=normed
+            )
             arguments = [*shared, *states, scratch, d_out, *d_tokens, *partial, *d_weights]
             _launch(f"{mixer}_backward", q, programs, arguments, [row, first, count, number, group], eps, NORMED=normed)
     d_shared = [partial[0].sum(0), *(x.view(rows, heads, dim).sum(0) for x in partial[1:])]
@@ -219,7 +227,8 @@ def _new(like: Tensor, shape) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-# --- launching -----------------------------------------------------------------------------------------------------------------------------
+# --- launching
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
 def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges: list[int], eps: float, **constants) -> None:
@@ -250,7 +259,8 @@ def _tuned(name: str, dim: int, long: bool):
     return triton.autotune(configs, key, cache_results=True, **options)(KERNELS[name])
 
 
-# --- torch.compile -------------------------------------------------------------------------------------------------------------------------
+# --- torch.compile
+# -------------------------------------------------------------------------------------------------------------------------
 
 # A copy of this file loaded from the Hub beside the installed package must not take over the other's operators.
 _NAMESPACE = "moshi_ttt" if __name__ == "modeling_moshi_ttt.ttt_kernels" else f"moshi_ttt_{zlib.crc32(__name__.encode()):08x}"

@@ -110,8 +110,8 @@ def gelu_slopes(x):
 def product(a, b, PRECISION: tl.constexpr):
     """a b, of a's 64 tokens (or rows) in two halves where b is not small.
 
-    With 64 rows Hopper's tensor cores take b from shared memory, and a kernel's many b together need more than there is (352 KB were counted);
-    with 32 rows they take it from registers. A small b may stay in shared memory, which spares those registers.
+    With 64 rows Hopper's tensor cores take b from shared memory, and a kernel's many b together need more than there is (352 KB were
+    counted); with 32 rows they take it from registers. A small b may stay in shared memory, which spares those registers.
     """
     if a.shape[0] == 64 and b.shape[0] * b.shape[1] >= 2048:
         upper, lower = tl.split(tl.permute(tl.reshape(a, [2, 32, a.shape[1]]), [1, 2, 0]))

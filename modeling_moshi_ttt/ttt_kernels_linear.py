@@ -4,7 +4,8 @@ The forward keeps W in registers. The backward reads W and d_W in tiles of BLOCK
 registers for the tokens. d_W lives in its own buffer, which stays in L2; barriers separate what threads of a program write there from
 what others read.
 
-With L[t, s] = share_t lr_s for s <= t, share_t the token weight w_t or, not NORMED, `bounded_share` with c = |k|^2 + 1, and all gradients of a mini-batch taken at its first weights, the dual form reads
+With L[t, s] = share_t lr_s for s <= t, share_t the token weight w_t or, not NORMED, `bounded_share` with c = |k|^2 + 1, and all gradients
+of a mini-batch taken at its first weights, the dual form reads
     G = d loss / d (k W + c),   out = q + norm(q W + c - (L * (q k^T + 1)) G) gamma + beta,   W <- W - share_last k^T (lr G).
 The backward derives these equations line by line; d_<name> is the gradient to <name>.
 """

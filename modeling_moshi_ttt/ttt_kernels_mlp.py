@@ -4,7 +4,8 @@ The hidden width F is cut into tiles of BLOCK_F columns of W1 (rows of W2). With
 registers from one mini-batch to the next; with narrower tiles they live in the program's own part of the last weights, a buffer
 that stays in L2, and stream through. Barriers separate what threads of a program write there from what others read.
 
-With L[t, s] = share_t lr_s for s <= t, share_t the token weight w_t or, not NORMED, `bounded_share`, and all gradients of a mini-batch taken at its first weights, the dual form reads
+With L[t, s] = share_t lr_s for s <= t, share_t the token weight w_t or, not NORMED, `bounded_share`, and all gradients of a mini-batch
+taken at its first weights, the dual form reads
     X2 = gelu(k W1 + c1),  G2 = d loss / d (X2 W2 + c2),  G1 = (G2 W2^T) * gelu'(k W1 + c1)
     Xq = gelu(q W1 + c1 - (L * (q k^T + 1)) G1),  out = q + norm(Xq W2 + c2 - (L * (Xq X2^T + 1)) G2) gamma + beta
     W1 <- W1 - share_last k^T (lr G1),  W2 <- W2 - share_last X2^T (lr G2).

@@ -38,9 +38,10 @@ class TTTInnerLosses(NamedTuple):
 class TTTLayer(nn.Module):
     """What both mixers share; use `TTTLinear` or `TTTMLP`.
 
-    `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_inner_norm ("layer_norm" or "none"), ttt_rope
-    ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing of a stream: its state goes in and
-    comes out of `forward`.
+    `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_inner_norm ("layer_norm" or "none"),
+    ttt_rope ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing
+    of a
+    stream: its state goes in and comes out of `forward`.
     """
 
     op: Any = None
@@ -239,9 +240,9 @@ class TTTLinear(TTTLayer):
 class TTTMLP(TTTLayer):
     """TTT with a two-layer MLP a head, four times as wide inside, as the inner model.
 
-    What it learns for a key reaches another by the product of their hidden units, beside 1 for the bias. Keys have norm 1, so at the 0.02 that
-    is usual for both matrices that product is below 0.01, and the memory is one bias for all keys; a W1 that moves them apart, and a W2
-    small beside the first steps, let it tell keys apart from the first frame on (tests/test_ttt_layer.py shows both).
+    What it learns for a key reaches another by the product of their hidden units, beside 1 for the bias. Keys have norm 1, so at the 0.02
+    that is usual for both matrices that product is below 0.01, and the memory is one bias for all keys; a W1 that moves them apart, and a
+    W2 small beside the first steps, let it tell keys apart from the first frame on (tests/test_ttt_layer.py shows both).
     """
 
     op = staticmethod(ttt_mlp)

@@ -56,17 +56,19 @@ def ttt_linear(
         state: what `TTTState.initial(...)` or the previous call gave.
         mini_batch_size: tokens b that share the weights at which gradients are taken; 1 is online gradient descent.
         group_size: mini-batches for which backward keeps one state of the weights: a matter of memory and time, never of numbers.
-        backend: "auto" (Triton on CUDA where it takes the inputs, else scan; scan for one frame without gradients), "scan", "triton" or "reference".
+        backend: "auto" (Triton on CUDA where it takes the inputs, else scan; scan for one frame without gradients), "scan", "triton" or
+            "reference".
         mask: `[B, T]` bool; a False frame changes nothing of the state, and its output is 0.
-        inner_norm: "layer_norm", the inner loss 1/2 ||LN(f(k)) - (v - k)||^2 as published; "none", 1/2 ||f(k) - (v - k)||^2 with a bounded step, a
-            memory that can be written over. No token weight, rate or key makes it diverge: `ttt_reference` states the bound.
+        inner_norm: "layer_norm", the inner loss 1/2 ||LN(f(k)) - (v - k)||^2 as published; "none", 1/2 ||f(k) - (v - k)||^2 with a bounded
+            step, a memory that can be written over. No token weight, rate or key makes it diverge: `ttt_reference` states the bound.
 
     Returns:
         `q + LN(f(q))` `[B, T, H, D]` in q's dtype, and the state after these frames.
 
     Raises:
         ValueError: inputs whose shapes, dtypes or devices do not fit together, a state of another mixer, batch size, mini-batch size or
-            device, mini_batch_size or group_size below 1, an unknown backend or inner_norm, no frames or rows, or `backend="triton"` where the kernels do not take the inputs.
+            device, mini_batch_size or group_size below 1, an unknown backend or inner_norm, no frames or rows, or `backend="triton"` where
+            the kernels do not take the inputs.
     """
     inputs = TTTInputs(q, k, v, lr, token_weight, norm_weight, norm_bias)
     return _run("linear", inputs, state, mask, _Options(mini_batch_size, group_size, backend, eps, inner_norm))
@@ -213,7 +215,9 @@ def _cast(state: TTTState, dtype: torch.dtype) -> TTTState:
 
 
 def _choose_way(backend: str, inputs: TTTInputs, state: TTTState, weights: tuple[Tensor, ...], b: int) -> str:
-    """"reference", "triton", "scan", or "decode", one frame without gradients unless Triton was asked for by name (why: benchmarks/GPU.md)."""
+    """ "reference", "triton", "scan", or "decode", one frame without gradients unless Triton was asked for by name (why:
+    benchmarks/GPU.md).
+    """
     if backend == "reference":
         return backend
     q = inputs.q
@@ -292,6 +296,8 @@ def _check_state(mixer: str, q: Tensor, state: TTTState, mini_batch_size: int) -
     if state.W1.shape[1:3] != (heads, dim):
         raise ValueError(f"the state's W1 has shape {tuple(state.W1.shape)}; q {tuple(q.shape)} needs {heads} heads of {dim}")
     if state.mini_batch_size not in (0, mini_batch_size):
-        raise ValueError(f"the state was made at mini_batch_size {state.mini_batch_size}, this call has {mini_batch_size}; start a new state")
+        raise ValueError(
+            f"the state was made at mini_batch_size {state.mini_batch_size}, this call has {mini_batch_size}; start a new state"
+        )
     if state.W1.device != q.device:
         raise ValueError(f"the state is on {state.W1.device}, q on {q.device}; move it with state.to(...)")

@@ -1,4 +1,5 @@
-"""The TTT op from its definition: one token after the other, the inner gradient by automatic differentiation. Slow, and the judge of all others.
+"""The TTT op from its definition: one token after the other, the inner gradient by automatic differentiation. Slow, and the judge of all
+others.
 
 Inner model f_W(z) = z W1 + b1 (linear) or gelu_tanh(z W1 + b1) W2 + b2 (MLP); target u_s = v_s - k_s; inner loss of token s
 
@@ -6,17 +7,18 @@ Inner model f_W(z) = z W1 + b1 (linear) or gelu_tanh(z W1 + b1) W2 + b2 (MLP); t
     inner_norm "none":        l_s(W) = 1/2 || f_W(k_s) - u_s ||^2        a memory that can be written over
 
 In a mini-batch with weights W at its start, token t (0-based inside it) reads W_t = W - share_t sum_{s <= t} lr_s grad l_s(W), answers
-q_t + LN(f_{W_t}(q_t)), and the next mini-batch starts from W_{b-1} (Sun et al. 2024, "Learning to (Learn at Test Time)", section 2, eq. 5-8;
-Appendix A of the same for LN and the residual). share_t is the token weight w_t as published; without LN in the inner loss it is bounded:
+q_t + LN(f_{W_t}(q_t)), and the next mini-batch starts from W_{b-1} (Sun et al. 2024, "Learning to (Learn at Test Time)", section 2, eq.
+5-8; Appendix A of the same for LN and the residual). share_t is the token weight w_t as published; without LN in the inner loss it is
+bounded:
 
     share_t = min(w_t, 1 / sum_{s <= t} lr_s c_s),    c_s = || grad l_s(W) ||^2 / || e_s ||^2,    e_s = f_W(k_s) - u_s
 
-1 / c_s is Polyak's step, at which e_s vanishes to first order. For linear c_s = ||k_s||^2 + 1, and W_t is an average of W and of the weights at
-which one token's error is 0, whatever the token weights, rates and keys are. So for any weights V that answer all the targets ||W_t - V|| <= ||W - V||,
-and for any targets ||W_t||^2 <= ||W||^2 + max_s ||u_s||^2 (Frobenius, with the bias). At b = 1 it is the delta rule. For the MLP, with x_s what
-its second layer gets, c_s = ||x_s||^2 + 1 + (||k_s||^2 + 1) || gelu'(z_s) * (W2 e_s) ||^2 / (||e_s||^2 + eps): the second layer (W2, b2) keeps the same bound
-as linear, and the first one moves by at most (max_s ||u_s|| + ||(W2, b2)|| + sqrt(eps)) / 2 a mini-batch. Norms grow as powers of time at most,
-never exponentially.
+1 / c_s is Polyak's step, at which e_s vanishes to first order. For linear c_s = ||k_s||^2 + 1, and W_t is an average of W and of the
+weights at which one token's error is 0, whatever the token weights, rates and keys are. So for any weights V that answer all the targets
+||W_t - V|| <= ||W - V||, and for any targets ||W_t||^2 <= ||W||^2 + max_s ||u_s||^2 (Frobenius, with the bias). At b = 1 it is the delta
+rule. For the MLP, with x_s what its second layer gets, c_s = ||x_s||^2 + 1 + (||k_s||^2 + 1) || gelu'(z_s) * (W2 e_s) ||^2 / (||e_s||^2 +
+eps): the second layer (W2, b2) keeps the same bound as linear, and the first one moves by at most (max_s ||u_s|| + ||(W2, b2)|| +
+sqrt(eps)) / 2 a mini-batch. Norms grow as powers of time at most, never exponentially.
 
 It shares no code with the other implementations.
 
@@ -35,7 +37,13 @@ Weights = tuple[Tensor, ...]
 
 
 def ttt_reference(
-    inputs: TTTInputs, state: TTTState, *, mini_batch_size: int, mask: Tensor | None = None, eps: float = 1e-6, inner_norm: str = "layer_norm"
+    inputs: TTTInputs,
+    state: TTTState,
+    *,
+    mini_batch_size: int,
+    mask: Tensor | None = None,
+    eps: float = 1e-6,
+    inner_norm: str = "layer_norm",
 ) -> tuple[Tensor, TTTState]:
     """The op for both mixers, `ttt_ops.ttt_linear` and `ttt_ops.ttt_mlp` describe it; all tensors in one floating dtype."""
     q, k, v, lr, token_weight, norm_weight, norm_bias = inputs
@@ -44,7 +52,9 @@ def ttt_reference(
     inner = _Inner(norm_weight, norm_bias, eps, inner_norm)
     weights, position = state.weights, state.frames % mini_batch_size
     fresh = state.mini_batch_size == 0
-    open_k, open_v, open_lr = ([x.new_zeros(rows, *x.shape[2:])] * mini_batch_size if fresh else list(x.unbind(1)) for x in (state.k, state.v, state.lr))
+    open_k, open_v, open_lr = (
+        [x.new_zeros(rows, *x.shape[2:])] * mini_batch_size if fresh else list(x.unbind(1)) for x in (state.k, state.v, state.lr)
+    )
 
     # Sums over the open mini-batch of lr_s grad l_s, as the weights, and of lr_s c_s, [B, H, 1, 1]
     gathered: Weights = tuple(torch.zeros_like(w) for w in (*weights, weights[0][:, :, :1, :1]))
@@ -95,14 +105,18 @@ class _Inner:
         return y / (y.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.norm_weight + self.norm_bias
 
     def gradient(self, weights: Weights, k: Tensor, v: Tensor) -> Weights:
-        """Gradient of every row's and head's loss with respect to its own weights, and c `[B, H, 1, 1]`; differentiable when gradients are on."""
+        """Gradient of every row's and head's loss with respect to its own weights, and c `[B, H, 1, 1]`; differentiable when gradients are
+        on.
+        """
         outer = torch.is_grad_enabled()
         with torch.enable_grad():
             point = tuple(w if outer and w.requires_grad else w.detach().requires_grad_() for w in weights)
             answer = self.f(point, k)
             error = (self.normed(answer) if self.inner_norm == "layer_norm" else answer) - (v - k)
             gradient = torch.autograd.grad(0.5 * error.square().sum(), point, create_graph=outer)
-        squares = [_square(g.flatten(2)) for g in gradient[:-2]]  # of the first of two layers; the last layer's over ||e||^2 are ||x||^2 + 1
+        squares = [
+            _square(g.flatten(2)) for g in gradient[:-2]
+        ]  # of the first of two layers; the last layer's over ||e||^2 are ||x||^2 + 1
         c = sum(squares, torch.zeros_like(error[..., :1])) / (_square(error) + self.eps) + _square(self.last_input(weights, k)) + 1
         return (*gradient, c[..., None])
 

@@ -1,15 +1,16 @@
 """TTT in torch: one dual form per mini-batch, a few batched matrix products over all rows and heads, and a backward worked out by hand.
 
-`ttt_dual` has the same function in plain lines. With weights W at a mini-batch's start and g_s the gradients of l_s there with respect to the inner
-model's outputs, the weights that token t reads need never be made (the dual form, Sun et al. 2024, section 2.5): q_t W_t = q_t W - share_t sum_{s <= t}
-(q_t . k_s) lr_s g_s, and the bias adds 1 to the dot product. Only the weights at the mini-batch's end are formed, by one product over its tokens.
-share_t is the token weight w_t; where the inner loss has no LayerNorm, w_t / max(1, w_t sum_{s <= t} lr_s c_s), one of its own in every row and head.
+`ttt_dual` has the same function in plain lines. With weights W at a mini-batch's start and g_s the gradients of l_s there with respect to
+the inner model's outputs, the weights that token t reads need never be made (the dual form, Sun et al. 2024, section 2.5): q_t W_t = q_t W
+- share_t sum_{s <= t} (q_t . k_s) lr_s g_s, and the bias adds 1 to the dot product. Only the weights at the mini-batch's end are formed, by
+one product over its tokens. share_t is the token weight w_t; where the inner loss has no LayerNorm, w_t / max(1, w_t sum_{s <= t} lr_s
+c_s), one of its own in every row and head.
 
 Backward runs no mini-batch again. It keeps what each layer of the inner model gave for every key and query, from which all else follows
-without the weights, and walks the weights back with the mini-batches, each time adding the product that forward took from them. Rounding aside
-that is exact; the weights kept between groups of mini-batches undo the rounding, and so do the first ones, which may be small beside the
-first steps. Below, d_x is the gradient of the outer
-loss with respect to x; a `_Step` is one mini-batch's tokens, and its `steps` are lr_s g_s, which the reading and the update of the weights use.
+without the weights, and walks the weights back with the mini-batches, each time adding the product that forward took from them. Rounding
+aside that is exact; the weights kept between groups of mini-batches undo the rounding, and so do the first ones, which may be small beside
+the first steps. Below, d_x is the gradient of the outer loss with respect to x; a `_Step` is one mini-batch's tokens, and its `steps` are
+lr_s g_s, which the reading and the update of the weights use.
 
 Shape letters: B rows, H heads, M = B H, N mini-batches, n mini-batches of a piece, b mini-batch size, D head dimension, F hidden width.
 """
@@ -106,7 +107,9 @@ def _backward(
     """Gradients of the inputs and the first weights, the mini-batches taken from the last to the first, and so what was kept of them."""
     shape, kinds, group_size = inputs.q.shape, len(first), options.group_size
     d_out = first[0].new_zeros(()).expand(shape) if d_outputs[0] is None else d_outputs[0]
-    d_last = [torch.zeros_like(w) if d is None else d.clone(memory_format=torch.contiguous_format) for d, w in zip(d_outputs[1:], kept[-kinds:])]
+    d_last = [
+        torch.zeros_like(w) if d is None else d.clone(memory_format=torch.contiguous_format) for d, w in zip(d_outputs[1:], kept[-kinds:])
+    ]
     d_weights = tuple(d.flatten(0, 1) for d in d_last)  # [M, ...], ours to change in place
     d_tokens = [torch.empty_like(x) for x in inputs[:4]]
     d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
@@ -269,8 +272,8 @@ def _bounded(step: _Step, c: Tensor, shared: _Shared) -> _Step:
 
 
 def _room(piece: _Step, weights: Weights, shared: _Shared) -> list[Tensor]:
-    """For what a piece gives: f(k) and the answers f(q) `[n, M, b, D]`; for the MLP also what the first layer gives for both `[n, M, 2 b, F]`;
-    without LayerNorm in the inner loss also c `[n, M, b, 1]`."""
+    """For what a piece gives: f(k) and the answers f(q) `[n, M, b, D]`; for the MLP also what the first layer gives for both `[n, M, 2 b,
+    F]`; without LayerNorm in the inner loss also c `[n, M, b, 1]`."""
     hidden = [piece.kq.new_empty(*piece.kq.shape[:-1], weights[0].shape[-1])] if len(weights) == 4 else []
     c = [] if shared.normed else [torch.empty_like(piece.rate)]
     return [torch.empty_like(piece.offset), torch.empty_like(piece.offset), *hidden, *c]
@@ -403,7 +406,9 @@ def _mlp_backward(
         grads.token_weight.add_(d_table.sum((0, 2)))
         d_gradient1, d_gradient2 = d_steps1, d_steps2  # both gradients have the rate in them already
     else:
-        d_gradient1, d_gradient2, d_c = _bounded_backward(step, shared, gradient1, learned.gradient, c[0], d_steps1, d_steps2, d_table, grads)
+        d_gradient1, d_gradient2, d_c = _bounded_backward(
+            step, shared, gradient1, learned.gradient, c[0], d_steps1, d_steps2, d_table, grads
+        )
     torch.mul(d_gradient1, slope, out=d_pulled)
     d_gradient2.baddbmm_(d_pulled, W2)
     d_z2 = _learn_backward(learned, d_gradient2, step, shared, grads) if isinstance(learned, _Normed) else grads.pull.copy_(d_gradient2)
@@ -432,9 +437,19 @@ def _first_layer_backward(step: _Step, W1: Tensor, d_z: Tensor, d_W1: Tensor, d_
 
 
 def _bounded_backward(
-    step: _Step, shared: _Shared, gradient1: Tensor, gradient2: Tensor, c: Tensor, d_steps1: Tensor, d_steps2: Tensor, d_table: Tensor, grads: _Gradients
+    step: _Step,
+    shared: _Shared,
+    gradient1: Tensor,
+    gradient2: Tensor,
+    c: Tensor,
+    d_steps1: Tensor,
+    d_steps2: Tensor,
+    d_table: Tensor,
+    grads: _Gradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From both layers' steps, and from c, to both gradients, as far as neither goes through the other, and to c, which ||x||^2 still enters."""
+    """From both layers' steps, and from c, to both gradients, as far as neither goes through the other, and to c, which ||x||^2 still
+    enters.
+    """
     torch.sum(d_steps2 * gradient2, -1, keepdim=True, out=grads.rate)
     grads.rate.add_((d_steps1 * gradient1).sum(-1, keepdim=True))
     d_c = _share_backward(step, shared, c, d_table.sum(-1, keepdim=True), grads)
@@ -448,7 +463,9 @@ def _bounded_backward(
 
 
 def _share_backward(step: _Step, shared: _Shared, c: Tensor, d_share: Tensor | float, grads: _Gradients) -> Tensor:
-    """From the shares to c `[M, b, 1]`, and to the token weights and the rate in `grads`; d_share is what a second layer brings, `[M, b, 1]`."""
+    """From the shares to c `[M, b, 1]`, and to the token weights and the rate in `grads`; d_share is what a second layer brings, `[M, b,
+    1]`.
+    """
     d_share = d_share - (grads.read * step.dots).tril_().sum(-1, keepdim=True)
     d_share[:, -1:] -= ((grads.closing * step.k).sum((1, 2), keepdim=True) + grads.end) * step.closes
     share = step.table[..., :1]

@@ -59,9 +59,7 @@ class TTTState:
     lockstep_frames: int | None = None
 
     @classmethod
-    def initial(
-        cls, W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None, *, batch_size: int
-    ) -> TTTState:
+    def initial(cls, W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None, *, batch_size: int) -> TTTState:
         """The state before the first token: every row at the learned weights `[H, ...]`, through which gradients flow back.
 
         Raises:

@@ -42,7 +42,9 @@ def guards(monkeypatch):
 
 
 def in_float64(values):
-    """The same numbers, float64 but for tokens in bfloat16: those stay, so that the reference's output and its gradient are rounded as ours."""
+    """The same numbers, float64 but for tokens in bfloat16: those stay, so that the reference's output and its gradient are rounded as
+    ours.
+    """
     return {name: (x.detach() if x.dtype == torch.bfloat16 else x.detach().double()).requires_grad_() for name, x in values.items()}
 
 
@@ -120,7 +122,11 @@ def test_any_shape_split_and_mask(data):
     rows, length, b = (data.draw(st.integers(1, most)) for most in (2, 9, 5))
     cuts = tuple(sorted(data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=2)) - {length}))
     mask = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows)))
-    options = {"group": data.draw(st.integers(1, 4)), "seed": data.draw(st.integers(0, 99)), "inner_norm": data.draw(st.sampled_from(INNER_NORMS))}
+    options = {
+        "group": data.draw(st.integers(1, 4)),
+        "seed": data.draw(st.integers(0, 99)),
+        "inner_norm": data.draw(st.sampled_from(INNER_NORMS)),
+    }
     check(mixer, (rows, length, 1, 32, b), cuts=cuts, mask=mask, **options)
 
 
@@ -179,7 +185,9 @@ def test_rows_in_several_launches_give_the_same_bits(monkeypatch, mixer):
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_group_size_changes_no_number(group):
     inputs, complete = arguments("linear")
-    found = errors(outcome(ttt_kernels.scan_mini_batches, inputs, complete, group), outcome(ttt_kernels.scan_mini_batches, inputs, complete, 2))
+    found = errors(
+        outcome(ttt_kernels.scan_mini_batches, inputs, complete, group), outcome(ttt_kernels.scan_mini_batches, inputs, complete, 2)
+    )
     assert max(found.values()) <= 1e-6, found
 
 

@@ -40,7 +40,10 @@ def mutant(name: str, diff: str) -> Mutant:
     """A mutant from mutmut's name for it and its unified diff."""
     path, _, function = name.partition("__mutmut_")[0].rpartition(".")
     where = f"{path.rpartition('.')[2]}.{re.sub('^x[_ǁ]', '', function).replace('ǁ', '.')}"
-    changed = {sign: [line[1:].strip() for line in diff.splitlines() if re.match(rf"{re.escape(sign)}(?!{re.escape(sign)})", line)] for sign in "-+"}
+    changed = {
+        sign: [line[1:].strip() for line in diff.splitlines() if re.match(rf"{re.escape(sign)}(?!{re.escape(sign)})", line)]
+        for sign in "-+"
+    }
     return Mutant(where, " ".join(changed["-"]), " ".join(changed["+"]))
 
 

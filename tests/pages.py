@@ -10,7 +10,7 @@ from typing import Any
 
 from tree import ROOT
 
-from modeling_moshi_ttt.tools.cli import main
+from modeling_moshi_ttt.cli import main
 
 REPOSITORY = "https://github.com/moshi-ttt/moshi-ttt/blob/main/"
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "generated" not in path.parts)]
@@ -68,7 +68,9 @@ def run_command(line: str) -> str:
 
 
 def run_page(page: str, run: Callable[[str], str] = run_command) -> int:
-    """Run a page from top to bottom in the current folder, and hold every line of its `text` blocks against what was said; how many blocks ran."""
+    """Run a page from top to bottom in the current folder, and hold every line of its `text` blocks against what was said; how many blocks
+    ran.
+    """
     said: list[str] = []
     names: dict[str, Any] = {}
     ran = 0

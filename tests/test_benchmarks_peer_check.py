@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import peer_check
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from modeling_moshi_ttt.tools.convert import config_from_kyutai, hf_to_kyutai
+from modeling_moshi_ttt.conversion.tables import config_from_kyutai, hf_to_kyutai
 
 CASE = "delays-to-5"
 
@@ -56,7 +56,9 @@ def test_what_differs_is_named_and_fails(monkeypatch, capsys, tmp_path, spoil, m
 
 
 def test_the_cases_are_those_the_golden_numbers_lack(kyutai_golden):
-    """Eight configurations, at least one with delays up to 5 and one whose window is shorter than the sequence, none of them the golden one."""
+    """Eight configurations, at least one with delays up to 5 and one whose window is shorter than the sequence, none of them the golden
+    one.
+    """
     found = [case["lm"] for case in peer_check.cases([]) if "lm" in case]
     assert len(found) == 8
     assert {(8, 4), (4, 4), (16, 8), (32, 16), (5, 2)} <= {(lm["n_q"], lm["dep_q"]) for lm in found}

@@ -84,7 +84,9 @@ def labelled_losses(model, windows, memory) -> list[torch.Tensor]:
 
 
 def test_labels_of_delayed_codebooks_wait_for_their_step():
-    """A window without labels trains nothing, however short it is, and takes nothing from those before it: their delayed codebooks come after."""
+    """A window without labels trains nothing, however short it is, and takes nothing from those before it: their delayed codebooks come
+    after.
+    """
     model = tiny_model(audio_delays=[0, 3, 2, 0, 1, 1])
     frames = with_labels(random_frames(model.config, rows=2, frames=9))
     windows = [cut(frames, *ends) for ends in ((0, 5), (5, 6), (6, 9))]
@@ -300,7 +302,10 @@ def test_a_wrong_num_items_in_batch_moves_no_memory(heard):
     kept = copy_of(model, memory)
     value = "`num_items_in_batch=.* must be finite and above 0 where anything is trained"
     wrongs = [(torch.ones(n), f"`num_items_in_batch` holds {n} numbers") for n in (0, 3)]
-    wrongs += [(wrong, value) for wrong in (0, -2, float("nan"), float("inf"), torch.tensor(0), torch.tensor([0.0, 5.0]), torch.tensor([5.0, -1.0]))]
+    wrongs += [
+        (wrong, value)
+        for wrong in (0, -2, float("nan"), float("inf"), torch.tensor(0), torch.tensor([0.0, 5.0]), torch.tensor([5.0, -1.0]))
+    ]
     for wrong, words in wrongs:
         with pytest.raises(ValueError, match=words):
             model(**with_labels(frames), past_key_values=kept, num_items_in_batch=wrong)

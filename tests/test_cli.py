@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from modeling_moshi_ttt import cli
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.evaluation.recall import RecallSettings
-from modeling_moshi_ttt.tools import cli
 from modeling_moshi_ttt.training.run_config import RunConfig
 
 MODULE = "moshi_ttt_test_command"
@@ -120,7 +120,7 @@ def test_help_names_every_setting(name, settings, some, capsys):
 
 
 def test_help_imports_no_package_of_the_extras():
-    code = "import sys; from modeling_moshi_ttt.tools import cli\ntry: cli.main(['--version'])\nexcept SystemExit: pass\n"
+    code = "import sys; from modeling_moshi_ttt import cli\ntry: cli.main(['--version'])\nexcept SystemExit: pass\n"
     code += "print(sorted({'peft', 'datasets', 'matplotlib', 'sphn'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

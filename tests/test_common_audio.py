@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from modeling_moshi_ttt.common.audio import read_audio, write_audio
-from modeling_moshi_ttt.common.recordings import parse_words, read_manifest, read_words
+from modeling_moshi_ttt.data.audio import read_audio, write_audio
+from modeling_moshi_ttt.data.recordings import parse_words, read_manifest, read_words
 
 
 def tone(seconds=1.0, rate=24000, channels=2):

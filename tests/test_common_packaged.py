@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from tree import ROOT
 
-from modeling_moshi_ttt import packaged
+from modeling_moshi_ttt import cli, packaged
 from modeling_moshi_ttt.common.packaged import names, resolve
-from modeling_moshi_ttt.common.recordings import read_manifest
+from modeling_moshi_ttt.data.recordings import read_manifest
+from modeling_moshi_ttt.data.sources import read_sources
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
-from modeling_moshi_ttt.tools import cli
 from modeling_moshi_ttt.training import setup
 from modeling_moshi_ttt.training.run_config import DataSettings, load_run_config
-from modeling_moshi_ttt.training.sources import read_sources
 
 KINDS = ("train", "evaluate", "accelerate", "model", "processor", "data")
 
@@ -78,7 +77,9 @@ def test_what_the_demonstration_names_is_there():
     assert setup.build_model(run.model, 0).config.ttt_layers == [1, 2]
     assert setup.load_processor(run.model).sampling_rate == 24000
     problems: list[str] = []
-    counts = [len(read_sources(text, DataSettings(train=text), Path("store"), problems)[0].recordings) for text in (run.data.train, "dialogues:2")]
+    counts = [
+        len(read_sources(text, DataSettings(train=text), Path("store"), problems)[0].recordings) for text in (run.data.train, "dialogues:2")
+    ]
     assert (counts, problems) == ([8, 10], [])
     assert len(read_manifest(run.data.evaluation)) == 2
 
@@ -92,13 +93,22 @@ def test_a_fresh_start_needs_a_processor_by_either_name():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train dmeo", "dmeo: there is no such settings file; . holds no .yaml file, and the package none of this name; did you mean 'demo'?"),
-        ("train lora7.yaml", "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_7b, spoken_recall, ttt_7b."),
+        (
+            "train dmeo",
+            "dmeo: there is no such settings file; . holds no .yaml file, and the package none of this name; did you mean 'demo'?",
+        ),
+        (
+            "train lora7.yaml",
+            "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_7b, spoken_recall, ttt_7b.",
+        ),
         ("train some/where/full-8gpu.yaml", "did you mean 'full_8gpu'?"),
         ("train recall", "recall: there is no such settings file"),
         ("evaluate recal", "did you mean 'recall'? The package holds dialogue, long_context, recall, spoken_recall, zero_shot."),
         ("evaluate recall dialog model=x", "did you mean 'dialogue'?"),
-        ("train demo --launch onegpu", "--launch is onegpu: there is no such file, and the package holds none of this name; did you mean 'one_gpu'?"),
+        (
+            "train demo --launch onegpu",
+            "--launch is onegpu: there is no such file, and the package holds none of this name; did you mean 'one_gpu'?",
+        ),
         ("train demo --launch cpu optim.ler=1", "demo: unknown key 'optim.ler'; did you mean 'optim.lr'?"),
     ],
 )
@@ -126,7 +136,16 @@ def test_init_writes_copies_and_says_what_is_next(elsewhere, capsys):
     written = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(int(line.split(": ")[1].split()[0]) for line in said[:-1]) == len(written)
     assert all(path.read_bytes() == (ROOT / path.relative_to(folder)).read_bytes() for path in written)
-    assert {path.parent.name for path in written} >= {"train", "evaluate", "accelerate", "model", "tiny", "audio_tokenizer", "examples", "stereo"}
+    assert {path.parent.name for path in written} >= {
+        "train",
+        "evaluate",
+        "accelerate",
+        "model",
+        "tiny",
+        "audio_tokenizer",
+        "examples",
+        "stereo",
+    }
     assert said[-1].startswith("next: cd 'a folder', then python examples/demo.py")
     assert load_run_config(str(folder / "configuration" / "train" / "demo.yaml")).run_dir == "runs/demo"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import MimiConfig, MoshiConfig, MoshiForConditionalGeneration
 
-from modeling_moshi_ttt.tools.convert import (
+from modeling_moshi_ttt.conversion.kyutai_config import MOSHI_7B, kyutai_from_config
+from modeling_moshi_ttt.conversion.tables import (
     TTT_NAMES,
     config_from_kyutai,
     fuse,
@@ -15,8 +16,7 @@ from modeling_moshi_ttt.tools.convert import (
     to_pairs,
     ttt_names,
 )
-from modeling_moshi_ttt.tools.kyutai_config import MOSHI_7B, kyutai_from_config
-from modeling_moshi_ttt.tools.verify import expected_shapes
+from modeling_moshi_ttt.hub.verify import expected_shapes
 
 MOSHIKO = {**MOSHI_7B, "depformer_causal": True, "demux_second_stream": False, "model_type": "moshi", "lm_gen_config": {}}
 
@@ -211,7 +211,9 @@ def test_configuration_there_and_back(golden, source):
     assert config_from_kyutai(written, ttt_layers="last:2").to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("lm_kwargs", [{**MOSHI_7B, "context": None}, {k: v for k, v in MOSHI_7B.items() if k != "context"}], ids=["null", "absent"])
+@pytest.mark.parametrize(
+    "lm_kwargs", [{**MOSHI_7B, "context": None}, {k: v for k, v in MOSHI_7B.items() if k != "context"}], ids=["null", "absent"]
+)
 def test_a_context_of_null_is_attention_without_a_window(lm_kwargs):
     config = config_from_kyutai(lm_kwargs)
     assert config.sliding_window is None

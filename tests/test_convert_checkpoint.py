@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny import random_frames
 from transformers import AutoModel, MimiModel, MoshiConfig, MoshiForConditionalGeneration
 
-from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
-from modeling_moshi_ttt.tools import cli
-from modeling_moshi_ttt.tools.convert import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
-from modeling_moshi_ttt.tools.convert_checkpoint import Options, convert, parse_ttt
-from modeling_moshi_ttt.tools.convert_mimi import fast_tokenizer, mimi_config, mimi_groups
-from modeling_moshi_ttt.tools.kyutai_config import kyutai_from_config
-from modeling_moshi_ttt.tools.shards import TensorFiles
-from modeling_moshi_ttt.tools.verify import verify
+from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor, cli
+from modeling_moshi_ttt.common.safetensor_files import TensorFiles
+from modeling_moshi_ttt.conversion.convert import Options, convert, parse_ttt
+from modeling_moshi_ttt.conversion.kyutai_config import kyutai_from_config
+from modeling_moshi_ttt.conversion.mimi import fast_tokenizer, mimi_config, mimi_groups
+from modeling_moshi_ttt.conversion.tables import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
+from modeling_moshi_ttt.hub.verify import verify
 
 MIMI_SETTINGS = {
     "sample_rate": 24000,
@@ -221,7 +220,9 @@ def with_user_slices(folder, state, lm_kwargs, fused):
     folder.mkdir()
     torch.manual_seed(2)
     whole = config_from_kyutai({**lm_kwargs, "n_q": 7, "dep_q": 6, "delays": [0] * 8})
-    drawn = hf_to_kyutai({name: torch.randn(tensor.shape) for name, tensor in MoshiTTTForConditionalGeneration(whole).state_dict().items()}, whole)
+    drawn = hf_to_kyutai(
+        {name: torch.randn(tensor.shape) for name, tensor in MoshiTTTForConditionalGeneration(whole).state_dict().items()}, whole
+    )
     users = {name: tensor for name, tensor in drawn.items() if name not in state and name != "emb.6.weight"}
     joined = {**state, **users}
     if fused:
@@ -391,7 +392,9 @@ def test_a_codec_that_mimi_cannot_express_is_refused(part, change, message):
         mimi_config(MIMI_SETTINGS | {"frame_rate": 25.0})
 
 
-@pytest.mark.parametrize(("value", "dtype", "message"), [(float("nan"), None, "not finite"), (1e6, torch.float16, "up to 1e.06, too large")])
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"), [(float("nan"), None, "not finite"), (1e6, torch.float16, "up to 1e.06, too large")]
+)
 @pytest.mark.parametrize("there", [True, False])
 def test_weights_that_are_not_finite_are_refused_both_ways(tmp_path, there, value, dtype, message):
     small_model(ttt_layers=[]).save_pretrained(tmp_path / "here")
@@ -471,7 +474,7 @@ def test_converting_takes_little_memory(golden, tmp_path):
     (tmp_path / "large" / "config.json").write_text(json.dumps(lm_kwargs))
     code = f"""{PEAK}
 import modeling_moshi_ttt.modeling_moshi_ttt, modeling_moshi_ttt.processing_moshi_ttt  # what is imported is not what converting takes
-from modeling_moshi_ttt.tools.convert_checkpoint import convert, Options
+from modeling_moshi_ttt.conversion.convert import convert, Options
 before = peak()
 convert("large", "here", Options(max_shard_size="100MB"))
 convert("here", "back")

@@ -73,7 +73,9 @@ def test_a_question_asks_for_the_newest_value():
 def test_the_level_sets_the_distance(book):
     """At 0 facts are asked at once and always repeated; at 1 after `distance`, corrected in some dialogues, repeated in some."""
     settings = ScriptSettings(corrections=0.5, echo=0.5)
-    lengths = {level: np.mean([len(book.stitch(Script(settings, random.Random(seed), level)).text) for seed in range(50)]) for level in (0, 0.5, 1)}
+    lengths = {
+        level: np.mean([len(book.stitch(Script(settings, random.Random(seed), level)).text) for seed in range(50)]) for level in (0, 0.5, 1)
+    }
     assert lengths[0] + 20 < lengths[0.5] < lengths[1] - 20
     roles = {level: [Counter(turn.role for turn in turns(seed, level)) for seed in range(60)] for level in (0.0, 1.0)}
     assert all(count["echo"] == count["tell"] == count["ask"] for count in roles[0.0])
@@ -131,7 +133,11 @@ def test_a_phrasebook_is_encoded_once(tmp_path, processor, monkeypatch):
     read = phrasebook(settings, processor, tmp_path, progress=lambda pieces: pytest.fail("encoded again"))
     assert made.voices == read.voices == facts.VOICES[:2]
     for voice in made.voices:
-        assert {phrase: len(clips) for phrase, clips in made.clips[voice].items()} == {"my name is Nora": 2, "hello": 2, facts.talk(False)[0]: 1}
+        assert {phrase: len(clips) for phrase, clips in made.clips[voice].items()} == {
+            "my name is Nora": 2,
+            "hello": 2,
+            facts.talk(False)[0]: 1,
+        }
         assert made.clips[voice]["hello"][0].shape[1] < made.clips[voice]["my name is Nora"][0].shape[1]
         assert all(torch.equal(a, b) for phrase in made.clips[voice] for a, b in zip(made.clips[voice][phrase], read.clips[voice][phrase]))
     assert made.mark != phrasebook(ScriptSettings(voices=1, renderings=2), processor, tmp_path).mark

@@ -37,8 +37,9 @@ def test_it_is_transformers_depth_decoder(activation):
     peer = MoshiDepthDecoder._from_config(chosen, attn_implementation="sdpa").double()
     peer.load_state_dict(decoder.state_dict())
     hidden, text, codes = frames()
-    ours, theirs = decoder(hidden, text, codes), peer(
-        input_ids=torch.cat([text[:, None], codes[:, :-1]], 1), last_hidden_state=hidden[:, None], use_cache=False
+    ours, theirs = (
+        decoder(hidden, text, codes),
+        peer(input_ids=torch.cat([text[:, None], codes[:, :-1]], 1), last_hidden_state=hidden[:, None], use_cache=False),
     )
     assert (ours.transpose(0, 1) - theirs.logits).abs().max() <= 1e-12
     ours.pow(2).sum().backward()
@@ -81,7 +82,9 @@ def test_the_zero_token_embeds_to_zero(decoder):
 
 def test_weights_are_used_in_place():
     """256 frames of the medium configuration, forward and backward, hold far less than 1.5 GB: no copy of the weights per frame."""
-    medium = config(hidden_size=256, input_size=512, num_hidden_layers=6, num_attention_heads=8, ffn_dim=1408, audio_vocab_size=2048, num_codebooks=8)
+    medium = config(
+        hidden_size=256, input_size=512, num_hidden_layers=6, num_attention_heads=8, ffn_dim=1408, audio_vocab_size=2048, num_codebooks=8
+    )
     decoder, saved = MoshiTTTDepthDecoder(medium), {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from pages import PAGES, commands, files_named, languages, read, run_command, ru
 from tree import ROOT
 
 import modeling_moshi_ttt
+from modeling_moshi_ttt.cli import COMMANDS, main
 from modeling_moshi_ttt.common import packaged
 from modeling_moshi_ttt.common.settings import Group, groups
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
-from modeling_moshi_ttt.tools.cli import COMMANDS, main
 from modeling_moshi_ttt.training.run_config import OptimSettings, RunConfig
 
 RECORDINGS = "docs/tutorials/recordings.md"
@@ -52,7 +52,13 @@ def test_recordings_become_an_adapter_on_the_hub_and_come_back(tmp_path, monkeyp
     """What speaks with the Hub in processes of their own: its address is read when its library is imported."""
     monkeypatch.chdir(tmp_path)
     with HubServer() as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": hub.token,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+        }
         environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
         def run(line: str) -> str:

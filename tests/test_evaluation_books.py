@@ -8,10 +8,11 @@ import pytest
 import torch
 from hub_checkpoints import small_model, small_processor
 
-from modeling_moshi_ttt.common.audio import write_audio
-from modeling_moshi_ttt.common.recordings import Recording
-from modeling_moshi_ttt.evaluation import books, conversations
-from modeling_moshi_ttt.training.codes import recording_text
+from modeling_moshi_ttt.data import long_recordings as books
+from modeling_moshi_ttt.data.audio import write_audio
+from modeling_moshi_ttt.data.codes import recording_text
+from modeling_moshi_ttt.data.recordings import Recording
+from modeling_moshi_ttt.evaluation import conversations
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +82,9 @@ def test_words_of_one_time_keep_their_order_in_every_path(tmp_path, processor):
     words = (("he", (0.9, 1.2), "SPEAKER_MAIN"), ("you", (0.2, 0.6), "SPEAKER_MAIN"), ("are", (0.2, 0.5), "SPEAKER_MAIN"))
     recording = Recording(tmp_path / "talk.wav", 2.0, words)
     expected = processor.text_frames(words, 25)
-    spoken = [(word.replace(" ", "").lstrip("\u2581"), start) for word, start in processor.words(torch.tensor(expected))]  # its tokenizer spells letters
+    spoken = [
+        (word.replace(" ", "").lstrip("\u2581"), start) for word, start in processor.words(torch.tensor(expected))
+    ]  # its tokenizer spells letters
     assert spoken == [("are", 2 / 12.5), ("he", 11 / 12.5)]
     samples = _sixteen_bit(noise(2.0, channels=2))
     assert processor(samples, sampling_rate=24000, words=words)["input_ids"][0].tolist() == expected

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_moshi_ttt.common.audio import read_audio
-from modeling_moshi_ttt.common.recordings import read_manifest
+from modeling_moshi_ttt.data.audio import read_audio
+from modeling_moshi_ttt.data.recordings import read_manifest
 from modeling_moshi_ttt.evaluation import dialogue
 
 RATE = 16000

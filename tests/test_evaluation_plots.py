@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from modeling_moshi_ttt.cli import main
 from modeling_moshi_ttt.evaluation import plot, plots, report
-from modeling_moshi_ttt.tools.cli import main
 
 CURVE = {"position": [16.0, 64.0, 256.0], "loss": [5.0, 4.0, 3.5], "low": [4.8, 3.9, 3.4], "high": [5.2, 4.1, 3.6], "frames": [16, 64, 256]}
 TASK = {"accuracy": 0.6, "interval": [0.5, 0.7], "items": 5, "pairs": 10, "chance": 0.5}
@@ -64,7 +64,10 @@ def test_the_heat_map_holds_the_numbers():
 
 def test_the_heat_map_marks_what_attention_reaches_and_has_a_row_for_each_time_of_telling():
     part = PARTS["remembers"]
-    late = [{**run, "results": [*run["results"], *[{**cell, "told_after": 9, "accuracy": 0.25} for cell in run["results"]]]} for run in part["runs"]]
+    late = [
+        {**run, "results": [*run["results"], *[{**cell, "told_after": 9, "accuracy": 0.25} for cell in run["results"]]]}
+        for run in part["runs"]
+    ]
     figure = plots.draw({**part, "runs": late})
     panels = figure.axes[:4]
     assert [axes.get_title() for axes in panels] == [f"{pairs} pairs told after {told} frames" for told in (0, 9) for pairs in (4, 8)]

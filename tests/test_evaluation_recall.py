@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from modeling_moshi_ttt import cli
 from modeling_moshi_ttt.common.settings import load_settings
 from modeling_moshi_ttt.evaluation import inner_loss, recall, recall_task
 from modeling_moshi_ttt.evaluation.recall_task import (
@@ -20,7 +21,6 @@ from modeling_moshi_ttt.evaluation.recall_task import (
     train,
 )
 from modeling_moshi_ttt.evaluation.scoring import CodeSequence
-from modeling_moshi_ttt.tools import cli
 
 
 def test_answers_are_the_values_of_the_repeated_keys():

@@ -13,13 +13,12 @@ import yaml
 import zero_shot_folders as folders
 from tiny import random_frames
 
-from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor
-from modeling_moshi_ttt.common.adapters import write_base_config
-from modeling_moshi_ttt.common.audio import write_audio
+from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration, MoshiTTTProcessor, cli
+from modeling_moshi_ttt.adapters.bases import write_base_config
+from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.evaluation import runner, scoring, zero_shot
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.evaluation.recall import RecallSettings
-from modeling_moshi_ttt.tools import cli
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configuration" / "model"

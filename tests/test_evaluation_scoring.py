@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.conversion.tables import config_from_kyutai, kyutai_to_hf
 from modeling_moshi_ttt.evaluation.scoring import (
     UNWEIGHTED,
     CodeSequence,
@@ -17,7 +18,6 @@ from modeling_moshi_ttt.evaluation.scoring import (
     score_sequences,
     token_log_probs,
 )
-from modeling_moshi_ttt.tools.convert import config_from_kyutai, kyutai_to_hf
 
 K = 3
 

@@ -9,7 +9,7 @@ from made_phrases import tiny_processor
 from matplotlib.figure import Figure
 from tiny import tiny_model
 
-from modeling_moshi_ttt.common.audio import write_audio
+from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.data.facts import Fact
 from modeling_moshi_ttt.data.spoken_dialogues import Question
 from modeling_moshi_ttt.evaluation import spoken_recall
@@ -63,7 +63,9 @@ def test_an_answer_has_its_time_and_all_its_words(processor):
 def test_cells_keep_times_and_corrections_apart():
     found = [
         {"dialogue": f"d{i % 4}", "since": since, "corrected": corrected, "right": right, "old": not right}
-        for i, (since, corrected, right) in enumerate([(1, 0, True), (9, 0, True), (10, 0, False), (40, 0, False), (40, 1, True), (36, 2, True)])
+        for i, (since, corrected, right) in enumerate(
+            [(1, 0, True), (9, 0, True), (10, 0, False), (40, 0, False), (40, 1, True), (36, 2, True)]
+        )
     ]
     assert [(cell["corrected"], cell["from"], cell["accuracy"], cell["questions"]) for cell in cells(found)] == [
         (False, 0, 1.0, 1),

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_moshi_ttt.common.audio import read_audio
-from modeling_moshi_ttt.common.recordings import read_manifest
+from modeling_moshi_ttt.data.audio import read_audio
+from modeling_moshi_ttt.data.recordings import read_manifest
 from modeling_moshi_ttt.evaluation import dialogue
 from modeling_moshi_ttt.evaluation.voice import IndistinctVoice, voice_activity
 
@@ -41,7 +41,9 @@ def noise(kind: str, samples: int, level: float, recordings, seed: int) -> np.nd
 
 
 def noisy(stereo, kind, level, recordings) -> np.ndarray:
-    return np.stack([channel + noise(kind, len(channel), level, recordings, seed) for seed, channel in enumerate(stereo)]).astype(np.float32)
+    return np.stack([channel + noise(kind, len(channel), level, recordings, seed) for seed, channel in enumerate(stereo)]).astype(
+        np.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,8 @@ def clean(recordings):
 @pytest.mark.parametrize("kind", ["white", "pink", "hum", "babble"])
 @pytest.mark.parametrize("level", [-70, -60, -50, -40, -35])
 def test_what_is_reported_holds_at_any_noise_floor(recordings, clean, kind, level):
-    """Beside the same dialogues without noise: reply delay within a frame of 80 ms, overlap and silence within 2% (pink noise at -35 dBFS: 2.5%); babble that
-    comes too near to the voices is named, and its numbers are withheld."""
+    """Beside the same dialogues without noise: reply delay within a frame of 80 ms, overlap and silence within 2% (pink noise at -35 dBFS:
+    2.5%); babble that comes too near to the voices is named, and its numbers are withheld."""
     found = [dialogue.measure(noisy(recordings[name], kind, level, recordings), RATE) for name in NAMES]
     if (kind, level) == ("babble", -35):
         withheld = [one for one in found if one.withheld is not None]

@@ -124,7 +124,10 @@ def test_tokens_at_the_ends_of_their_range_pass_and_those_beyond_are_named():
     ("change", "words"),
     [
         ({"input_ids": None, "moshi_audio_codes": None, "user_audio_codes": None}, "nothing to hear: give at least one of `input_ids`"),
-        ({name: torch.zeros(*shape, 0).long() for name, shape in (("input_ids", (2,)), ("moshi_audio_codes", (2, 3)))}, "the batch is empty"),
+        (
+            {name: torch.zeros(*shape, 0).long() for name, shape in (("input_ids", (2,)), ("moshi_audio_codes", (2, 3)))},
+            "the batch is empty",
+        ),
         ({"input_ids": torch.zeros(0, 6).long()}, r"the batch is empty \(shape \(0, 6\)\)"),
         ({"input_ids": torch.zeros(2, 5).long()}, "unequal lengths: {'input_ids': 5, 'moshi_audio_codes': 6, 'user_audio_codes': 6}"),
         ({"input_ids": torch.full((2, 6), 30)}, "`input_ids` holds 30; it takes ids from 0 to 29"),

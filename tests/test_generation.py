@@ -303,7 +303,10 @@ def test_tokens_are_drawn_by_their_probabilities():
     settings = {"do_sample": True, "temperature": 0.7, "text_temperature": 1.0, "top_k": 0, "text_top_k": 0}
     sampling = make_sampling(rows, torch.device("cpu"), **settings)
     text, audio = sampling.noise(torch.arange(rows), torch.arange(rows) % 7, 4, 2, 4)
-    for chosen, temperature in ((sampling.text(logits.expand(rows, -1), text), 1.0), (sampling.audio(logits.expand(rows, -1), audio[:, 1]), 0.7)):
+    for chosen, temperature in (
+        (sampling.text(logits.expand(rows, -1), text), 1.0),
+        (sampling.audio(logits.expand(rows, -1), audio[:, 1]), 0.7),
+    ):
         shares, expected = torch.bincount(chosen, minlength=4) / rows, (logits / temperature).softmax(0)
         assert ((shares - expected).abs() <= 4 * (expected * (1 - expected) / rows).sqrt()).all()
     correlation = torch.corrcoef(torch.stack([text.flatten(), audio[:, 0].flatten(), audio[:, 1].flatten()]))

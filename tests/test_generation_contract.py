@@ -266,7 +266,11 @@ def test_a_processor_gives_the_tensors_that_are_asked_for(processor):
     plain, numpy = processor(sound, 24000), processor(sound, 24000, return_tensors="np")
     assert all(torch.equal(plain[name], torch.from_numpy(numpy[name])) for name in plain)
     assert torch.equal(processor(sound, sampling_rate=24000, return_tensors="pt")["input_ids"], plain["input_ids"])
-    for asked, words in (({"return_tensors": "tf"}, "`return_tensors='tf'`"), ({"images": [1]}, "`images="), ({"text": "hello"}, "exclude each other")):
+    for asked, words in (
+        ({"return_tensors": "tf"}, "`return_tensors='tf'`"),
+        ({"images": [1]}, "`images="),
+        ({"text": "hello"}, "exclude each other"),
+    ):
         with pytest.raises(ValueError, match=words):
             processor(sound, 24000, **asked)
     with pytest.raises(ValueError, match="holds no words"):

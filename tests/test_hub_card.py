@@ -12,9 +12,9 @@ from hub_checkpoints import save_adapter, save_checkpoint, small_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
-from modeling_moshi_ttt.tools.card import check_facts, summarise, write_card
-from modeling_moshi_ttt.tools.stage import copy_others, stage
-from modeling_moshi_ttt.tools.verify import verify
+from modeling_moshi_ttt.hub.card import check_facts, summarise, write_card
+from modeling_moshi_ttt.hub.stage import copy_others, stage
+from modeling_moshi_ttt.hub.verify import verify
 
 RUN = {
     "run_dir": "/users/somebody/runs/one",
@@ -49,7 +49,9 @@ def cards(tmp_path_factory):
     (run / "run_config.json").write_text(json.dumps({"run": RUN, "fixed": {}}))
     (run / "final" / "run.json").write_text(json.dumps({"step": 300, "run": RUN}))
     (run / "loss.png").write_bytes(b"a picture")
-    (run / "card.json").write_text(json.dumps({"datasets": ["user/talk"], "hardware": "one H100", "time": "3 h", "description": "It likes tea."}))
+    (run / "card.json").write_text(
+        json.dumps({"datasets": ["user/talk"], "hardware": "one H100", "time": "3 h", "description": "It likes tea."})
+    )
     metrics = [
         {"step": 0, "eval_text_loss": 6.2},
         *({"step": i, "text_loss": 1 / i, "tokens_per_second": 100.0 * i, "peak_memory_gb": 3.5} for i in (1, 2, 4)),
@@ -145,7 +147,7 @@ def test_the_cards_code_runs_as_it_stands(cards, tmp_path, kind):
         if kind == "adapter":
             save_adapter(tmp_path / "adapter", str(cards / "whole"))
             push = ["push", str(tmp_path / "adapter"), "user/adapter", "--base", "user/whole"]
-            code = f"from modeling_moshi_ttt.tools.cli import main\nassert main({push!r}) == 0"
+            code = f"from modeling_moshi_ttt.cli import main\nassert main({push!r}) == 0"
             subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
         text = hub.repos[f"user/{kind}"].files()["README.md"].decode()
         blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -203,7 +205,12 @@ def test_links_of_the_hubs_cache_are_followed_and_links_elsewhere_are_refused(ca
 
 @pytest.mark.parametrize(
     ("start", "license"),
-    [("tiny", "apache-2.0"), ("configuration/model/tiny.json", "apache-2.0"), ("kmhf/hf-moshiko", "cc-by-4.0"), ("runs/moshiko", "cc-by-4.0")],
+    [
+        ("tiny", "apache-2.0"),
+        ("configuration/model/tiny.json", "apache-2.0"),
+        ("kmhf/hf-moshiko", "cc-by-4.0"),
+        ("runs/moshiko", "cc-by-4.0"),
+    ],
 )
 def test_weights_that_began_fresh_are_ours_to_license(cards, tmp_path, start, license):
     """By the bare name of a packaged configuration as by a path; what began from Kyutai's weights keeps their license."""

@@ -8,18 +8,21 @@ from hub_checkpoints import save_adapter, small_model
 from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 
-from modeling_moshi_ttt.tools import cli
-from modeling_moshi_ttt.tools.carried_code import STAMP, describe_code, folder_code, runs_here
-from modeling_moshi_ttt.tools.pull import pull
-from modeling_moshi_ttt.tools.push import push
-from modeling_moshi_ttt.tools.stage import model_files
-from modeling_moshi_ttt.tools.verify import Facts, verify
+from modeling_moshi_ttt import cli
+from modeling_moshi_ttt.hub.carried_code import STAMP, describe_code, folder_code, runs_here
+from modeling_moshi_ttt.hub.pull import pull
+from modeling_moshi_ttt.hub.push import push
+from modeling_moshi_ttt.hub.stage import model_files
+from modeling_moshi_ttt.hub.verify import Facts, verify
 from modeling_moshi_ttt.versions_moshi_ttt import TRANSFORMERS
 
 REPO = "user/name"
 FLAT = {path.name: path.read_bytes() for path in model_files()}
 # As version 0.1.0 pushed it: no stamp, and a file that is no more.
-OLD = {name: data for name, data in FLAT.items() if name != STAMP} | {"modeling_moshi_ttt.py": b"# of 0.1.0\n", "ttt_gone.py": b"# of 0.1.0\n"}
+OLD = {name: data for name, data in FLAT.items() if name != STAMP} | {
+    "modeling_moshi_ttt.py": b"# of 0.1.0\n",
+    "ttt_gone.py": b"# of 0.1.0\n",
+}
 
 
 @pytest.fixture
@@ -85,7 +88,9 @@ def test_code_of_version_0_1_0_is_not_for_a_transformers_that_renames_the_cache(
     assert runs_here(("5.23", "5.24"), "5.23.2")
     assert not runs_here(("5.23", "5.24"), "5.24.0")
     assert describe_code(("5.23", "5.24"), "code", "5.23.2") == "code: for transformers >= 5.23, < 5.24"
-    assert "`trust_remote_code=True` fails with it or goes wrong; `moshi-ttt push` writes it anew" in describe_code(("5.23", "5.24"), "code", "5.24.0")
+    assert "`trust_remote_code=True` fails with it or goes wrong; `moshi-ttt push` writes it anew" in describe_code(
+        ("5.23", "5.24"), "code", "5.24.0"
+    )
 
 
 def test_pull_names_old_code(hub, api, checkpoint, tmp_path):
@@ -100,5 +105,5 @@ def test_old_code_of_an_adapters_base_is_named(hub, api, checkpoint, tmp_path, m
     assert "its base's code: for transformers >= 5.23, < 5.24" in verify(tmp_path / "adapter").describe()
     hub.add(REPO, {path.name: path.read_bytes() for path in checkpoint.iterdir()})
     hub.add("user/adapter", {"adapter_config.json": json.dumps({"base_model_name_or_path": REPO}).encode()})
-    monkeypatch.setattr("modeling_moshi_ttt.tools.pull.verify", lambda folder: Facts("adapter", base=REPO))
+    monkeypatch.setattr("modeling_moshi_ttt.hub.pull.verify", lambda folder: Facts("adapter", base=REPO))
     assert pull("user/adapter", tmp_path / "pulled", api=api).base_code == ("5.23", "5.24")

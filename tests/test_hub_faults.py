@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from modeling_moshi_ttt.common.files import check_manifest
 from modeling_moshi_ttt.common.hub import redact
-from modeling_moshi_ttt.tools.pull import pull
-from modeling_moshi_ttt.tools.push import push
-from modeling_moshi_ttt.tools.remote import look
+from modeling_moshi_ttt.hub.pull import pull
+from modeling_moshi_ttt.hub.push import push
+from modeling_moshi_ttt.hub.remote import look
 
 REPO = "user/name"
 

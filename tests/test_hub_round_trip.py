@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_frames
 
 from modeling_moshi_ttt import MoshiTTTConfig
-from modeling_moshi_ttt.tools.stage import model_files
+from modeling_moshi_ttt.hub.stage import model_files
 
 # A Python in which this package cannot be imported.
 ELSEWHERE = """
@@ -69,7 +69,7 @@ def place(tmp_path_factory):
             ["push", "adapter", "user/adapter", "--base", "user/whole"],
             ["push", "adapter", "user/merged", "--merged"],
         ]
-        code = f"from modeling_moshi_ttt.tools.cli import main\nfor command in {commands!r}:\n    assert main(command) == 0, command\n"
+        code = f"from modeling_moshi_ttt.cli import main\nfor command in {commands!r}:\n    assert main(command) == 0, command\n"
         code += "from modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTProcessor\n"
         code += "MoshiTTTForConditionalGeneration.from_pretrained('whole').push_to_hub('user/direct')\n"
         code += "MoshiTTTProcessor.from_pretrained('whole').push_to_hub('user/direct')\n"
@@ -167,7 +167,14 @@ def test_whole_repository_holds_what_was_promised(place):
     hub, *_ = place
     files = hub.repos["user/whole"].files("v1")
     assert sorted(name for name in files if name.startswith("model-")) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert {"README.md", "manifest.json", "config.json", "processor_config.json", "tokenizer.json", "probe/probe.safetensors"} < files.keys()
+    assert {
+        "README.md",
+        "manifest.json",
+        "config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "probe/probe.safetensors",
+    } < files.keys()
     assert "generation_config.json" in files
     assert "audio_tokenizer/model.safetensors" in files
     assert set(json.loads(files["manifest.json"])["files"]) == files.keys() - {"manifest.json", ".gitattributes"}
@@ -198,7 +205,7 @@ assert type(model).__module__ == "modeling_moshi_ttt.modeling_moshi_ttt", type(m
 keep("whole", model)
 keep("adapter", AutoModel.from_pretrained("user/adapter"))
 assert AutoProcessor.from_pretrained("user/whole").num_codebooks == 3
-from modeling_moshi_ttt.tools.pull import pull
+from modeling_moshi_ttt.hub.pull import pull
 print(pull("user/merged", "pulled").describe())
 keep("folder", AutoModelForTextToWaveform.from_pretrained("pulled"))
 """

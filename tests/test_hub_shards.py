@@ -10,7 +10,7 @@ import torch
 from hub_checkpoints import PEAK, has_peak
 from safetensors.torch import load_file, save_file
 
-from modeling_moshi_ttt.tools.shards import INDEX, SINGLE, ShardWriter, TensorFiles, largest, parse_size
+from modeling_moshi_ttt.common.safetensor_files import INDEX, SINGLE, ShardWriter, TensorFiles, largest, parse_size
 
 TENSORS = {
     "a": torch.randn(3, 5),
@@ -108,7 +108,7 @@ def test_memory_stays_small_however_large_the_checkpoint(tmp_path):
     save_file({f"t{i}": torch.full((2_500_000,), float(i)) for i in range(20)}, tmp_path / "large.safetensors")
     code = f"""{PEAK}
 import torch
-from modeling_moshi_ttt.tools.shards import ShardWriter, TensorFiles
+from modeling_moshi_ttt.common.safetensor_files import ShardWriter, TensorFiles
 with ShardWriter({str(tmp_path / "copy")!r}, "90MB") as writer:
     writer.add("first", torch.ones(2_500_000))
     before = peak()

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import random_frames
 from transformers import AutoModel, TorchAoConfig
 
+from modeling_moshi_ttt import cli
 from modeling_moshi_ttt.common.files import write_manifest
-from modeling_moshi_ttt.tools import cli
-from modeling_moshi_ttt.tools.probe import OLD_PROBE, PROBE, make_probe, probe_loss, write_probe
-from modeling_moshi_ttt.tools.verify import human_size, verify
+from modeling_moshi_ttt.hub.probe import OLD_PROBE, PROBE, make_probe, probe_loss, write_probe
+from modeling_moshi_ttt.hub.verify import human_size, verify
 from modeling_moshi_ttt.training import modes
 from modeling_moshi_ttt.training.run_config import ModelSettings
 from modeling_moshi_ttt.training.setup import build_model

@@ -1,4 +1,6 @@
-"""`moshi-ttt respond`: what hear says, at its true time; folders, transcripts, both voices, conversations that go on, and mistakes in one line."""
+"""`moshi-ttt respond`: what hear says, at its true time; folders, transcripts, both voices, conversations that go on, and mistakes in one
+line.
+"""
 
 import json
 
@@ -7,9 +9,8 @@ import pytest
 import torch
 from test_live_session import FRAME, speaking_model
 
-from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, MoshiTTTStream, packaged
-from modeling_moshi_ttt.common.audio import read_audio, write_audio
-from modeling_moshi_ttt.tools import cli
+from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, MoshiTTTStream, cli, packaged
+from modeling_moshi_ttt.data.audio import read_audio, write_audio
 
 RATE = 24000
 
@@ -77,7 +78,10 @@ def test_a_kept_conversation_goes_on(folder, tmp_path):
     for name, part in (("whole", whole), ("first", whole[: 5 * FRAME]), ("second", whole[5 * FRAME :])):
         write_audio(tmp_path / f"{name}.wav", part, RATE)
     assert respond(folder, tmp_path / "whole.wav", tmp_path / "a.wav", "--seed", 1, "--temperature", 0.5) == 0
-    assert respond(folder, tmp_path / "first.wav", tmp_path / "b.wav", "--seed", 1, "--temperature", 0.5, "--save-session", tmp_path / "kept") == 0
+    assert (
+        respond(folder, tmp_path / "first.wav", tmp_path / "b.wav", "--seed", 1, "--temperature", 0.5, "--save-session", tmp_path / "kept")
+        == 0
+    )
     assert respond(folder, tmp_path / "second.wav", tmp_path / "c.wav", "--resume", tmp_path / "kept") == 0
     assert np.array_equal(read_audio(tmp_path / "a.wav")[0], np.concatenate([read_audio(tmp_path / f"{name}.wav")[0] for name in "bc"]))
 

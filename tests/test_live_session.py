@@ -1,4 +1,6 @@
-"""MoshiTTTSession: one unbroken sound in and out whatever the pieces and rates, rows that depend on nothing else, and a folder that goes on."""
+"""MoshiTTTSession: one unbroken sound in and out whatever the pieces and rates, rows that depend on nothing else, and a folder that goes
+on.
+"""
 
 import copy
 import json

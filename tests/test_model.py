@@ -283,7 +283,15 @@ def plain_moshi(dtype) -> tuple[MoshiForConditionalGeneration, MoshiConfig]:
     fields |= {name: getattr(tiny_config(), name) for name in ("ffn_dim", "sliding_window", "num_codebooks", "audio_vocab_size")}
     depth = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24}
     mimi = {"hidden_size": 16, "num_filters": 2, "codebook_size": 32, "codebook_dim": 4, "vector_quantization_hidden_dimension": 4}
-    mimi |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "num_quantizers": 4, "num_semantic_quantizers": 1, "head_dim": 8, "upsample_groups": 1}
+    mimi |= {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_quantizers": 4,
+        "num_semantic_quantizers": 1,
+        "head_dim": 8,
+        "upsample_groups": 1,
+    }
     config = MoshiConfig(**fields, depth_decoder_config=depth, audio_encoder_config={"model_type": "mimi", **mimi})
     torch.manual_seed(3)
     model = MoshiForConditionalGeneration._from_config(config, attn_implementation="sdpa")
@@ -305,14 +313,18 @@ def test_gate_zero_is_transformers_moshi_within_the_window(dtype, tolerance, tmp
     output = ours(**frames, use_cache=False)
     # transformers takes delayed inputs that begin with the initial column; ours does that itself.
     start = ours.new_cache(2)
-    history = torch.cat([start.codes, torch.cat([frames["input_ids"][:, None], frames["moshi_audio_codes"], frames["user_audio_codes"]], 1)], -1)
+    history = torch.cat(
+        [start.codes, torch.cat([frames["input_ids"][:, None], frames["moshi_audio_codes"], frames["user_audio_codes"]], 1)], -1
+    )
     delays, skip = ours.config.delays, start.codes.shape[-1]
     delayed = torch.stack([history[:, s, skip - d - 1 : skip - d - 1 + 8] for s, d in enumerate(delays)], 1)
     theirs = plain(delayed[:, 0], moshi_audio_codes=delayed[:, 1:4], user_audio_codes=delayed[:, 4:], use_cache=False)
     assert (output.logits - theirs.logits).abs().max() <= tolerance
     assert (output.last_hidden_state - theirs.last_hidden_state).abs().max() <= tolerance
     targets = torch.stack([history[:, s, skip - d : skip - d + 8] for s, d in enumerate(delays[:4])], 1).transpose(1, 2).flatten(0, 1)
-    depth = plain.depth_decoder(input_ids=targets[:, :-1], last_hidden_state=theirs.last_hidden_state.flatten(0, 1)[:, None], use_cache=False)
+    depth = plain.depth_decoder(
+        input_ids=targets[:, :-1], last_hidden_state=theirs.last_hidden_state.flatten(0, 1)[:, None], use_cache=False
+    )
     assert (output.audio_logits.permute(0, 2, 1, 3).flatten(0, 1) - depth.logits).abs().max() <= tolerance
 
 

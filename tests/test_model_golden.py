@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.conversion.tables import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
 from modeling_moshi_ttt.delay_pattern import undelay, undelay_mask
-from modeling_moshi_ttt.tools.convert import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
 
 CASES = ("codes", "codes_pad", "short")
 # The audio logits spread over +-12 and their golden float32 values are themselves up to 4.3e-5 from float64's: they are held to 2e-5 of

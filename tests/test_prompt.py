@@ -132,7 +132,9 @@ def test_hooks_change_logits_before_tokens_are_chosen(model):
         seen.append(codebook)
         return logits.masked_fill(torch.arange(20) != codebook + 4, float("-inf"))
 
-    stream = model.new_stream(2, text_logits_hook=lambda logits: logits.masked_fill(torch.arange(30) != 9, float("-inf")), audio_logits_hook=audio)
+    stream = model.new_stream(
+        2, text_logits_hook=lambda logits: logits.masked_fill(torch.arange(30) != 9, float("-inf")), audio_logits_hook=audio
+    )
     said = talk(stream, torch.randint(0, 20, (2, 3, 5)))[..., 1:]
     assert (said[:, 0] == 9).all()
     assert (said[:, 1:4] == torch.tensor([4, 5, 6])[:, None]).all()

@@ -1,4 +1,6 @@
-"""What the README shows runs, and the tables of measurements and versions are of what was measured; `test_docs` has the pages that it links to."""
+"""What the README shows runs, and the tables of measurements and versions are of what was measured; `test_docs` has the pages that it links
+to.
+"""
 
 import json
 import re
@@ -56,7 +58,9 @@ def test_the_table_of_recall_is_of_the_pictures_numbers():
         assert min(found[8]) >= 0.9
         name = run["name"].replace("mlp", "MLP").replace("b =", "mini-batch")
         means = " | ".join(f"{sum(values) / len(values):.0%}" for values in found.values())
-        assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in read("docs/measurements.md")
+        assert f"| {name} | {means} | {run['training']['steps']:,} steps, {run['training']['cpu_seconds']:.0f} s |" in read(
+            "docs/measurements.md"
+        )
 
 
 def version_rows() -> list[dict[str, str]]:

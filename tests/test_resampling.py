@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_moshi_ttt.common.audio import audio_pieces, read_audio
-from modeling_moshi_ttt.evaluation import books
+from modeling_moshi_ttt.data import long_recordings as books
+from modeling_moshi_ttt.data.audio import audio_pieces, read_audio
 from modeling_moshi_ttt.resampling import Resampler, resample, source_window
 
 RATES = [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000]

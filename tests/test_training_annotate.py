@@ -18,9 +18,9 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from modeling_moshi_ttt.common.audio import write_audio
-from modeling_moshi_ttt.common.recordings import read_words
-from modeling_moshi_ttt.training import annotate
+from modeling_moshi_ttt.data import annotate
+from modeling_moshi_ttt.data.audio import write_audio
+from modeling_moshi_ttt.data.recordings import read_words
 
 TASKS = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
 SPECIAL = ["<|startoftranscript|>", "<|en|>", "<|fr|>", *TASKS]

@@ -15,10 +15,10 @@ from training_runs import make_model
 from transformers import AutoModel
 
 from modeling_moshi_ttt import MoshiTTTConfig
+from modeling_moshi_ttt.adapters import checks as adapter
+from modeling_moshi_ttt.cli import main
 from modeling_moshi_ttt.common.files import atomic_write, check_manifest
-from modeling_moshi_ttt.tools import adapter
-from modeling_moshi_ttt.tools.cli import main
-from modeling_moshi_ttt.tools.verify import expected_shapes, verify
+from modeling_moshi_ttt.hub.verify import expected_shapes, verify
 from modeling_moshi_ttt.training.report import read_metrics
 
 
@@ -80,7 +80,9 @@ def test_an_adapter_says_what_base_it_needs(tmp_path, recipe, start):
         fields = json.loads((tmp_path / "start" / "config.json").read_text()) | {"model_type": "moshi"}
         (tmp_path / "start" / "config.json").write_text(json.dumps({key: fields[key] for key in fields if not key.startswith("ttt_")}))
     path = tmp_path / "start" / "config.json" if start == "fresh" else tmp_path / "start"
-    overrides = [f"model={json.dumps({'path': str(path), 'processor': str(tmp_path / 'base'), 'ttt': {} if start == 'base' else settings})}"]
+    overrides = [
+        f"model={json.dumps({'path': str(path), 'processor': str(tmp_path / 'base'), 'ttt': {} if start == 'base' else settings})}"
+    ]
     assert main(["train", str(recipe), *overrides, "mode=ttt", "lora=null", "trackers=[]", "optim.steps=1", "evaluate_every=0"]) == 0
     final = tmp_path / "run" / "final"
     assert adapter.base_config(final).ttt_layers == [1]
@@ -95,7 +97,9 @@ def test_an_adapter_says_what_base_it_needs(tmp_path, recipe, start):
     assert adapter.load_base(final).config.ttt_layers == [1]
     changed = json.loads((final / "base_config.json").read_text()) | {"ttt_layers": [0]}
     (final / "base_config.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=r"the adapter is for TTT layers \[1\], its base .* has \[0\]|base_config\.json has .* the manifest says"):
+    with pytest.raises(
+        ValueError, match=r"the adapter is for TTT layers \[1\], its base .* has \[0\]|base_config\.json has .* the manifest says"
+    ):
         verify(final)
 
 

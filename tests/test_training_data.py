@@ -10,14 +10,14 @@ from datasets import Dataset
 from hub_checkpoints import small_processor
 from training_runs import make_recordings
 
-from modeling_moshi_ttt.common.audio import read_audio, write_audio
-from modeling_moshi_ttt.training import annotate, prepare
-from modeling_moshi_ttt.training.codes import CodesCache, codec_fingerprint, read_codes, recording_text, says_words
-from modeling_moshi_ttt.training.data import Loader, WindowReader, make_plan, prepare_set
+from modeling_moshi_ttt.data import annotate, prepare
+from modeling_moshi_ttt.data.audio import read_audio, write_audio
+from modeling_moshi_ttt.data.codes import CodesCache, codec_fingerprint, read_codes, recording_text, says_words
+from modeling_moshi_ttt.data.sources import parse_sources, read_sources
 from modeling_moshi_ttt.training.lanes import EMPTY, Window
 from modeling_moshi_ttt.training.noise import add_noise
 from modeling_moshi_ttt.training.run_config import DataSettings
-from modeling_moshi_ttt.training.sources import parse_sources, read_sources
+from modeling_moshi_ttt.training.windows import Loader, WindowReader, make_plan, prepare_set
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_codes_are_encoded_once_and_found_by_their_content(tmp_path, processor, 
     def refuse(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("modeling_moshi_ttt.training.codes.encode_stereo", refuse)
+    monkeypatch.setattr("modeling_moshi_ttt.data.codes.encode_stereo", refuse)
     copied = make_source(tmp_path / "two")  # the same sound under another path
     again = prepare_set(str(copied), settings, CodesCache(tmp_path / "cache", processor))
     assert [r.codes for r in again.recordings] == [r.codes for r in first.recordings]
@@ -221,7 +221,7 @@ def test_ranks_share_the_rows_without_overlap_or_loss(tmp_path):
     recordings = make_recordings(tmp_path, [8] * 12, Config)
     settings = DataSettings(train="x", carry="state")
     reader = WindowReader(recordings, [0, 1, 1], 3)
-    from modeling_moshi_ttt.training.data import PreparedSet
+    from modeling_moshi_ttt.training.windows import PreparedSet
 
     data = PreparedSet(recordings, [12], [1.0])
     names = []

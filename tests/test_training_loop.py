@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from training_runs import DyingReader, make_model, make_recordings, make_run, make_trainer
 
-from modeling_moshi_ttt.training.data import Loader, WindowReader
 from modeling_moshi_ttt.training.lanes import Window
 from modeling_moshi_ttt.training.memory import LaneMemory
 from modeling_moshi_ttt.training.report import read_metrics
 from modeling_moshi_ttt.training.trainer import word_hits
+from modeling_moshi_ttt.training.windows import Loader, WindowReader
 
 LENGTHS = [21, 13, 30, 9, 17, 26, 11, 24]
 SAME = ("step", "loss", "text_loss", "audio_loss", "gradient_norm", "lr", "skipped", "eval_loss")

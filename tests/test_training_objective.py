@@ -8,7 +8,7 @@ import torch
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.common.files import write_manifest
-from modeling_moshi_ttt.tools.card import summarise
+from modeling_moshi_ttt.hub.card import summarise
 from modeling_moshi_ttt.training.objective import objective
 from modeling_moshi_ttt.training.report import plot_curve, read_metrics, shown
 

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.data import Loader
+from modeling_moshi_ttt.training.windows import Loader
 
 LENGTHS = [21, 13, 30, 9]
 

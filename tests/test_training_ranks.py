@@ -75,7 +75,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "world", "carry"), [("ddp", 2, "none"), ("ddp", 4, "none"), ("fsdp", 2, "none"), ("fsdp", 4, "none"), ("ddp", 2, "state"), ("fsdp", 2, "state")]
+    ("kind", "world", "carry"),
+    [("ddp", 2, "none"), ("ddp", 4, "none"), ("fsdp", 2, "none"), ("fsdp", 4, "none"), ("ddp", 2, "state"), ("fsdp", 2, "state")],
 )
 def test_processes_together_equal_one(tmp_path, alone, kind, world, carry):
     run_ranks(world, kind, lambda rank: train(tmp_path, rank, world, kind, data={"carry": carry}))
@@ -143,7 +144,9 @@ def test_two_ranks_of_which_one_is_killed_end_as_unbroken_ones(tmp_path, kind, s
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_where_that_is_exact(tmp_path, alone, before, after):
     for world, until in ((before, 3), (after, None)):
-        run_ranks(world, "ddp", lambda rank, world=world, until=until: train(tmp_path, rank, world, "ddp", until=until, checkpoint={"every": 1}))
+        run_ranks(
+            world, "ddp", lambda rank, world=world, until=until: train(tmp_path, rank, world, "ddp", until=until, checkpoint={"every": 1})
+        )
     assert_same(result(tmp_path), alone["none"])
 
 

@@ -100,9 +100,17 @@ def test_two_cpu_processes_are_launched_and_train_together(tmp_path):
         f"accelerator = setup.make_accelerator(load_run_config({str(RECIPES[0])!r}, ['trackers=[]']))\n"
         "os.write(1, f'rank {accelerator.process_index} of {accelerator.num_processes}\\n'.encode())\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configuration" / "accelerate" / "cpu_2.yaml")]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configuration" / "accelerate" / "cpu_2.yaml"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, "--main_process_port", "0", str(tmp_path / "hello.py")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*launch, "--main_process_port", "0", str(tmp_path / "hello.py")], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == ["rank 0 of 2", "rank 1 of 2"]
 

@@ -47,7 +47,9 @@ def test_other_schedules_keep_beta1_and_adafactor_has_none():
 
 def test_the_optimizer_steps_with_the_rates_and_beta1_of_each_step(tmp_path):
     model = make_model()
-    trainer = make_trainer(make_run(tmp_path, optim={"steps": 6, "warmup": 0.5}), make_recordings(tmp_path / "codes", [20] * 4, model.config), model)
+    trainer = make_trainer(
+        make_run(tmp_path, optim={"steps": 6, "warmup": 0.5}), make_recordings(tmp_path / "codes", [20] * 4, model.config), model
+    )
     taken, step = [], trainer.optimizer.step
 
     def recorded(*args, **kwargs):

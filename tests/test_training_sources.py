@@ -19,13 +19,13 @@ from hub_checkpoints import small_processor
 from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, constants
 
-from modeling_moshi_ttt.common.audio import read_audio
-from modeling_moshi_ttt.common.recordings import Recording
-from modeling_moshi_ttt.training import sources
-from modeling_moshi_ttt.training.codes import CodesCache
-from modeling_moshi_ttt.training.data import prepare_set
+from modeling_moshi_ttt.data import sources
+from modeling_moshi_ttt.data.audio import read_audio
+from modeling_moshi_ttt.data.codes import CodesCache
+from modeling_moshi_ttt.data.recordings import Recording
+from modeling_moshi_ttt.data.sources import read_sources
 from modeling_moshi_ttt.training.run_config import DataSettings
-from modeling_moshi_ttt.training.sources import read_sources
+from modeling_moshi_ttt.training.windows import prepare_set
 
 
 def sound(seed=0, seconds=1.0, rate=22050, channels=2, form="FLAC"):
@@ -113,7 +113,7 @@ def test_a_folder_of_shards_is_unpacked_once(tmp_path, monkeypatch):
     first = read(tmp_path, tmp_path / "store")
     assert len({r.path for r in first}) == 2  # two shards may use one name
     with monkeypatch.context() as patch:
-        patch.setattr("modeling_moshi_ttt.training.archives._unpack", None)
+        patch.setattr("modeling_moshi_ttt.data.archives._unpack", None)
         assert read(tmp_path, tmp_path / "store") == first
     (tmp_path / "0.tar").write_bytes(shard(sample("b", 7)))
     assert [r.path.name for r in read(tmp_path, tmp_path / "store")] == ["b.flac", "a.flac"]
@@ -369,7 +369,7 @@ def test_prepare_takes_a_data_set_from_the_hub(hub, tmp_path):
     """The whole command in a process of its own, with the client as users have it."""
     hub.add("datasets/user/shards", {"0000.tar": shard(sample("d", 1))})
     small_processor().save_pretrained(tmp_path / "processor")
-    command = [sys.executable, "-m", "modeling_moshi_ttt.tools.cli", "prepare", "hub:user/shards", "--require-words"]
+    command = [sys.executable, "-m", "modeling_moshi_ttt.cli", "prepare", "hub:user/shards", "--require-words"]
     command += ["--processor", "processor", "--cache", "cache"]
     environment = {**os.environ, **hub.environment(str(tmp_path / "home"))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

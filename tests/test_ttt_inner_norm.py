@@ -1,4 +1,6 @@
-"""The inner loss without LayerNorm: one function in every body, a step that nothing makes diverge, the delta rule at b = 1, and answers that can be turned."""
+"""The inner loss without LayerNorm: one function in every body, a step that nothing makes diverge, the delta rule at b = 1, and answers
+that can be turned.
+"""
 
 import json
 import sys
@@ -165,8 +167,8 @@ def squares(weights):
 @given(data=st.data())
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_no_token_weight_rate_or_key_makes_it_diverge(mixer, data):
-    """The bound that `ttt_reference` states, mini-batch by mini-batch: ||W||^2 of the last layer grows by at most max ||target||^2, and an MLP's
-    first layer moves by at most (max ||target|| + ||last layer|| + sqrt(eps)) / 2."""
+    """The bound that `ttt_reference` states, mini-batch by mini-batch: ||W||^2 of the last layer grows by at most max ||target||^2, and an
+    MLP's first layer moves by at most (max ||target|| + ||last layer|| + sqrt(eps)) / 2."""
     b = data.draw(st.sampled_from([1, 3, 4]), "b")
     values, target = extreme(mixer, data, 12 * b, b)
     state = start(mixer, values, 2)
@@ -256,9 +258,14 @@ def test_an_inner_loss_that_a_checkpoint_was_not_trained_with_is_refused(tmp_pat
     torch.manual_seed(0)
     MoshiTTTForConditionalGeneration(tiny_config()).save_pretrained(tmp_path / "trained")
     for options in ({"ttt_inner_norm": "none"}, {"config": tiny_config(ttt_inner_norm="none")}):
-        with pytest.raises(ValueError, match=r"`ttt_inner_norm='none'` is not what the TTT layers of .* were trained with \('layer_norm'\); leave"):
+        with pytest.raises(
+            ValueError, match=r"`ttt_inner_norm='none'` is not what the TTT layers of .* were trained with \('layer_norm'\); leave"
+        ):
             MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "trained", **options)
-    assert MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "trained", ttt_inner_norm="layer_norm").config.ttt_inner_norm == "layer_norm"
+    assert (
+        MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "trained", ttt_inner_norm="layer_norm").config.ttt_inner_norm
+        == "layer_norm"
+    )
 
     fields = json.loads((tmp_path / "trained" / "config.json").read_text())
     del fields["ttt_inner_norm"]  # as an older version wrote it

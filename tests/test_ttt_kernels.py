@@ -27,7 +27,9 @@ def python(*arguments, timeout=900, **environment) -> str:
 
 @pytest.mark.parametrize("part", ["odd_sizes and linear", "odd_sizes and mlp", "not odd_sizes"])
 def test_equal_to_the_reference_in_the_interpreter(part):
-    said = python("-m", "pytest", "tests/interpreted_ttt_kernels.py", "-k", part, "-p", "no:cacheprovider", "-p", "no:xdist", TRITON_INTERPRET="1")
+    said = python(
+        "-m", "pytest", "tests/interpreted_ttt_kernels.py", "-k", part, "-p", "no:cacheprovider", "-p", "no:xdist", TRITON_INTERPRET="1"
+    )
     passed = re.search(r"(\d+) passed", said)
     assert passed, said
     assert int(passed[1]) >= 9

@@ -1,4 +1,6 @@
-"""The scan's own backward: true derivatives, any group size, memory that falls with the group, no precision lost on the way back, and nothing kept where nothing is learned."""
+"""The scan's own backward: true derivatives, any group size, memory that falls with the group, no precision lost on the way back, and
+nothing kept where nothing is learned.
+"""
 
 import pytest
 import torch

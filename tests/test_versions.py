@@ -1,4 +1,6 @@
-"""One range of transformers, said by setup.cfg and by the code that travels; outside it, a message instead of a crash; inside, no old names."""
+"""One range of transformers, said by setup.cfg and by the code that travels; outside it, a message instead of a crash; inside, no old
+names.
+"""
 
 import re
 import subprocess
@@ -9,7 +11,7 @@ import pytest
 from tiny import tiny_config
 from version_matrix import CORE, ROOT, lower_bounds, requirements
 
-from modeling_moshi_ttt.tools.stage import model_files
+from modeling_moshi_ttt.hub.stage import model_files
 from modeling_moshi_ttt.versions_moshi_ttt import TRANSFORMERS, check_transformers, release
 
 
@@ -30,7 +32,9 @@ def test_the_quick_core_is_there():
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.22.9", "5.22.0.dev0"])
 def test_an_older_transformers_is_refused(version):
-    with pytest.raises(ImportError, match=rf"transformers >= 5\.23, < 5\.25; {re.escape(version)} is installed.*pip install 'transformers>=5.23,<5.25'"):
+    with pytest.raises(
+        ImportError, match=rf"transformers >= 5\.23, < 5\.25; {re.escape(version)} is installed.*pip install 'transformers>=5.23,<5.25'"
+    ):
         check_transformers(version)
 
 

@@ -12,9 +12,9 @@ from tiny import tiny_config
 
 from modeling_moshi_ttt.modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.data import Prepared, PreparedSet, WindowReader
 from modeling_moshi_ttt.training.run_config import CheckpointSettings, DataSettings, LoraSettings, ModelSettings, OptimSettings, RunConfig
 from modeling_moshi_ttt.training.trainer import Trainer
+from modeling_moshi_ttt.training.windows import Prepared, PreparedSet, WindowReader
 
 
 class DyingReader(WindowReader):

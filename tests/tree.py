@@ -11,5 +11,7 @@ def project_files() -> list[Path]:
     """Every file of the project, relative to its root: what git tracks or would; in an unpacked source distribution, all but leftovers."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    paths = [Path(name) for name in listed if (ROOT / name).is_file()] or [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
+    paths = [Path(name) for name in listed if (ROOT / name).is_file()] or [
+        path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()
+    ]
     return sorted(path for path in paths if not any(part in AROUND or part.endswith(".egg-info") for part in path.parts))

@@ -1,8 +1,8 @@
 """`make test-versions`: the quick core of the suite with the lowest and with the newest libraries that setup.cfg allows.
 
-Each environment is made anew, as a user would make it: the package as a wheel, the libraries at setup.cfg's lower bounds or as new as pip finds
-them. Its tests run in a copy of the checkout without the package, so that the wheel is what they import. Needs no more than Python and pip; an
-environment takes about 6 GB while it is there, most of it the GPU libraries that come with torch.
+Each environment is made anew, as a user would make it: the package as a wheel, the libraries at setup.cfg's lower bounds or as new as pip
+finds them. Its tests run in a copy of the checkout without the package, so that the wheel is what they import. Needs no more than Python
+and pip; an environment takes about 6 GB while it is there, most of it the GPU libraries that come with torch.
 
     python tests/version_matrix.py                                    # lowest and newest, with this Python
     python tests/version_matrix.py newest:python3.13                  # one environment, with another Python
@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The quick core: the ops, the model, its cache, stream and graphs, loading by Auto classes, the processor, training, the Hub, the README's first Python.
+# The quick core: the ops, the model, its cache, stream and graphs, loading by Auto classes, the processor, training, the Hub, the README's
+# first Python.
 CORE = (
     "test_ttt_ops.py",
     "test_model.py",
@@ -77,7 +78,9 @@ def check(kind: str, python: str, place: Path) -> tuple[list[str], bool]:
     versions = subprocess.run([str(inside), "-c", wanted], check=True, capture_output=True, text=True).stdout.split()
     tests = [f"tests/{name}" for name in CORE]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(inside), "-m", "pytest", "-m", "not slow", *tests], cwd=copy, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(inside), "-m", "pytest", "-m", "not slow", *tests], cwd=copy, env=environment, capture_output=True, text=True
+    )
     summary = re.sub(r" in .*", "", done.stdout.strip().splitlines()[-1]).strip("= ")
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)

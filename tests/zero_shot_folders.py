@@ -4,7 +4,7 @@ import csv
 import sys
 from pathlib import Path
 
-from modeling_moshi_ttt.common.audio import write_audio
+from modeling_moshi_ttt.data.audio import write_audio
 
 sys.path.insert(0, str(Path(__file__).parent))
 from speech import say

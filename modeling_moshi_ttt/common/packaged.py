@@ -33,9 +33,10 @@ def packaged(kind: Kind, name: str) -> str:
     """The path of a file or folder that comes with the package.
 
     Args:
-        kind: "train", "evaluate" or "accelerate" (settings files), "model" (a config.json, or a checkpoint), "processor" (a folder) or "data" (a folder of
-            dialogues, or a manifest in it).
-        name: as commands take it, such as "demo" of "train", "tiny" of "model" and "processor", "remembering" of both, "dialogues/train" of "data".
+        kind: "train", "evaluate" or "accelerate" (settings files), "model" (a config.json, or a checkpoint), "processor" (a folder) or
+            "data" (a folder of dialogues, or a manifest in it).
+        name: as commands take it, such as "demo" of "train", "tiny" of "model" and "processor", "remembering" of both, "dialogues/train" of
+            "data".
 
     Raises:
         ValueError: there is no such kind or name; the message says which there are, and the nearest.

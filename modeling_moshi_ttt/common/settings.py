@@ -33,9 +33,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
-def load_settings(
-    cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), kind: packaged.Kind | None = None
-) -> T:
+def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), kind: packaged.Kind | None = None) -> T:
     """Fill the dataclass `cls` from the YAML file `path` (None: defaults alone) and overrides such as "optim.lr=1e-4".
 
     `path` may be the bare name of a packaged file of this `kind`.

@@ -38,7 +38,9 @@ VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda ben
 HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2 linda max steph travis".split()
 HELD_OUT_SHARE = 5  # one combination of facts in so many is held out
 
-_WHO = "the teacher; my brother; our neighbour; the old man; her sister; a young doctor; the driver; his mother; the children; some people".split("; ")
+_WHO = "the teacher; my brother; our neighbour; the old man; her sister; a young doctor; the driver; his mother; the children; some people".split(
+    "; "
+)
 _DOES = (
     "walked to the bridge; painted the kitchen; lost the blue jacket; closed the window; waited at the station; opened the small shop; "
     "carried two heavy boxes; read a long letter; fixed the broken lamp; watched the rain; planted a tree; bought a new chair; cleaned the car; "
@@ -50,8 +52,8 @@ _DOES = (
 
 @dataclass
 class ScriptSettings:
-    """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest. All of it holds at level 1 of a curriculum; at level
-    0 the distance is `start`, every fact is repeated, there is no talk before the facts and nothing is corrected.
+    """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest. All of it holds at level 1 of a curriculum; at
+    level 0 the distance is `start`, every fact is repeated, there is no talk before the facts and nothing is corrected.
 
     kinds: of facts that are told: name, number, place and like.
     facts: how many are told in a dialogue.
@@ -82,7 +84,9 @@ class ScriptSettings:
 
     def __post_init__(self) -> None:
         check_entries("kinds", self.kinds)
-        check_numbers(self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS)
+        check_numbers(
+            self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS
+        )
         check_numbers(self, voices=(1, len(VOICES)), renderings=1, talk_renderings=1)
         for kind in self.kinds:
             if kind not in KINDS:

@@ -1,4 +1,5 @@
-"""Dialogues in which a user tells facts, talks of other things, and asks for them: scripts, their codes for training, their sound for measuring.
+"""Dialogues in which a user tells facts, talks of other things, and asks for them: scripts, their codes for training, their sound for
+measuring.
 
 Letters: K codebooks, T frames of 80 ms, n samples.
 """
@@ -75,9 +76,7 @@ class Script:
         new_ways: ways to tell, correct and ask that training never draws, or those that it does.
     """
 
-    def __init__(
-        self, settings: ScriptSettings, rng: random.Random, level: float = 1.0, held_out: bool = False, new_ways: bool = False
-    ):
+    def __init__(self, settings: ScriptSettings, rng: random.Random, level: float = 1.0, held_out: bool = False, new_ways: bool = False):
         self.settings, self.rng, self.level, self.held_out, self.new_ways = settings, rng, level, held_out, new_ways
         self.sentences = facts.talk(held_out)
 
@@ -109,9 +108,7 @@ class Script:
                 return drawn
 
     def _distance(self) -> int:
-        low, high = (
-            round(start + self.level * (end - start)) for start, end in zip(self.settings.start, self.settings.distance)
-        )
+        low, high = (round(start + self.level * (end - start)) for start, end in zip(self.settings.start, self.settings.distance))
         return self.rng.randint(low, high)
 
     def _talk(self, frames: int, length: Any) -> Iterator[Turn]:
@@ -149,9 +146,9 @@ class Dialogue:
 class Phrasebook:
     """Phrases encoded once, each by every voice and a few times: dialogues are stitched from their codes, fresh ones without end.
 
-    A phrase is encoded in the midst of others, after short pauses and long ones and at no fixed place within a frame, so that its codes carry
-    what a codec remembers of the sound before, as in a recording that is encoded as a whole. (With short pauses alone a model that answered
-    95% of stitched dialogues answered half of the recorded ones.)
+    A phrase is encoded in the midst of others, after short pauses and long ones and at no fixed place within a frame, so that its codes
+    carry what a codec remembers of the sound before, as in a recording that is encoded as a whole. (With short pauses alone a model that
+    answered 95% of stitched dialogues answered half of the recorded ones.)
     """
 
     def __init__(self, clips: dict[str, dict[str, list[Tensor]]], silence: Tensor, mark: str, processor: Any):
@@ -206,7 +203,9 @@ class Phrasebook:
 
 def phrasebook(settings: ScriptSettings, processor: Any, folder: Path, progress: Any = iter) -> Phrasebook:
     """The phrases of training, from `folder` where they were encoded before with this codec, else rendered and encoded now."""
-    about = json.dumps([LAYOUT, settings.voices, settings.renderings, settings.talk_renderings, settings.seed, facts.phrases(), facts.answers()])
+    about = json.dumps(
+        [LAYOUT, settings.voices, settings.renderings, settings.talk_renderings, settings.seed, facts.phrases(), facts.answers()]
+    )
     path = folder / f"phrases-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         atomic_write(path, _packed(*_encoded(settings, processor, progress)))

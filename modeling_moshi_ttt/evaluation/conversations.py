@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.audio import read_audio
-from ..common.recordings import MAIN_SPEAKER, Recording
+from ..data.audio import read_audio
+from ..data.recordings import MAIN_SPEAKER, Recording
 from .dialogue import Behaviour, summarise
 from .dialogue import measure as measure_behaviour
 

@@ -231,7 +231,9 @@ class EvaluateSettings:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("settings", nargs="+", help="YAML files or bare names such as recall, and key=value pairs that apply to each of them")
+    parser.add_argument(
+        "settings", nargs="+", help="YAML files or bare names such as recall, and key=value pairs that apply to each of them"
+    )
     parser.epilog = describe(EvaluateSettings)
 
 

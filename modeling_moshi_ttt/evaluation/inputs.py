@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.audio import READING
-from ..common.recordings import Recording, read_manifest
-from . import books, spoken_recall, zero_shot
+from ..data import long_recordings as books
+from ..data.audio import READING
+from ..data.recordings import Recording, read_manifest
+from . import spoken_recall, zero_shot
 from .contents import content
 from .evaluate import RecordingsSettings
 

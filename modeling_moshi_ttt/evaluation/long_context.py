@@ -104,7 +104,9 @@ def by_stream(losses: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def bucket_edges(window: int, longest: int, per_octave: int = 2) -> list[int]:
-    """Edges 0, …, window, … up to `longest`, evenly spaced on a log scale, with the window itself among them; the last is at least half one."""
+    """Edges 0, …, window, … up to `longest`, evenly spaced on a log scale, with the window itself among them; the last is at least half
+    one.
+    """
     below = [round(window * 2 ** (-j / per_octave)) for j in range(3 * per_octave, 0, -1)]
     edges, j = [0, *below, window], 1
     while edges[-1] < longest:

@@ -60,7 +60,8 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
 
 
 def recall_figure(data: dict[str, Any]) -> Figure:
-    """Heat maps: a panel for each number of pairs and time of telling, a row for each model, a column for each distance; accuracy in percent.
+    """Heat maps: a panel for each number of pairs and time of telling, a row for each model, a column for each distance; accuracy in
+    percent.
 
     A star marks distances at which attention itself reaches some of the pairs.
     """
@@ -82,7 +83,9 @@ def recall_figure(data: dict[str, Any]) -> Figure:
         axes.spines[:].set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("frames between hearing and asking")
-    reach = f"attention reaches {recall.reach(data['window'])} frames: {recall.LAYERS} layers of window {data['window']}   * partly within that"
+    reach = (
+        f"attention reaches {recall.reach(data['window'])} frames: {recall.LAYERS} layers of window {data['window']}   * partly within that"
+    )
     figure.text(0.5, -0.01, reach, ha="center", va="top", fontsize=8)
     figure.colorbar(image, ax=figure.axes, label=f"recall, % (chance {100 * data['chance']:.0f})")
     return figure
@@ -97,8 +100,8 @@ def _annotate(axes: Any, grid: np.ndarray) -> None:
 
 
 def long_context_figure(data: dict[str, Any]) -> Figure:
-    """Above: loss against position (log scale) for each stream and condition, with intervals and the attention window marked. Below: how much
-    higher the loss of each control in the same order is than TTT's."""
+    """Above: loss against position (log scale) for each stream and condition, with intervals and the attention window marked. Below: how
+    much higher the loss of each control in the same order is than TTT's."""
     streams, names = data["streams"], list(data["conditions"])
     figure = Figure(figsize=(max(3.6 * len(streams), 5.6), 5.2), layout="constrained")
     grid = figure.subplots(2, len(streams), squeeze=False, sharex=True)

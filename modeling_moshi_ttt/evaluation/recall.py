@@ -97,7 +97,18 @@ class RecallSettings:
     variants: list[VariantSettings] = field(default_factory=_variants)
 
     def __post_init__(self) -> None:
-        check_numbers(self, window=1, pairs=(1, KEYS), distances=0, train_distances=0, told_after=0, train_told_after=0, sequences=1, steps=1, batch_size=1)
+        check_numbers(
+            self,
+            window=1,
+            pairs=(1, KEYS),
+            distances=0,
+            train_distances=0,
+            told_after=0,
+            train_told_after=0,
+            sequences=1,
+            steps=1,
+            batch_size=1,
+        )
         check_numbers(self, learning_rate=ABOVE_ZERO, seconds=ABOVE_ZERO, seed=SEEDS, threads=0)
         check_entries("pairs", self.pairs)
         check_entries("distances", self.distances)

@@ -37,7 +37,9 @@ class Batch:
 
 
 def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator, told_after: int = 0) -> Batch:
-    """`rows` fresh sequences: `told_after` frames of noise before the first key, `distance` between the last value and the first repeated key."""
+    """`rows` fresh sequences: `told_after` frames of noise before the first key, `distance` between the last value and the first repeated
+    key.
+    """
     if not 1 <= pairs <= KEYS or distance < 0 or told_after < 0:
         raise ValueError(
             f"pairs is {pairs}, distance {distance} and told_after {told_after}; pairs must be 1 to {KEYS}, the others at least 0"
@@ -137,7 +139,9 @@ def train(model: Any, settings: TrainSettings, report: Callable[[int, float, flo
 
 
 def _between(bounds: tuple[int, int], generator: torch.Generator) -> int:
-    """A number from the lowest to the highest; where they are one nothing is drawn, so that runs from before an axis was added stay as they were."""
+    """A number from the lowest to the highest; where they are one nothing is drawn, so that runs from before an axis was added stay as they
+    were.
+    """
     low, high = bounds
     return low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
 

@@ -18,12 +18,27 @@ from .zero_resource import FREQUENCY_BANDS, comparison_table
 Section = dict[str, Any]
 # what a section asks, and how to read its answer
 HEADINGS = {
-    "zero_shot": ("Does it tell right from wrong speech?", "Pairs of recordings: it should find the right one likelier than the wrong one."),
+    "zero_shot": (
+        "Does it tell right from wrong speech?",
+        "Pairs of recordings: it should find the right one likelier than the wrong one.",
+    ),
     "long_context": ("Does it use what left the attention window?", "The same recording with TTT and with each part of it switched off."),
-    "inner_loss": ("Do the inner models learn?", "They do where the three losses lie one below the other: W₀ never learned, Wₜ₋₁ has heard all before token t."),
-    "dialogue": ("Does it behave in a conversation?", "It hears the user's side of each recording and answers; beside it stands the recorded answer."),
-    "spoken_recall": ("Does it remember what it was told?", "Facts are told in speech, then other things, then it is asked; some facts are corrected."),
-    "recall": ("Can it recall?", "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."),
+    "inner_loss": (
+        "Do the inner models learn?",
+        "They do where the three losses lie one below the other: W₀ never learned, Wₜ₋₁ has heard all before token t.",
+    ),
+    "dialogue": (
+        "Does it behave in a conversation?",
+        "It hears the user's side of each recording and answers; beside it stands the recorded answer.",
+    ),
+    "spoken_recall": (
+        "Does it remember what it was told?",
+        "Facts are told in speech, then other things, then it is asked; some facts are corrected.",
+    ),
+    "recall": (
+        "Can it recall?",
+        "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above.",
+    ),
 }
 TEMPLATE = Path(__file__).with_name("report.html")
 WITHHELD = "withheld"  # why numbers of a conversation are not given
@@ -79,7 +94,9 @@ def zero_shot_section(part: dict[str, Any]) -> Section:
         rows.append([f"this model, {variant}", *[_percent(100 * task["variants"][variant]) for task in tasks.values()]])
     for name, task in tasks.items():
         for group, result in sorted(task["groups"].items(), key=lambda item: (FREQUENCY_BANDS.get(item[0], 0), item[0])):
-            rows.append([f"{name}: {group} ({result['items']} items)", *[_percent(100 * result["accuracy"]) if n == name else "" for n in tasks]])
+            rows.append(
+                [f"{name}: {group} ({result['items']} items)", *[_percent(100 * result["accuracy"]) if n == name else "" for n in tasks]]
+            )
     note = f"Accuracy in percent; {scored['reduction']} of the weighted log-likelihood; " + ", ".join(
         f"{key} {scored[key]}" for key in ("text", "user", "semantic_weight", "acoustic_weight")
     )

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..common.adapters import check_loadable, checked_config, is_adapter, load_merged
-from ..common.audio import READING
+from ..adapters.bases import check_loadable, checked_config, is_adapter, load_merged
 from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import local_folder
-from ..common.recordings import Recording
+from ..data import long_recordings as books
+from ..data.audio import READING
+from ..data.recordings import Recording
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
-from . import books, conversations, inner_loss, inputs, long_context, recall, spoken_recall, zero_shot
+from . import conversations, inner_loss, inputs, long_context, recall, spoken_recall, zero_shot
 from .contents import codes_fingerprint
 from .evaluate import EvaluateSettings, RecordingsSettings
 from .kept import kept_shape, read_kept

@@ -147,7 +147,8 @@ def check_sequences(config: Any, batch: Sequence[CodeSequence]) -> None:
 def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Numbers of the recordings, shortest first, at most `batch_size` together.
 
-    A batch that is half full ends where the length changes: without padding there is no mask, and without a mask attention and TTT are quicker.
+    A batch that is half full ends where the length changes: without padding there is no mask, and without a mask attention and TTT are
+        quicker.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

@@ -1,7 +1,7 @@
 """Does it remember what it was told, and what it was told last? Facts are told in speech, then other things, then the model is asked.
 
-Every condition and every model beside hears the same dialogues. "free": it hears the user alone, and what it said itself. "led": it is given
-the true past. Shapes: K codebooks, T frames of 80 ms.
+Every condition and every model beside hears the same dialogues. "free": it hears the user alone, and what it said itself. "led": it is
+given the true past. Shapes: K codebooks, T frames of 80 ms.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.audio import read_audio
 from ..common.files import read_json
-from ..common.recordings import Recording, read_manifest
+from ..data.audio import read_audio
 from ..data.facts import DIGITS, HELD_OUT_VOICES, VALUES, VOICES, Fact, ScriptSettings
+from ..data.recordings import Recording, read_manifest
 from ..data.spoken_dialogues import Question, Script, speak
 from ..tokens_moshi_ttt import FRAME_RATE, ZERO
 from .evaluate import SpokenRecallSettings
@@ -62,7 +62,9 @@ def read_questions(recording: Recording) -> list[Question]:
             before = tuple(tuple(value) for value in item.get("before", []))
             one = Question(Fact(item["kind"], tuple(item["value"])), before, float(item["told"]), float(item["asked"]))
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError(f'{path}: questions[{index}] is {item!r}; it must hold "kind", "value" (words), "told" and "asked" (seconds).') from None
+            raise ValueError(
+                f'{path}: questions[{index}] is {item!r}; it must hold "kind", "value" (words), "told" and "asked" (seconds).'
+            ) from None
         if not 0 <= one.told < one.asked <= recording.duration:
             raise ValueError(
                 f"{path}: questions[{index}] is told at {one.told:g} s and asked at {one.asked:g} s of {recording.duration:g} s; "
@@ -195,7 +197,9 @@ def led_answer_to(best: Tensor, heard: Heard, question: Question, processor: Any
 LISTENING: Mapping[str, Callable[[Any, Sequence[Heard]], list[Tensor]]] = {"free": listen_freely, "led": listen_led}
 
 
-def answers(model: Any, processor: Any, heard: Sequence[Heard], mode: str, batch_size: int, progress: Callable[[Any], Any] = iter) -> list[dict[str, Any]]:
+def answers(
+    model: Any, processor: Any, heard: Sequence[Heard], mode: str, batch_size: int, progress: Callable[[Any], Any] = iter
+) -> list[dict[str, Any]]:
     """Every question with what was answered: its dialogue, times, and whether it is right, or the value before a correction."""
     model.eval()
     ordered = sorted(heard, key=lambda one: one.user.shape[1])
@@ -245,7 +249,13 @@ def cells(found: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, A
                 each.setdefault(one["dialogue"], []).append(one["right"])
             interval = bootstrap_interval([float(np.mean(rights)) for rights in each.values()], seed)
             share = {key: float(np.mean([one[key] for one in there])) for key in ("right", "old", "since")}
-            cell = {"corrected": corrected, "from": low, "mean_since": round(share["since"], 1), "accuracy": share["right"], "old": share["old"]}
+            cell = {
+                "corrected": corrected,
+                "from": low,
+                "mean_since": round(share["since"], 1),
+                "accuracy": share["right"],
+                "old": share["old"],
+            }
             result.append(cell | {"interval": list(interval), "questions": len(there), "dialogues": len(each)})
     return result
 
@@ -261,7 +271,11 @@ def section(part: dict[str, Any]) -> dict[str, Any]:
         there = {(cell["corrected"], cell["from"]): cell for cell in run["cells"]}
         rows.append([label, *[_shown(there.get(column)) for column in columns]])
     note = f"Share of questions answered right, percent, with 95% intervals over dialogues; {part['dialogues']} dialogues ({', '.join(part['modes'])})."
-    return {"head": ["", *[f"{'corrected' if corrected else 'told'}, from {low} s" for corrected, low in columns]], "rows": rows, "note": note}
+    return {
+        "head": ["", *[f"{'corrected' if corrected else 'told'}, from {low} s" for corrected, low in columns]],
+        "rows": rows,
+        "note": note,
+    }
 
 
 def columns_of(part: dict[str, Any]) -> list[tuple[bool, float]]:
@@ -285,7 +299,9 @@ def draw(data: dict[str, Any], figure: Any, palette: Sequence[str], marks: Seque
             there = [cell for cell in run["cells"] if cell["corrected"] == corrected]
             x, y = [cell["mean_since"] for cell in there], [100 * cell["accuracy"] for cell in there]
             spread = np.abs(np.array([[100 * bound for bound in cell["interval"]] for cell in there]).reshape(-1, 2).T - np.array(y))
-            axes.errorbar(x, y, spread, color=palette[index % 7], marker=marks[index % 7], markersize=4, linewidth=1.2, capsize=2, label=label)
+            axes.errorbar(
+                x, y, spread, color=palette[index % 7], marker=marks[index % 7], markersize=4, linewidth=1.2, capsize=2, label=label
+            )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("seconds since told" + (" anew" if corrected else ""))

@@ -1,7 +1,7 @@
 """When a channel carries voice: what stands out from the channel's own noise floor, in the bands in which it does.
 
-Public detectors were tried first. On dialogues with known turns silero-vad 6.2 and webrtcvad 2.0 take babble for voice, which it is, and put
-ends of turns more than 80 ms off in 5 to 30% and 40 to 60% of the replies; a floor of the channel's own does neither.
+Public detectors were tried first. On dialogues with known turns silero-vad 6.2 and webrtcvad 2.0 take babble for voice, which it is, and
+put ends of turns more than 80 ms off in 5 to 30% and 40 to 60% of the replies; a floor of the channel's own does neither.
 
 Letters: F frames of 20 ms, B bands.
 """

@@ -231,7 +231,9 @@ def _read_gold(root: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}; restore the official file")
+            raise ValueError(
+                f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}; restore the official file"
+            )
         rows = list(reader)
     for number, row in enumerate(rows, start=2):
         empty = [name for name in columns if row[name] is None]

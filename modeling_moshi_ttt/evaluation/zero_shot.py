@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.audio import read_audio
 from ..common.files import atomic_write
+from ..data.audio import read_audio
 from .contents import content
 from .kept import kept_shape, read_kept
 from .scoring import UNWEIGHTED, ScoreWeights, SpeechScorer, StreamSums

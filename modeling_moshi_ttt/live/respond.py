@@ -1,6 +1,8 @@
-"""Answer a recording, or every one of a folder, as a live conversation: the model hears the user frame by frame and speaks at the same time.
+"""Answer a recording, or every one of a folder, as a live conversation: the model hears the user frame by frame and speaks at the same
+time.
 
-A mono recording is the user; of a stereo recording the right channel is. The answer is as long as the recording and stands at its true time.
+A mono recording is the user; of a stereo recording the right channel is. The answer is as long as the recording and stands at its true
+time.
 Each line of a transcript is a word: {"file", "word", "start", "end", "speaker"}, times in seconds.
 """
 
@@ -19,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..common.adapters import check_loadable, is_adapter, load_merged
-from ..common.audio import audio_pieces, read_audio, write_audio
+from ..adapters.bases import check_loadable, is_adapter, load_merged
 from ..common.files import atomic_write, check_folder, make_folder, read_json
 from ..common.hub import local_folder
+from ..data.audio import audio_pieces, read_audio, write_audio
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 from ..tokens_moshi_ttt import MAIN_SPEAKER
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     jobs = _jobs(args)
     model, processor = _load(args)
     seconds, lines, begin = 0.0, [], time.perf_counter()
-    with tqdm(total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames") as bar:
+    with tqdm(
+        total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames"
+    ) as bar:
         for batch in (jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)):
             users = [torch.from_numpy(read_audio(source, processor.sampling_rate)[-1]) for source, _ in batch]
             session = _session(args, model, processor, len(batch))
@@ -76,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
 def answer(
     session: MoshiTTTSession, users: Sequence[Tensor], progress: Callable[[int], Any] = lambda frames: None
 ) -> Iterable[tuple[Tensor, list[str]]]:
-    """Moshi's sound `[n]` and the text of each frame, for every row's user `[n]` at the session's rate, the codec's; the last frame is filled up."""
+    """Moshi's sound `[n]` and the text of each frame, for every row's user `[n]` at the session's rate, the codec's; the last frame is
+    filled up.
+    """
     size, late = session.largest_step, max(max(session.stream.model.config.delays) - 1, 0)
     frames = [math.ceil(len(user) / size) for user in users]
     heard = torch.stack([F.pad(user, (0, (max(frames) + late) * size - len(user))) for user in users])

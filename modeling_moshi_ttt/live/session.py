@@ -88,9 +88,9 @@ class MoshiTTTSession:
 
     Call after call the samples in `pcm` are one unbroken sound at `sample_rate`, and so are those that come out. Moshi's frame of the
     same 80 ms as the user's comes out of the call that makes these whole: at the codec's own rate, 24 kHz, and 1920 samples a call at once
-    (M - 1 frames later where the model's largest delay M is more than 1). Calls of less than 80 ms come out later by a frame and the resamplers'
-    delay, whatever their sizes; where they begin in the middle of a conversation, that much silence is put in between, once. The model's first
-    call, which hears nothing, is the session's own.
+    (M - 1 frames later where the model's largest delay M is more than 1). Calls of less than 80 ms come out later by a frame and the
+    resamplers' delay, whatever their sizes; where they begin in the middle of a conversation, that much silence is put in between, once.
+    The model's first call, which hears nothing, is the session's own.
 
     A row depends on nothing but its own past and its seed, and a call that raises has changed nothing.
 
@@ -112,7 +112,9 @@ class MoshiTTTSession:
         self.stream = model.new_stream(batch_size, **sampling)
         self.audio = processor.new_audio_stream(batch_size)
         self.sounds = [self._silent() for _ in range(batch_size)]
-        self.largest_step = int(sample_rate) * processor.frame_size // processor.sampling_rate  # samples; so that a call is one frame at most
+        self.largest_step = (
+            int(sample_rate) * processor.frame_size // processor.sampling_rate
+        )  # samples; so that a call is one frame at most
         if self.largest_step < 1:
             raise ValueError(f"`sample_rate={sample_rate}` has no sample in a frame of 80 ms; give the rate of the sound in Hz, as 24000.")
         self._before_sound()
@@ -141,7 +143,8 @@ class MoshiTTTSession:
 
         Args:
             pcm: `[B, n]` float in [−1, 1], at most 80 ms.
-            active: `[B]` bool; a row that is not active keeps its whole state, its samples are not looked at, and it says nothing. All rows when None.
+            active: `[B]` bool; a row that is not active keeps its whole state, its samples are not looked at, and it says nothing. All rows
+                when None.
 
         Raises:
             ValueError: another shape or dtype, more than 80 ms, or samples of an active row that are not finite or beyond ±10.
@@ -220,7 +223,9 @@ class MoshiTTTSession:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Put everything back where the block raises. One frame at most may lie in it: a second one takes a slot that the first still needs."""
+        """Put everything back where the block raises. One frame at most may lie in it: a second one takes a slot that the first still
+        needs.
+        """
         audio, stream, sounds = self.audio.states, self.stream, [sound.draft() for sound in self.sounds]
         before = stream.state, stream.sampling, stream.past_key_values.state
         try:
@@ -263,7 +268,9 @@ class MoshiTTTSession:
         parts = {part: {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")} for part in PARTS}
         check_names("row", state, ["sample_rate", *(f"{part}.{name}" for part, tensors in parts.items() for name in tensors)])
         if int(state["sample_rate"]) != self.sample_rate:
-            raise ValueError(f"the saved row has `sample_rate={int(state['sample_rate'])}`, the session {self.sample_rate}; load it into one of its rate.")
+            raise ValueError(
+                f"the saved row has `sample_rate={int(state['sample_rate'])}`, the session {self.sample_rate}; load it into one of its rate."
+            )
         sound = self._silent()
         self._load_sound(sound, {name: tensor.to("cpu", copy=True) for name, tensor in parts["sound"].items()})
         with self._all_or_nothing():

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..data.facts import ScriptSettings
 from ..data.spoken_dialogues import Phrasebook, Script
 from .curriculum import Curriculum
-from .data import Batch, make_batch
+from .windows import Batch, make_batch
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from ..cache_moshi_ttt import MoshiTTTCache
 from ..delay_pattern import last_frames
 from ..tokens_moshi_ttt import IGNORED
-from .data import Batch
 from .run_config import Carry
+from .windows import Batch
 
 
 class LaneMemory:

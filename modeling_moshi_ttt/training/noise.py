@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..tokens_moshi_ttt import TEXT_PADDING_IDS
-from .data import Batch
 from .run_config import DataSettings
+from .windows import Batch
 
 
 def add_noise(

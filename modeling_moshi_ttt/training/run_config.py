@@ -31,8 +31,8 @@ class ModelSettings:
     ttt: fields of MoshiTTTConfig to set, such as {ttt_layers: "23-31", ttt_mixer: mlp}.
     text_padding_weight, semantic_loss_weight: of padding in the text loss and of the first codebook in the audio loss, words and the other
         codebooks weighing 1; None keeps what the model's configuration says (Moshi's: 0.5 and 100).
-    dtype: of the weights that rest; those that are trained are float32. bfloat16 makes the arithmetic bfloat16 as well, and float32 leaves it
-        to the launcher's mixed_precision.
+    dtype: of the weights that rest; those that are trained are float32. bfloat16 makes the arithmetic bfloat16 as well, and float32 leaves
+        it to the launcher's mixed_precision.
     matmul_precision: of float32 products (torch.set_float32_matmul_precision). "high" lets a GPU's tensor cores do them in TF32, several
         times faster; None takes it where the arithmetic is bfloat16, whose own rounding is coarser, and "highest" where it is float32.
     activation_checkpointing: compute each layer again in backward instead of keeping what is inside it: less memory, more time.
@@ -88,7 +88,8 @@ class DataSettings:
     own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
         with them what the depth decoder is given within a frame.
     user_code_noise: share of the user's single codes that are replaced by random ones, so that a sound is not known by exact codes alone.
-    text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint.
+    text_weight: what the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best
+        checkpoint.
     on_bad_files: stop with a list of them, or skip them.
     allow_outside: accept absolute paths and '..' in manifests.
     require_words: a recording without words is a bad file.
@@ -123,9 +124,9 @@ class OptimSettings:
     lr, ttt_lr, gate_lr: peak learning rates, of all else, of TTT weights and of gates; the last two are lr where they are null.
     betas: of AdamW.
     weight_decay: of AdamW, not on norms, biases, gates and inner learning-rate parameters.
-    optimizer: "adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix, next
-        to nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. Not
-        with FSDP.
+    optimizer: "adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix,
+        next to nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4.
+        Not with FSDP.
     schedule: "onecycle" is moshi-finetune's, torch's OneCycleLR with its defaults: rates rise from 1/25 and fall to 1/250000, and AdamW's
         beta1 falls from 0.95 to 0.85 meanwhile and rises back, in place of the first of `betas`. "cosine" and "constant" keep beta1.
     clip: largest norm of all gradients together.
@@ -257,7 +258,9 @@ def _check_made(run: RunConfig) -> None:
         cure = "give `dialogues: {}`" if made else f"set data.train: {MADE}, or remove them"
         raise ValueError(f"data.train is {run.data.train!r} and there are {'no' if made else 'some'} dialogues settings; {cure}.")
     if made and (run.data.carry != "none" or run.data.workers):
-        raise ValueError(f"data.train is {MADE!r}, with which data.carry={run.data.carry!r} must be none and data.workers={run.data.workers} 0.")
+        raise ValueError(
+            f"data.train is {MADE!r}, with which data.carry={run.data.carry!r} must be none and data.workers={run.data.workers} 0."
+        )
     if run.curriculum is not None:
         if not made:
             raise ValueError(f"a curriculum is given, but only made dialogues can grow; set data.train: {MADE}, or remove it.")

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..common.adapters import check_loadable, is_adapter, named_base, raw_config
+from ..adapters.bases import check_loadable, is_adapter, named_base, raw_config
 from ..common.files import read_json
 from ..common.hub import check_place
 from ..common.packaged import resolve
@@ -118,7 +118,9 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     check_trackers(run.trackers)
     precision = "bf16" if run.model.dtype == "bfloat16" else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
-        raise ValueError(f"the launcher's mixed_precision is {precision!r}; it must be no or bf16 (accelerate launch --mixed_precision bf16).")
+        raise ValueError(
+            f"the launcher's mixed_precision is {precision!r}; it must be no or bf16 (accelerate launch --mixed_precision bf16)."
+        )
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=run.trackers or None,

@@ -71,7 +71,9 @@ def _into(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -
 
 
 def _entry(parameter: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -> Any:
-    """An optimizer's entry placed as its parameter is; scalars such as the step stay as they are, and rows and columns have their own shape."""
+    """An optimizer's entry placed as its parameter is; scalars such as the step stay as they are, and rows and columns have their own
+    shape.
+    """
     if value.dim() == 0 and parameter.dim() != 0:
         return value
     return _like(parameter, value, name, sharded) if isinstance(parameter, DTensor) else value.to(parameter.device)

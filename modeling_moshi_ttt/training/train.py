@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..common.adapters import name_auto_class, write_base_config
+from ..adapters.bases import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
 from ..common.packaged import known, names, resolve
 from ..common.settings import describe
@@ -22,7 +22,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
     packaged = ", ".join(names("accelerate"))
-    parser.add_argument("--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}")
+    parser.add_argument(
+        "--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}"
+    )
     parser.epilog = describe(RunConfig)
 
 
@@ -45,7 +47,7 @@ def launch(launch_file: str, arguments: list[str]) -> int:
         hint = known("accelerate", launch_file)
         raise FileNotFoundError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
-    return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.tools.cli", "train", *arguments], check=False).returncode
+    return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], check=False).returncode
 
 
 def train(config: RunConfig) -> Path:
@@ -92,10 +94,10 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
     from tqdm import tqdm
 
+    from ..data.codes import CodesCache
     from ..data.spoken_dialogues import phrasebook
     from . import setup
-    from .codes import CodesCache
-    from .data import prepare_set
+    from .windows import prepare_set
 
     processor = setup.load_processor(config.model)
     processor.check_model(model_config)

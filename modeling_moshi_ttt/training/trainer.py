@@ -24,7 +24,6 @@ from ..version import __version__
 from . import modes
 from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
 from .curriculum import Curriculum
-from .data import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 from .dialogues import DialoguePlan, DialogueReader
 from .lanes import Plan
 from .memory import LaneMemory
@@ -34,6 +33,7 @@ from .report import MetricsFile, peak_memory, shown
 from .run_config import DataSettings, ModelSettings, RunConfig
 from .schedule import set_rates
 from .state import load_weights_and_moments, weights_and_moments
+from .windows import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 
 logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on: they do not touch a number of it.
@@ -126,7 +126,9 @@ class Trainer:
                 step = next(steps)
                 record = self._step(step, time.perf_counter() - begin, begin)
                 self._tell(metrics, record)
-                loss, text, speed = (shown(record[name], spec) for name, spec in (("loss", ".3f"), ("text_loss", ".3f"), ("tokens_per_second", ".0f")))
+                loss, text, speed = (
+                    shown(record[name], spec) for name, spec in (("loss", ".3f"), ("text_loss", ".3f"), ("tokens_per_second", ".0f"))
+                )
                 bar.set_postfix_str(f"loss {loss} text {text}, {speed} tokens/s")
                 bar.update()
                 self._after_step(metrics)
@@ -195,7 +197,9 @@ class Trainer:
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
             noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
-            output = self.model(**noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True)
+            output = self.model(
+                **noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True
+            )
             loss = objective(output.text_loss, output.audio_loss, data.text_weight)
             total = loss if total is None else total + loss
             parts[:2] += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)

@@ -1,4 +1,6 @@
-"""The tests that transformers and PEFT run over their own models, of exactly the installed versions, from their source distributions on PyPI."""
+"""The tests that transformers and PEFT run over their own models, of exactly the installed versions, from their source distributions on
+PyPI.
+"""
 
 import importlib.metadata
 import shutil

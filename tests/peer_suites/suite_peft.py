@@ -22,7 +22,11 @@ CHOICE = {"model_id": theirs.PEFT_DECODER_MODELS_TO_TEST, "config_cls,config_kwa
 @functools.cache
 def _names(pattern):
     """Modules of the temporal transformer, by names that the depth decoder's, which hold one weight for each codebook, do not end in."""
-    return [name.removeprefix("decoder.") for name, _ in MoshiTTTForConditionalGeneration(tiny_config()).named_modules() if re.fullmatch(pattern, name)]
+    return [
+        name.removeprefix("decoder.")
+        for name, _ in MoshiTTTForConditionalGeneration(tiny_config()).named_modules()
+        if re.fullmatch(pattern, name)
+    ]
 
 
 def _settings():

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.adapters import AUTO_MAPPING
+from ..adapters.bases import AUTO_MAPPING
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from .convert import Group, as_spelled, check_names, moshi_groups, ttt_names
+from .tables import Group, as_spelled, check_names, moshi_groups, ttt_names
 
 PEFT_PREFIX = "base_model.model."
 Pair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]; with the codebooks in front where the weight is stacked

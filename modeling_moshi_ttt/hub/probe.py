@@ -40,7 +40,9 @@ def probe_loss(model: Any, probe: Probe) -> float:
     training, device = model.training, model.device
     model.eval()
     inputs = {name: probe[name].to(device) for name in INPUTS}
-    loss = model(**inputs, text_labels=inputs["input_ids"], audio_labels=inputs["moshi_audio_codes"], use_cache=False, return_dict=True).loss
+    loss = model(
+        **inputs, text_labels=inputs["input_ids"], audio_labels=inputs["moshi_audio_codes"], use_cache=False, return_dict=True
+    ).loss
     model.train(training)
     return float(loss)
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.audio import audio_pieces
-from ..common.recordings import Recording
-from .scoring import CodeSequence
+from ..evaluation.scoring import CodeSequence
+from .audio import audio_pieces
+from .recordings import Recording
 
 PIECE_SECONDS = 10.0  # read and encoded at once
 

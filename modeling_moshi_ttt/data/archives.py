@@ -1,6 +1,7 @@
 """Sounds inside tar shards (the WebDataset layout) and parquet files, and words in parquet columns.
 
-A shard or a parquet file is unpacked once, one sound after another, into a folder in moshi-finetune's format; from then on it is read as one.
+A shard or a parquet file is unpacked once, one sound after another, into a folder in moshi-finetune's format; from then on it is read as
+one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..common.audio import audio_duration
 from ..common.files import atomic_write, inside, parse_json
-from ..common.recordings import MAIN_SPEAKER, USER_SPEAKER, Recording, parse_words, read_manifest
-from .run_config import COLUMNS
+from ..training.run_config import COLUMNS
+from .audio import audio_duration
+from .recordings import MAIN_SPEAKER, USER_SPEAKER, Recording, parse_words, read_manifest
 
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 ARCHIVE_SUFFIXES = (".tar", ".parquet")

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..common.files import atomic_write, inside, parse_json
+from .files import atomic_write, inside, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,4 +1,6 @@
-"""Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, the loss on its probe, and its code."""
+"""Check a checkpoint folder: its manifest, every weight the configuration calls for, shapes, finite numbers, the loss on its probe, and its
+code.
+"""
 
 import argparse
 import math
@@ -9,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ..common.adapters import check_model_type, is_adapter
+from ..adapters.bases import check_model_type, is_adapter
 from ..common.files import MANIFEST, check_manifest, read_json
+from ..common.safetensor_files import PICKLES, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .carried_code import Range, describe_code, folder_code, runs_here
 from .probe import compare, probe_loss, read_probe
-from .shards import PICKLES, TensorFiles, largest
 
 KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
 MAX_PROBLEMS = 20
@@ -154,7 +156,7 @@ def verify(folder: str | os.PathLike[str], run_probe: bool = True) -> Facts:
         raise FileNotFoundError(f"{folder}: there is no such folder")
     refuse(folder_problems(folder), folder)
     if is_adapter(folder):
-        from .adapter import verify_adapter  # it needs PEFT
+        from ..adapters.checks import verify_adapter  # it needs PEFT
 
         facts = verify_adapter(folder, run_probe)
     else:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..common.recordings import Recording
+from ..data.codes import CodesCache, code_frames, read_codes, recording_text
+from ..data.recordings import Recording
+from ..data.sources import read_sources
 from ..tokens_moshi_ttt import IGNORED, ZERO
-from .codes import CodesCache, code_frames, read_codes, recording_text
 from .lanes import EMPTY, Lanes, Plan, ShuffledWindows, WeightedOrder, Window
 from .run_config import DataSettings
-from .sources import read_sources
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,9 @@ class Loader:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Around a loop over a Loader with workers: torch tells a worker's death at any moment, in the middle of a step too. OSError with the cure."""
+    """Around a loop over a Loader with workers: torch tells a worker's death at any moment, in the middle of a step too. OSError with the
+    cure.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from .convert import TTT_LAYER, TTT_NAMES, Fetch
+from .tables import TTT_LAYER, TTT_NAMES, Fetch
 
 LEAVES = {name.removeprefix("ttt.").removeprefix("ttt_gate."): name for name in TTT_NAMES["mlp"] if not name.startswith("ttt_layernorm")}
 LEAF = "|".join(re.escape(leaf) for leaf in sorted(LEAVES, key=len, reverse=True))

@@ -132,8 +132,8 @@ def _check(lm_kwargs: Mapping[str, Any]) -> None:
 def split_codebooks(lm_kwargs: Mapping[str, Any], given: int | None = None) -> int:
     """How many of the n_q audio codebooks are Moshi's own; the others are the user's.
 
-    As many as the depth transformer predicts, unless that predicts the user's too (PersonaPlex, J-Moshi: dep_q = n_q): then half of them where
-    the delays begin anew there, or those `given`. Raises ValueError where nobody would be left to hear.
+    As many as the depth transformer predicts, unless that predicts the user's too (PersonaPlex, J-Moshi: dep_q = n_q): then half of them
+    where the delays begin anew there, or those `given`. Raises ValueError where nobody would be left to hear.
     """
     n_q, dep_q, delays = lm_kwargs["n_q"], lm_kwargs["dep_q"], lm_kwargs["delays"][1:]
     half, odd = divmod(n_q, 2)
@@ -159,9 +159,9 @@ def published(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None = None, **ttt: Any) -> MoshiTTTConfig:
     """The configuration of a Kyutai model, with TTT settings such as `ttt_layers="23-31"` on top; without them it is plain Moshi.
 
-    `lm_kwargs` is what `LMModel` takes, or a repository's whole config.json. `own_codebooks` says how many of the audio codebooks are Moshi's
-    where the depth transformer predicts the user's too and the delays do not tell. Raises ValueError naming the setting that is unknown, missing
-    or that this architecture cannot express.
+    `lm_kwargs` is what `LMModel` takes, or a repository's whole config.json. `own_codebooks` says how many of the audio codebooks are
+    Moshi's where the depth transformer predicts the user's too and the delays do not tell. Raises ValueError naming the setting that is
+    unknown, missing or that this architecture cannot express.
     """
     lm_kwargs = published(lm_kwargs)
     _check(lm_kwargs)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, is_adapter
+from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, is_adapter
 from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
+from ..common.safetensor_files import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD, CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
 from .probe import OLD_PROBE, compare, stage_probe
-from .shards import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
 from .verify import Facts, verify
 
 PACKAGE = Path(__file__).parent.parent
-HOME_ONLY = ("__init__.py", "version.py")
+HOME_ONLY = ("__init__.py", "cli.py", "former_names.py", "version.py")
 MODEL_CLASS = "modeling_moshi_ttt.MoshiTTTForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_moshi_ttt.MoshiTTTConfig",
@@ -85,7 +85,7 @@ def stage(
     if kind == "full":
         loss = _stage_full(folder, target, max_shard_size)
     else:
-        from .adapter import stage_adapter, stage_merged  # they need PEFT
+        from ..adapters.checks import stage_adapter, stage_merged  # they need PEFT
 
         loss = stage_adapter(folder, target, base, pin) if kind == "adapter" else stage_merged(folder, target, max_shard_size)
     copy_others(folder, target)

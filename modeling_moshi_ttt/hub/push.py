@@ -15,11 +15,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from ..common.adapters import ADAPTER_CONFIG, adapter_layers, is_adapter
+from ..adapters.bases import ADAPTER_CONFIG, adapter_layers, is_adapter
 from ..common.files import read_json
 from ..common.hub import hub_errors
+from ..common.safetensor_files import DEFAULT_SHARD_SIZE
 from .remote import Remote, check_base, look_for_push
-from .shards import DEFAULT_SHARD_SIZE
 from .stage import choose_kind, locate, stage
 from .verify import Facts
 
@@ -92,7 +92,7 @@ def _check_tag(api: HfApi, repo_id: str, tag: str | None, remote: Remote | None)
 
 def _check_adapter(api: HfApi, folder: Path, base: str | None) -> str:
     """The revision of the base that the adapter will name: its own, else the newest commit, for a base that moves on is another base."""
-    from .adapter import hub_base
+    from ..adapters.checks import hub_base
 
     name, revision = hub_base(read_json(folder / ADAPTER_CONFIG), base)
     there = check_base(api, name, revision, adapter_layers(folder))

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-from ..common import adapters
-from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, write_base_config
 from ..common.files import atomic_write, read_json
 from ..common.packaged import resolve
+from ..common.safetensor_files import ShardWriter, TensorFiles
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..hub.probe import compare, probe_loss, read_probe, stage_probe
+from ..hub.verify import Facts, Shapes, count, finite_problems, refuse, shape_problems
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .probe import compare, probe_loss, read_probe, stage_probe
-from .shards import ShardWriter, TensorFiles
-from .verify import Facts, Shapes, count, finite_problems, refuse, shape_problems
+from . import bases as adapters
+from .bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, write_base_config
 
 NEEDED = ("peft_type", "r", "lora_alpha", "target_modules")
 

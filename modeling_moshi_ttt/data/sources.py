@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi
 
-from ..common.audio import audio_duration
 from ..common.files import inside
 from ..common.hub import hub_errors
 from ..common.packaged import resolve
-from ..common.recordings import Recording, read_manifest, read_words
+from ..training.run_config import DataSettings
 from .archives import ARCHIVE_SUFFIXES, SOUND_SUFFIXES, add_parquet_words, read_archive
-from .run_config import DataSettings
+from .audio import audio_duration
+from .recordings import Recording, read_manifest, read_words
 
 HUB = "hub:"
 # A manifest may round its durations; beyond this many seconds it speaks of another file.
@@ -102,7 +102,8 @@ def _read_manifest(path: Path, settings: DataSettings, problems: list[str]) -> l
 
 
 def _download(name: str, store: Path) -> Path:
-    """Fetch hub:owner/name, or the folder or file named after it in the repository, into `store`; what is there already is not fetched again.
+    """Fetch hub:owner/name, or the folder or file named after it in the repository, into `store`; what is there already is not fetched
+    again.
 
     A manifest comes with everything in its folder. Only sounds, words, manifests and archives are fetched.
     """

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..common.audio import READING, read_audio
 from ..common.files import atomic_write, sha256
-from ..common.recordings import Recording
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER, ZERO, parse_word
+from .audio import READING, read_audio
+from .recordings import Recording
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"

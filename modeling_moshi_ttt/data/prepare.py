@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
 
     from ..common.files import make_folder
     from ..tokens_moshi_ttt import FRAME_RATE
+    from ..training.run_config import DataSettings, check_columns
+    from ..training.setup import read_processor
+    from ..training.windows import prepare_set
     from .codes import CodesCache, says_words
-    from .data import prepare_set
-    from .run_config import DataSettings, check_columns
-    from .setup import read_processor
 
     settings = dataclasses.replace(
         DataSettings(train=args.sources),

@@ -1,4 +1,5 @@
-"""Write copies of what comes with the package into a folder, to edit: configuration/ and examples/, as they stand in the project's repository.
+"""Write copies of what comes with the package into a folder, to edit: configuration/ and examples/, as they stand in the project's
+repository.
 
 Every command and path of the README holds in that folder.
 """
@@ -8,8 +9,8 @@ import shlex
 import shutil
 from collections import Counter
 
-from ..common import packaged
-from ..common.files import make_folder
+from . import packaged
+from .files import make_folder
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +29,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.copyfile(packaged.ROOT / name, folder / name)
     for part, number in Counter("/".join(name.parent.parts[:2]) for name in files).items():
         print(f"{folder / part}: {number} files")
-    print(f"next: cd {shlex.quote(str(folder))}, then python examples/demo.py, or change configuration/train/demo.yaml and moshi-ttt train it")
+    print(
+        f"next: cd {shlex.quote(str(folder))}, then python examples/demo.py, or change configuration/train/demo.yaml and moshi-ttt train it"
+    )
     return 0

@@ -7,22 +7,22 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 
-from ..version import __version__
+from .version import __version__
 
 # name: (module with configure(parser) and run(args) -> exit code, one line of help)
 COMMANDS = {
-    "init": ("modeling_moshi_ttt.tools.init", "write copies of the recipes, the tiny model, the examples and their data, to edit"),
-    "prepare": ("modeling_moshi_ttt.training.prepare", "turn stereo recordings with word times into training tokens"),
-    "annotate": ("modeling_moshi_ttt.training.annotate", "write word times beside recordings, with a speech recogniser"),
+    "init": ("modeling_moshi_ttt.common.init_folder", "write copies of the recipes, the tiny model, the examples and their data, to edit"),
+    "prepare": ("modeling_moshi_ttt.data.prepare", "turn stereo recordings with word times into training tokens"),
+    "annotate": ("modeling_moshi_ttt.data.annotate", "write word times beside recordings, with a speech recogniser"),
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
     "respond": ("modeling_moshi_ttt.live.respond", "answer a recording, or a folder of them, with the sound and words of a model"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
     "plot": ("modeling_moshi_ttt.evaluation.plot", "draw the curves of a run or of an evaluation"),
-    "convert": ("modeling_moshi_ttt.tools.convert_checkpoint", "convert checkpoints from and to Kyutai's and transformers' layouts"),
-    "verify": ("modeling_moshi_ttt.tools.verify", "check a checkpoint: files, weights, shapes, numbers, and its loss on the probe"),
-    "push": ("modeling_moshi_ttt.tools.push", "put a checkpoint on the Hugging Face Hub, with its card and its code"),
-    "pull": ("modeling_moshi_ttt.tools.pull", "fetch a checkpoint from the Hub, check it and say what it holds"),
+    "convert": ("modeling_moshi_ttt.conversion.convert", "convert checkpoints from and to Kyutai's and transformers' layouts"),
+    "verify": ("modeling_moshi_ttt.hub.verify", "check a checkpoint: files, weights, shapes, numbers, and its loss on the probe"),
+    "push": ("modeling_moshi_ttt.hub.push", "put a checkpoint on the Hugging Face Hub, with its card and its code"),
+    "pull": ("modeling_moshi_ttt.hub.pull", "fetch a checkpoint from the Hub, check it and say what it holds"),
 }
 FAILED, INTERRUPTED = 2, 130
 DEBUG = "MOSHI_TTT_DEBUG"

@@ -15,8 +15,8 @@ import soundfile
 import sphn
 import torch
 
+from ..common.files import atomic_write
 from ..resampling import Resampler, resample, source_window
-from .files import atomic_write
 
 # Part of every key of what is kept of sounds, codes, scores and results: raise it when the samples read from a file change.
 READING = "sound-2"
@@ -68,7 +68,9 @@ def audio_pieces(path: str | os.PathLike[str], sample_rate: int, seconds: float)
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], sample_rate: int) -> Iterator[soundfile.SoundFile]:
-    """The file, whose rate can be changed, opened by libsndfile, which finds every sample by its number and takes the encoder's delay out of MP3."""
+    """The file, whose rate can be changed, opened by libsndfile, which finds every sample by its number and takes the encoder's delay out
+    of MP3.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such sound file.")

@@ -21,17 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
-from ..common.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
+from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
 from ..common.files import atomic_folder, atomic_write, parse_json, read_json
 from ..common.hub import hub_errors, is_hub_name
+from ..common.safetensor_files import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from . import convert_old_ttt as old_ttt
-from .convert import OwnSlices, check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
-from .convert_lora import lora_to_peft, peft_config, peft_to_lora
-from .convert_mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
+from ..hub.stage import copy_others
+from . import old_ttt
 from .kyutai_config import MOSHI_7B, kyutai_from_config, published, split_codebooks
-from .shards import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
-from .stage import copy_others
+from .lora import lora_to_peft, peft_config, peft_to_lora
+from .mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
+from .tables import OwnSlices, check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
 
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
 KYUTAI_MIMI_CONFIG = "mimi_config.json"
@@ -49,8 +49,10 @@ class Options:
     """What one may choose.
 
     ttt: fields of MoshiTTTConfig. dtype: of the written weights, theirs unless given. keep_ttt, fused: for Kyutai's layout.
-    base: the base model an adapter names. own_codebooks: how many audio codebooks are Moshi's, where the depth transformer has the user's too.
-    keep_user_slices: write the depth transformer's slices of the user's codebooks beside the model, from where they go back into Kyutai's layout.
+    base: the base model an adapter names. own_codebooks: how many audio codebooks are Moshi's, where the depth transformer has the user's
+        too.
+    keep_user_slices: write the depth transformer's slices of the user's codebooks beside the model, from where they go back into Kyutai's
+        layout.
     """
 
     ttt: dict[str, Any] = field(default_factory=dict)
@@ -318,7 +320,7 @@ def from_kyutai_lora(folder: Path, weights: Path | None, out: Path, options: Opt
 
 def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
     """A PEFT adapter as moshi-finetune's LoRA file."""
-    from .adapter import base_config, read_adapter_config
+    from ..adapters.checks import base_config, read_adapter_config
 
     settings, config = read_adapter_config(folder), base_config(folder)
     if settings.get("use_rslora") or settings.get("use_dora") or settings.get("rank_pattern") or settings.get("alpha_pattern"):
@@ -375,12 +377,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD_SIZE, help="largest weight file (default: %(default)s)")
     parser.add_argument("--keep-ttt", action="store_true", help="into Kyutai's layout: keep TTT weights, under their own names")
     parser.add_argument("--fused", action="store_true", help="into Kyutai's layout: the older one, with joint projections")
-    parser.add_argument("--own-codebooks", type=int, help="from Kyutai's layout: audio codebooks that are Moshi's, where dep_q has the user's too")
-    parser.add_argument("--keep-user-slices", action="store_true", help=f"from Kyutai's layout: keep the user's depth slices in {USER_SLICES}")
+    parser.add_argument(
+        "--own-codebooks", type=int, help="from Kyutai's layout: audio codebooks that are Moshi's, where dep_q has the user's too"
+    )
+    parser.add_argument(
+        "--keep-user-slices", action="store_true", help=f"from Kyutai's layout: keep the user's depth slices in {USER_SLICES}"
+    )
     parser.add_argument("--base", help="the base model that a converted adapter names")
 
 
 def run(args: argparse.Namespace) -> int:
-    options = Options(parse_ttt(args.ttt), DTYPES.get(args.dtype), args.max_shard_size, args.keep_ttt, args.fused, args.base, args.own_codebooks, args.keep_user_slices)
+    options = Options(
+        parse_ttt(args.ttt),
+        DTYPES.get(args.dtype),
+        args.max_shard_size,
+        args.keep_ttt,
+        args.fused,
+        args.base,
+        args.own_codebooks,
+        args.keep_user_slices,
+    )
     print(convert(args.src, args.dst, options))
     return 0

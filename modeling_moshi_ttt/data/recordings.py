@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.files import inside, parse_json, read_text
+from ..common.packaged import resolve
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
-from .files import inside, parse_json, read_text
-from .packaged import resolve
 
 Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
 

@@ -8,11 +8,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from ..common.adapters import ADAPTER_CONFIG, BASE_CONFIG, check_layers, check_model_type
+from ..adapters.bases import ADAPTER_CONFIG, BASE_CONFIG, check_layers, check_model_type
 from ..common.files import MANIFEST, inside, read_json
 from ..common.hub import is_hub_name
+from ..common.safetensor_files import PICKLES
 from .carried_code import STAMP, Range, code_range
-from .shards import PICKLES
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.recordings import MAIN_SPEAKER, USER_SPEAKER
+from .recordings import MAIN_SPEAKER, USER_SPEAKER
 
 SAMPLE_RATE = 16000
 Recogniser = Callable[[np.ndarray], list[dict[str, Any]]]
@@ -83,8 +83,8 @@ def load_recogniser(model: str, language: str | None, device: str | None) -> Rec
 
 def annotate(path: Path, recognise: Recogniser, mono_is: str) -> Path:
     """Write the words of one recording beside it; returns the file. ValueError for more than two channels."""
-    from ..common.audio import read_audio
     from ..common.files import atomic_write
+    from .audio import read_audio
 
     channels = read_audio(path, SAMPLE_RATE)
     if channels.shape[0] > 2:

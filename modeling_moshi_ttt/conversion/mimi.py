@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
-from .convert import Fetch, Group, as_spelled, check_names, group_of
+from .tables import Fetch, Group, as_spelled, check_names, group_of
 
 # (Kyutai's setting, MimiConfig's field)
 FIELDS = {
@@ -39,7 +39,14 @@ FIELDS = {
 }
 # Settings that this codec has only one value for: written so, and another one is refused, by name.
 ONLY: dict[str, dict[str, Any]] = {
-    "seanet": {"causal": True, "activation": "ELU", "norm": "none", "pad_mode": "constant", "true_skip": True, "disable_norm_outer_blocks": 0},
+    "seanet": {
+        "causal": True,
+        "activation": "ELU",
+        "norm": "none",
+        "pad_mode": "constant",
+        "true_skip": True,
+        "disable_norm_outer_blocks": 0,
+    },
     "quantizer": {},
     "transformer": {
         **{"causal": True, "conv_layout": True, "gating": "none", "norm": "layer_norm", "positional_embedding": "rope"},
@@ -69,7 +76,9 @@ def _check(kyutai: dict[str, Any]) -> None:
             if name not in names and name not in only:
                 raise ValueError(f"unknown setting {part}.{name} = {value!r} of Kyutai's Mimi: this codec has no counterpart of it")
             if name in only and value != only[name]:
-                raise ValueError(f"{part}.{name} = {value!r} of Kyutai's Mimi has no counterpart here: only {only[name]!r} can be converted")
+                raise ValueError(
+                    f"{part}.{name} = {value!r} of Kyutai's Mimi has no counterpart here: only {only[name]!r} can be converted"
+                )
     # Between the encoder and the quantizer there is one convolution of stride 2.
     frame_rate = kyutai["sample_rate"] / math.prod(kyutai["seanet"]["ratios"]) / 2
     if kyutai.get("frame_rate", frame_rate) != frame_rate:

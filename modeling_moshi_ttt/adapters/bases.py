@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MoshiConfig
 
+from ..common.files import atomic_write, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .files import atomic_write, read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_CONFIG = "base_config.json"

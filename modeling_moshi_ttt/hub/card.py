@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..common.adapters import BASE_CONFIG
+from ..adapters.bases import BASE_CONFIG
 from ..common.files import atomic_write, read_json, read_log
 from ..common.packaged import resolve
 from ..tokens_moshi_ttt import FRAME_RATE
@@ -156,7 +156,7 @@ def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
     for key, value in facts.items():
         words = value if key in FACT_LISTS and isinstance(value, list) else [value]
         if not all(isinstance(word, str) for word in words) or (key in FACT_LISTS and words is not value):
-            wanted = "a list of texts, as in [\"en\"]" if key in FACT_LISTS else "a text"
+            wanted = 'a list of texts, as in ["en"]' if key in FACT_LISTS else "a text"
             raise ValueError(f"{CARD_FACTS}: {key} is {value!r}; it must be {wanted}")
     return facts
 

@@ -1,0 +1,1 @@
+"""PEFT folders and the bases they stand on."""

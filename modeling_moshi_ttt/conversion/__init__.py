@@ -1,0 +1,1 @@
+"""Between Kyutai's layout, transformers' Moshi and this package's."""
