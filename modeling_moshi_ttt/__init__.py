@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 if TYPE_CHECKING:
     from .cache_moshi_ttt import MoshiTTTCache
     from .common.packaged import packaged
+    from .errors_moshi_ttt import MoshiTTTError
     from .live.session import MoshiTTTSession, SessionFrame
     from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTOutput, MoshiTTTPreTrainedModel
     from .processing_moshi_ttt import MoshiTTTProcessor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "cache_moshi_ttt": ("MoshiTTTCache",),
     "common.packaged": ("packaged",),
+    "errors_moshi_ttt": ("MoshiTTTError",),
     "live.session": ("MoshiTTTSession", "SessionFrame"),
     "modeling_moshi_ttt": ("MoshiTTTForConditionalGeneration", "MoshiTTTModel", "MoshiTTTOutput", "MoshiTTTPreTrainedModel"),
     "processing_moshi_ttt": ("MoshiTTTProcessor",),
@@ -101,6 +103,7 @@ __all__ = [
     "TTTMLP",
     "MoshiTTTCache",
     "MoshiTTTConfig",
+    "MoshiTTTError",
     "MoshiTTTForConditionalGeneration",
     "MoshiTTTFrame",
     "MoshiTTTInt8Config",

@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delay_pattern import last_frames
+from .errors_moshi_ttt import MoshiTTTError
 from .frames_moshi_ttt import initial_tokens
 from .rings import KeyValues, in_order, in_ring, pad_ring, put_row, ring_positions, ring_size, store_frames
 from .rows import Entry, check_entries, check_names, row_mask
@@ -131,7 +132,7 @@ class MoshiTTTCache(Cache):
 
     def __init__(self, config: Any, batch_size: int, device: torch.device | str | None = None):
         if batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
+            raise MoshiTTTError(f"`batch_size={batch_size}` must be at least 1.")
         self.sliding_window, self.ttt_layers = config.sliding_window or NO_WINDOW, list(config.ttt_layers)
         self._heads = (config.num_key_value_heads, config.head_dim)
         self._inner = (config.ttt_num_heads, config.ttt_head_dim, 4 * config.ttt_head_dim if config.ttt_mixer == "mlp" else None)
@@ -175,17 +176,17 @@ class MoshiTTTCache(Cache):
     def ttt_state(self, layer_idx: int) -> TTTState | None:
         """The state of a layer's TTT memory; None before the first frame."""
         if layer_idx not in self.ttt_layers:
-            raise ValueError(f"Layer {layer_idx} has no TTT memory; layers {self.ttt_layers} do.")
+            raise MoshiTTTError(f"Layer {layer_idx} has no TTT memory; layers {self.ttt_layers} do.")
         return self.state.ttt_states[layer_idx]
 
     def check(self, batch_size: int, num_layers: int, ttt_layers: list[int] | str) -> None:
         """Raise a ValueError where this cache is of another batch or model."""
         if batch_size != self.batch_size:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`past_key_values` holds {self.batch_size} rows, the input {batch_size}; make a cache for this batch or reset it."
             )
         if (num_layers, ttt_layers) != (len(self.layers), self.ttt_layers):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`past_key_values` is of a model with {len(self.layers)} layers and TTT in {self.ttt_layers}; "
                 f"this one has {num_layers} and TTT in {ttt_layers}."
             )
@@ -313,7 +314,7 @@ class MoshiTTTCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side; each then goes its own way."""
         if repeats < 1:
-            raise ValueError(f"`repeats={repeats}` must be at least 1.")
+            raise MoshiTTTError(f"`repeats={repeats}` must be at least 1.")
         self.state = self.state.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -360,9 +361,9 @@ class MoshiTTTCache(Cache):
                 state is not of this model or not whole.
         """
         if missing := {"frames", "key_positions", "codes", "labels", "fresh"} - set(tensors):
-            raise ValueError(f"the saved cache lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
+            raise MoshiTTTError(f"the saved cache lacks {', '.join(sorted(missing))}; save it with `state_dict()`.")
         if tensors["frames"].numel() != self.batch_size:
-            raise ValueError(f"the saved cache holds {tensors['frames'].numel()} rows, this one {self.batch_size}; make one of as many.")
+            raise MoshiTTTError(f"the saved cache holds {tensors['frames'].numel()} rows, this one {self.batch_size}; make one of as many.")
         wanted = self._saved_entries(tensors)
         check_names("cache", tensors, wanted)
         check_entries("cache", tensors, wanted)
@@ -421,16 +422,16 @@ class MoshiTTTCache(Cache):
         seen = positions >= 0
         expected = frames[:, None] + torch.arange(-slots, 0, device=frames.device)
         if bool((frames < 0).any()) or bool((seen & (positions != expected)).any()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-            raise ValueError("key_positions of the saved cache do not lead up to its frames; load what `state_dict()` gave, unchanged.")
+            raise MoshiTTTError("key_positions of the saved cache do not lead up to its frames; load what `state_dict()` gave, unchanged.")
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} of the saved cache is not finite; go on from an earlier state.")
+                raise MoshiTTTError(f"{name} of the saved cache is not finite; go on from an earlier state.")
 
     def _saved_entries(self, tensors: dict[str, torch.Tensor]) -> dict[str, Entry]:
         """Every entry that a cache of this model saves where its rows stand as in `tensors`."""
         rows, slots = self.batch_size, tensors["key_positions"].numel() // self.batch_size
         if slots >= self.sliding_window:
-            raise ValueError(f"the saved cache keeps {slots} frames for attention; `sliding_window={self.sliding_window}` needs fewer.")
+            raise MoshiTTTError(f"the saved cache keeps {slots} frames for attention; `sliding_window={self.sliding_window}` needs fewer.")
         row, integer = (rows,), torch.int64
         wanted: dict[str, Entry] = {"frames": (row, integer), "fresh": (row, torch.bool), "key_positions": ((rows, slots), integer)}
         wanted |= {name: (tuple(getattr(self, name).shape), integer) for name in ("codes", "labels")}
@@ -468,7 +469,7 @@ def given_cache(cache: Any, past_key_values: Any) -> Any:
         ValueError: two different ones.
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("`cache` and `past_key_values` are two names of one argument and hold different memories; give one of them.")
+        raise MoshiTTTError("`cache` and `past_key_values` are two names of one argument and hold different memories; give one of them.")
     return past_key_values if cache is None else cache
 
 

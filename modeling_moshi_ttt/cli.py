@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 
+from .errors_moshi_ttt import MoshiTTTError
 from .version import __version__
 
 # name: (module with configure(parser) and run(args) -> exit code, one line of help)
@@ -26,6 +27,7 @@ COMMANDS = {
 }
 FAILED, INTERRUPTED = 2, 130
 DEBUG = "MOSHI_TTT_DEBUG"
+ISSUES = "https://github.com/moshi-ttt/moshi-ttt/issues"
 
 
 def _overview() -> argparse.ArgumentParser:
@@ -45,7 +47,7 @@ def _load(module_name: str) -> ModuleType:
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(_missing_package(error)) from error
+        raise MoshiTTTError(_missing_package(error)) from error
 
 
 def _missing_package(error: ModuleNotFoundError) -> str:
@@ -63,11 +65,12 @@ def _run(module_name: str, name: str, arguments: Sequence[str]) -> int:
     try:
         return int(module.run(options) or 0)
     except ModuleNotFoundError as error:
-        raise ValueError(_missing_package(error)) from error
+        raise MoshiTTTError(_missing_package(error)) from error
 
 
 def _is_users_mistake(error: Exception) -> bool:
-    return isinstance(error, (ValueError, OSError)) or _is_field_error(error)
+    """Ours that says so, what the system refuses (a full disk, a folder without permission), and a configuration's wrong field."""
+    return isinstance(error, MoshiTTTError) or (isinstance(error, OSError) and error.errno is not None) or _is_field_error(error)
 
 
 def _is_field_error(error: Exception) -> bool:
@@ -91,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def without_trace(action: Callable[[], int]) -> int:
     """The exit code of a command or a script.
 
-    A mistake in what the user gave (ValueError, OSError) is one line on stderr and exit code 2; MOSHI_TTT_DEBUG=1 shows the whole trace.
+    What the user can mend (`MoshiTTTError`) is one line on stderr and exit code 2; MOSHI_TTT_DEBUG=1 shows the whole trace. Anything else is
+    a fault of the package: it keeps its trace, and a line asks for a report.
     """
     try:
         return action()
@@ -99,7 +103,12 @@ def without_trace(action: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if os.environ.get(DEBUG) or not _is_users_mistake(error):
+        if os.environ.get(DEBUG):
+            raise
+        if not _is_users_mistake(error):
+            error.add_note(
+                f"This is a fault of moshi-ttt {__version__}, not of what it was given; please report it with these lines: {ISSUES}"
+            )
             raise
         print(f"error: {' '.join(str(error).split()) if _is_field_error(error) else error}", file=sys.stderr)
         return FAILED

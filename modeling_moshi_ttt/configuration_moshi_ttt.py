@@ -11,6 +11,7 @@ check_transformers()  # before anything is imported that another transformers ma
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
+from .errors_moshi_ttt import MoshiTTTError  # noqa: E402
 from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
@@ -73,15 +74,15 @@ def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
         numbers = list(layers)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
-            raise ValueError(f"`ttt_layers` holds {number!r}; it takes whole layer numbers from 0 to {last}.")
+            raise MoshiTTTError(f"`ttt_layers` holds {number!r}; it takes whole layer numbers from 0 to {last}.")
         if not 0 <= number <= last:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`ttt_layers` names layer {number}, but the model has layers 0 to {last} (`num_hidden_layers={num_hidden_layers}`); "
                 "choose among these."
             )
     repeated = sorted({number for number in numbers if numbers.count(number) > 1})
     if repeated:
-        raise ValueError(f"`ttt_layers` names layer {repeated[0]} more than once; name each layer once.")
+        raise MoshiTTTError(f"`ttt_layers` names layer {repeated[0]} more than once; name each layer once.")
     return sorted(numbers)
 
 
@@ -93,13 +94,13 @@ def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
         return list(range(third, num_hidden_layers - third))
     if match := re.fullmatch(r"last:(\d+)", text):
         if int(match[1]) > num_hidden_layers:
-            raise ValueError(f"`ttt_layers={text!r}` asks for more layers than the model has (`num_hidden_layers={num_hidden_layers}`).")
+            raise MoshiTTTError(f"`ttt_layers={text!r}` asks for more layers than the model has (`num_hidden_layers={num_hidden_layers}`).")
         return list(range(num_hidden_layers - int(match[1]), num_hidden_layers))
     numbers: list[int] = []
     for part in text.split(",") if text else []:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(
+            raise MoshiTTTError(
                 f'`ttt_layers={text!r}` is not understood; write a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".'
             )
         numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -110,7 +111,7 @@ def _check_dtype(name: str) -> None:
     import torch  # here, as in the parent: a configuration can be read without it
 
     if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"`dtype={name!r}` is no dtype of torch's; write it as 'float32' or 'bfloat16'.")
+        raise MoshiTTTError(f"`dtype={name!r}` is no dtype of torch's; write it as 'float32' or 'bfloat16'.")
 
 
 @strict
@@ -235,22 +236,24 @@ class MoshiTTTConfig(MoshiConfig):
         for prefix, fields in parts.items():
             for field, value in fields.items():
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise ValueError(f"`{prefix}{field}={value}` must be a finite number.")
+                    raise MoshiTTTError(f"`{prefix}{field}={value}` must be a finite number.")
                 if field in _COUNTS and isinstance(value, int) and value < 1:
-                    raise ValueError(f"`{prefix}{field}={value}` must be at least 1.")
+                    raise MoshiTTTError(f"`{prefix}{field}={value}` must be at least 1.")
         for field in ("text_padding_weight", "semantic_loss_weight", "initializer_range", "attention_dropout"):
             if getattr(self, field) < 0:
-                raise ValueError(f"`{field}={getattr(self, field)}` must not be negative.")
+                raise MoshiTTTError(f"`{field}={getattr(self, field)}` must not be negative.")
         if self.semantic_loss_weight == 0 and self.num_codebooks == 1:
-            raise ValueError("`semantic_loss_weight=0` leaves no codebook with a weight (`num_codebooks=1`), so no audio would be trained.")
+            raise MoshiTTTError(
+                "`semantic_loss_weight=0` leaves no codebook with a weight (`num_codebooks=1`), so no audio would be trained."
+            )
         for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
-                raise ValueError(f"`{field}={getattr(self, field)}` must be greater than 0.")
+                raise MoshiTTTError(f"`{field}={getattr(self, field)}` must be greater than 0.")
 
     def _check_choices(self) -> None:
         for prefix, config in (("", self), ("depth_decoder_config.", self.depth_decoder_config)):
             if getattr(config, "tie_word_embeddings", False):
-                raise ValueError(
+                raise MoshiTTTError(
                     f"`{prefix}tie_word_embeddings=True` cannot be: the text embeddings have a row more (the initial token) than there are logits; "
                     "set it to False."
                 )
@@ -258,7 +261,9 @@ class MoshiTTTConfig(MoshiConfig):
 
         depth = self.depth_decoder_config
         if not isinstance(depth, PreTrainedConfig):
-            raise ValueError(f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it.")
+            raise MoshiTTTError(
+                f"`depth_decoder_config={depth}` is no configuration; give it when the model's is made, which completes it."
+            )
         choices = (
             ("ttt_mixer", self.ttt_mixer, MIXERS),
             ("ttt_inner_norm", self.ttt_inner_norm, INNER_NORMS),
@@ -269,60 +274,62 @@ class MoshiTTTConfig(MoshiConfig):
         )
         for field, chosen, allowed in choices:
             if chosen not in allowed:
-                raise ValueError(f"`{field}={chosen!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+                raise MoshiTTTError(f"`{field}={chosen!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
     def _fill_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"`num_attention_heads={self.num_attention_heads}` does not divide `hidden_size={self.hidden_size}`.")
+            raise MoshiTTTError(f"`num_attention_heads={self.num_attention_heads}` does not divide `hidden_size={self.hidden_size}`.")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`num_key_value_heads={self.num_key_value_heads}` does not divide `num_attention_heads={self.num_attention_heads}`."
             )
         if self.head_dim % 2:
-            raise ValueError(f"`head_dim={self.head_dim}` must be an even number (RoPE turns pairs); choose other `num_attention_heads`.")
+            raise MoshiTTTError(
+                f"`head_dim={self.head_dim}` must be an even number (RoPE turns pairs); choose other `num_attention_heads`."
+            )
         if self.ttt_num_heads is None:
             self.ttt_num_heads = self.num_attention_heads
         if self.ttt_head_dim is None:
             if self.hidden_size % self.ttt_num_heads:
-                raise ValueError(
+                raise MoshiTTTError(
                     f"`ttt_num_heads={self.ttt_num_heads}` does not divide `hidden_size={self.hidden_size}`; choose a divisor or set `ttt_head_dim`."
                 )
             self.ttt_head_dim = self.hidden_size // self.ttt_num_heads
         if self.ttt_head_dim < 2:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`ttt_head_dim={self.ttt_head_dim}` must be at least 2: targets are standardised over it; choose fewer `ttt_num_heads`."
             )
         if self.ttt_head_dim % 2 and self.ttt_rope != "none":
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`ttt_head_dim={self.ttt_head_dim}` must be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`."
             )
 
     def _check_codebooks(self) -> None:
         if self.num_user_codebooks < 0:
-            raise ValueError(f"`num_user_codebooks={self.num_user_codebooks}` must not be negative.")
+            raise MoshiTTTError(f"`num_user_codebooks={self.num_user_codebooks}` must not be negative.")
         streams = self.num_codebooks + self.num_user_codebooks
         if len(self.audio_delays) != streams or min(self.audio_delays) < 0:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`audio_delays={self.audio_delays}` must hold {streams} delays of 0 frames or more: "
                 f"`num_codebooks={self.num_codebooks}` of Moshi's, then `num_user_codebooks={self.num_user_codebooks}` of the user's; "
                 "give as many, or None for `[0, 1, 1, ...]` of each."
             )
         for frame in self.silence_codes or []:
             if len(frame) != self.num_user_codebooks or not all(0 <= code < self.audio_vocab_size for code in frame):
-                raise ValueError(
+                raise MoshiTTTError(
                     f"`silence_codes` holds {frame}; each frame has {self.num_user_codebooks} codes from 0 to {self.audio_vocab_size - 1}, one a "
                     "codebook of the user's; take them from the codec with `processor.silence_codes()`."
                 )
         check_padding_ids(self.text_padding_ids)
         wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
         if wrong:
-            raise ValueError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
+            raise MoshiTTTError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
 
     def _check_depth(self) -> None:
         for name, field in _SHARED.items():
             found, ours = getattr(self.depth_decoder_config, name), getattr(self, field)
             if found != ours:
-                raise ValueError(
+                raise MoshiTTTError(
                     f"`depth_decoder_config.{name}={found}` differs from `{field}={ours}`; "
                     f"give `{field}` when the configuration is made, which sets both."
                 )
@@ -330,7 +337,7 @@ class MoshiTTTConfig(MoshiConfig):
     def _check_rope(self) -> None:
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
-            raise ValueError(f"`rope_parameters['rope_type']={rope_type!r}` is not supported; Moshi uses 'default'.")
+            raise MoshiTTTError(f"`rope_parameters['rope_type']={rope_type!r}` is not supported; Moshi uses 'default'.")
 
     @property
     def delays(self) -> list[int]:
@@ -343,7 +350,7 @@ class MoshiTTTConfig(MoshiConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, MoshiConfig.model_type):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{pretrained_model_name_or_path!r} holds a model of type {model_type!r}; MoshiTTTConfig reads 'moshi_ttt' and 'moshi'."
             )
         if model_type == MoshiConfig.model_type:
@@ -375,7 +382,7 @@ class MoshiTTTConfig(MoshiConfig):
             return  # loading says what is missing
         trained = stored.get("ttt_inner_norm", "layer_norm")  # before 0.2 there was no other
         if stored.get("ttt_layers") and trained != inner_norm:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`ttt_inner_norm={inner_norm!r}` is not what the TTT layers of {str(name_or_path)!r} were trained with ({trained!r}); leave the field "
                 "out, or, to train them on with another inner loss, change it in the checkpoint's config.json."
             )

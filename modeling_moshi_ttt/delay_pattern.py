@@ -8,6 +8,8 @@ piece and in any number of windows give the same numbers.
 
 import torch
 
+from .errors_moshi_ttt import MoshiTTTError
+
 
 def delay(codes: torch.Tensor, delays: list[int], history: torch.Tensor) -> torch.Tensor:
     """Shift every stream to the right by its delay.
@@ -26,9 +28,9 @@ def delay(codes: torch.Tensor, delays: list[int], history: torch.Tensor) -> torc
     """
     frames, before = codes.shape[-1], history.shape[-1]
     if len(delays) != codes.shape[1]:
-        raise ValueError(f"`delays` holds {len(delays)} entries for {codes.shape[1]} streams; give one for each.")
+        raise MoshiTTTError(f"`delays` holds {len(delays)} entries for {codes.shape[1]} streams; give one for each.")
     if before < max(delays):
-        raise ValueError(f"`history` holds {before} frames, fewer than the largest delay, {max(delays)}.")
+        raise MoshiTTTError(f"`history` holds {before} frames, fewer than the largest delay, {max(delays)}.")
     whole = torch.cat([history, codes], dim=-1)  # [B, S, H + T]
     return torch.stack([whole[:, s, before - d : before - d + frames] for s, d in enumerate(delays)], dim=1)
 
@@ -40,7 +42,7 @@ def undelay(values: torch.Tensor, delays: list[int], fill: float | int) -> torch
     (see [`undelay_mask`]).
     """
     if len(delays) != values.shape[1]:
-        raise ValueError(f"`delays` holds {len(delays)} entries for {values.shape[1]} streams; give one for each.")
+        raise MoshiTTTError(f"`delays` holds {len(delays)} entries for {values.shape[1]} streams; give one for each.")
     aligned = torch.full_like(values, fill)
     for s, d in enumerate(delays):
         aligned[:, s, : values.shape[2] - d] = values[:, s, d:]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .delay_pattern import delay
+from .errors_moshi_ttt import MoshiTTTError
 from .tokens_moshi_ttt import IGNORED, ZERO
 
 
@@ -112,15 +113,15 @@ def take_frames(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
 def _join(config: Any, text: torch.Tensor | None, moshi: torch.Tensor | None, user: torch.Tensor | None) -> torch.Tensor:
     given = next((x for x in (text, moshi, user) if x is not None), None)
     if given is None:
-        raise ValueError("nothing to hear: give at least one of `input_ids`, `moshi_audio_codes` and `user_audio_codes`.")
+        raise MoshiTTTError("nothing to hear: give at least one of `input_ids`, `moshi_audio_codes` and `user_audio_codes`.")
     rows, frames = given.shape[0], given.shape[-1]
     if rows == 0 or frames == 0:
-        raise ValueError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
+        raise MoshiTTTError(f"the batch is empty (shape {tuple(given.shape)}); give at least one row and one frame.")
     lengths = {
         name: x.shape[-1] for name, x in (("input_ids", text), ("moshi_audio_codes", moshi), ("user_audio_codes", user)) if x is not None
     }
     if any(length != frames for length in lengths.values()):
-        raise ValueError(
+        raise MoshiTTTError(
             f"the streams are of unequal lengths: {lengths} frames in the last dimension of their shape; cut or pad them alike."
         )
     streams = []
@@ -145,17 +146,17 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], lowest
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises a ValueError that names the tensor where it has not this shape."""
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape}.")
+        raise MoshiTTTError(f"`{name}` has shape {tuple(tensor.shape)}; rows, codebooks and frames must be {shape}.")
 
 
 def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> None:
     if tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"`{name}` has dtype {tokens.dtype}; token ids are int64.")
+        raise MoshiTTTError(f"`{name}` has dtype {tokens.dtype}; token ids are int64.")
     if torch.compiler.is_compiling() or tokens.device.type == "meta" or tokens.numel() == 0:
         return
     numbers = tokens.detach().numpy() if tokens.device.type == "cpu" else tokens  # as numpy they are on the host already
     low, high = int(numbers.min()), int(numbers.max())
     if low < lowest or high >= card:
-        raise ValueError(
+        raise MoshiTTTError(
             f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none."
         )

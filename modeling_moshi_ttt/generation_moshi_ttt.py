@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .cache_moshi_ttt import MoshiTTTCache, given_cache
 from .delay_pattern import delay
+from .errors_moshi_ttt import MoshiTTTError
 from .frames_moshi_ttt import check_tokens, initial_tokens
 from .generation_settings_moshi_ttt import Listener, generation_settings
 from .outputs_moshi_ttt import MoshiTTTGenerateOutput
@@ -74,7 +75,7 @@ class MoshiTTTGenerationMixin(GenerationMixin):
             TypeError: an unknown setting, or a prompt that is no mapping.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size}` must be a whole number of 1 or more.")
+            raise MoshiTTTError(f"`batch_size={batch_size}` must be a whole number of 1 or more.")
         _gather_for_streams(self)
         settings = {"do_sample": do_sample, "temperature": temperature, "text_temperature": text_temperature}
         sampling = make_sampling(batch_size, self.new_cache(1).frames.device, **settings, top_k=top_k, text_top_k=text_top_k, **others)
@@ -148,7 +149,7 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         rows, frames = user_codes.shape[0], user_codes.shape[-1]
         check_tokens("user_codes", user_codes, (rows, self.config.num_user_codebooks, frames), ZERO, self.config.audio_vocab_size)
         if frames == 0:
-            raise ValueError(f"`user_codes` has shape {tuple(user_codes.shape)}; give at least one frame.")
+            raise MoshiTTTError(f"`user_codes` has shape {tuple(user_codes.shape)}; give at least one frame.")
         nothing_given = user_codes.new_empty(rows, 1 + self.config.num_codebooks, 0)
         talk = _talk(self.new_stream(rows, **sampling), nothing_given, user_codes, frames)
         return talk.text, talk.audio_codes
@@ -307,10 +308,10 @@ def _frames_wanted(given: int, heard: int, new: int | None, longest: int | None)
     """How many frames `generate` returns for a prompt of `given` frames, a user of `heard`, `max_new_tokens` and `max_length`."""
     for name, value in (("max_new_tokens", new), ("max_length", longest)):
         if value is not None and (type(value) is not int or value < 0):
-            raise ValueError(f"`{name}={value}` must be a whole number of frames, 0 or more.")
+            raise MoshiTTTError(f"`{name}={value}` must be a whole number of frames, 0 or more.")
     frames = given + new if new is not None else heard if longest is None else longest
     if frames == 0 or frames < given:
-        raise ValueError(
+        raise MoshiTTTError(
             f"nothing to generate: the prompt has {given} frames, `user_audio_codes` {heard}; give it longer than the prompt, or `max_new_tokens`."
         )
     return frames

@@ -15,6 +15,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from .errors_moshi_ttt import MoshiTTTError
 from .sampling_moshi_ttt import GUIDANCE, SETTINGS
 
 # Parameters of `GenerationConfig` that count here; the sampling settings do too.
@@ -70,12 +71,12 @@ def generation_settings(
             and not name.startswith("_")
             and (name in UNSUPPORTED or _says(value, neutral.get(name)))
         ):
-            raise ValueError(f"`{name}={value}` {_reason(name)}; leave it out.")
+            raise MoshiTTTError(f"`{name}={value}` {_reason(name)}; leave it out.")
     count = values.get("num_return_sequences", 1)
     if type(count) is not int or count < 1:
-        raise ValueError(f"`num_return_sequences={count}` must be a whole number of 1 or more.")
+        raise MoshiTTTError(f"`num_return_sequences={count}` must be a whole number of 1 or more.")
     if count > 1 and values.get("do_sample") is False:
-        raise ValueError(
+        raise MoshiTTTError(
             f"`num_return_sequences={count}` gives the same answer so many times with `do_sample=False`; sample, or leave it out."
         )
     sampling = {name: value for name, value in keywords.items() if name not in known}
@@ -108,7 +109,7 @@ def _criteria(values: dict[str, Any], given: Sequence[Any] | None, tokenizer: An
         criteria.append(EosTokenCriteria(torch.tensor(values["eos_token_id"], device=device)))
     if "stop_strings" in values:
         if tokenizer is None:
-            raise ValueError(f"`stop_strings={values['stop_strings']}` needs `tokenizer`; give the processor's.")
+            raise MoshiTTTError(f"`stop_strings={values['stop_strings']}` needs `tokenizer`; give the processor's.")
         criteria.append(StopStringCriteria(tokenizer, values["stop_strings"]))
     return criteria
 

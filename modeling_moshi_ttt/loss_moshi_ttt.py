@@ -6,6 +6,7 @@ Losses come as (sum, weight), so that sums over micro-batches, ranks and windows
 import torch
 import torch.nn.functional as F
 
+from .errors_moshi_ttt import MoshiTTTError
 from .tokens_moshi_ttt import IGNORED
 
 
@@ -64,13 +65,13 @@ def whole_weights(
     """
     whole = torch.as_tensor(num_items_in_batch).flatten()
     if whole.numel() not in (1, 2):
-        raise ValueError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
+        raise MoshiTTTError(f"`num_items_in_batch` holds {whole.numel()} numbers; give the (text, audio) weights or a number of frames.")
     on_meta = any(tensor is not None and tensor.is_meta for tensor in (whole, *parts))
     if not (torch.compiler.is_compiling() or on_meta):  # one read by the host, as for the range of tokens
         trained = [whole.new_zeros(()).bool() if part is None else (part > 0).any().to(whole.device) for part in parts]
         needed = torch.stack(trained) | (whole.numel() == 1)
         if not bool((whole.isfinite() & torch.where(needed, whole > 0, whole >= 0)).all()):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`num_items_in_batch={whole.tolist()}` must be finite and above 0 where anything is trained; give the sum of `loss_weights` "
                 "over the whole batch, or its number of frames."
             )

@@ -26,6 +26,7 @@ from transformers.models.mimi.modeling_mimi import (
     apply_rotary_pos_emb,
 )
 
+from .errors_moshi_ttt import MoshiTTTError
 from .rows import active_rows, check_entries, check_names, row_mask, without_gradients
 from .tokens_moshi_ttt import UNGENERATED, ZERO
 
@@ -173,10 +174,10 @@ class MimiStream:
 
     def __init__(self, codec: MimiModel, batch_size: int = 1, num_codebooks: int | None = None) -> None:
         if batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size}` must be at least 1.")
+            raise MoshiTTTError(f"`batch_size={batch_size}` must be at least 1.")
         config = codec.config
         if not config.use_causal_conv or config.trim_right_ratio != 1.0 or config.pad_mode not in ("constant", "replicate"):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"use_causal_conv={config.use_causal_conv}, trim_right_ratio={config.trim_right_ratio}, pad_mode={config.pad_mode!r}: "
                 "streaming needs a causal Mimi with trim_right_ratio 1.0 and pad_mode 'constant' or 'replicate'."
             )
@@ -185,7 +186,7 @@ class MimiStream:
         self.frame_size = config.frame_size
         encoder, decoder = cast(Any, codec.encoder), cast(Any, codec.decoder)
         if encoder is None or decoder is None:
-            raise ValueError("the codec lacks its encoder or its decoder; load a whole Mimi.")
+            raise MoshiTTTError("the codec lacks its encoder or its decoder; load a whole Mimi.")
         self._encoder = CausalPart(_convolutions(encoder.encoder_seanet) | {"downsample": encoder.downsample}, encoder.encoder_transformer)
         self._decoder = CausalPart(_convolutions(decoder.decoder_seanet) | {"upsample": decoder.upsample}, decoder.decoder_transformer)
         self.states = (self._encoder.empty(batch_size), self._decoder.empty(batch_size))  # of encoding and of decoding
@@ -197,7 +198,7 @@ class MimiStream:
     def decode(self, codes: Tensor, active: Any = None) -> Tensor:
         """The codes of one frame, long [B, K] -> its sound, float [B, frame_size]. `active`: as in [`decode_frames`]."""
         if codes.dim() != 2:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}; one frame is [{self.batch_size}, codebooks].")
+            raise MoshiTTTError(f"codes have shape {tuple(codes.shape)}; one frame is [{self.batch_size}, codebooks].")
         return self.decode_frames(codes[..., None], active)
 
     @without_gradients
@@ -309,9 +310,9 @@ class MimiStream:
         check_entries("audio stream", tensors, wanted)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} of the saved audio stream is not finite; go on from an earlier state.")
+                raise MoshiTTTError(f"{name} of the saved audio stream is not finite; go on from an earlier state.")
             if not tensor.is_floating_point() and bool((tensor < -1).any()):
-                raise ValueError(f"{name} of the saved audio stream holds what no stream has; load what `state_dict()` gave, unchanged.")
+                raise MoshiTTTError(f"{name} of the saved audio stream holds what no stream has; load what `state_dict()` gave, unchanged.")
 
     def _rows(self, active: Any) -> Tensor | None:
         return None if active is None else active_rows(active, self.batch_size, self.states[0].position.device)
@@ -320,7 +321,7 @@ class MimiStream:
         wanted = f"[{self.batch_size}, {samples or f'a multiple of {self.frame_size}'}]"
         right = audio.dim() == 2 and audio.shape[0] == self.batch_size and audio.shape[1] > 0 and audio.shape[1] % self.frame_size == 0
         if not right or (samples is not None and audio.shape[1] != samples):
-            raise ValueError(f"{name} has shape {tuple(audio.shape)}; it must be {wanted}.")
+            raise MoshiTTTError(f"{name} has shape {tuple(audio.shape)}; it must be {wanted}.")
         check_samples(name, audio, self._rows(active))
         return audio
 
@@ -349,12 +350,12 @@ def _tail_shape(layer: nn.Module) -> tuple[int, int]:
 def check_samples(name: str, audio: Tensor, rows: Tensor | None = None) -> None:
     """ValueError unless sound [B, n] is floating point, finite and within ±10; in `rows` [B] bool alone."""
     if not audio.is_floating_point():
-        raise ValueError(f"{name} is {audio.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
+        raise MoshiTTTError(f"{name} is {audio.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
     sane = audio.detach().abs().amax(1) <= MAX_SAMPLE  # False for NaN, too
     bad = ~sane if rows is None else ~sane & rows.to(sane.device)
     # as numpy, which is no read of a device where the sound is on the host
     if bool(bad.cpu().numpy().any()):
-        raise ValueError(
+        raise MoshiTTTError(
             f"{name} of row {bad.nonzero()[:, 0].tolist()} is not finite or beyond ±{MAX_SAMPLE:g}; samples are in [-1, 1] "
             "(leave such a row out with `active`)."
         )
@@ -367,16 +368,16 @@ def check_codes(
     alone.
     """
     if codes.dim() != 3 or codes.is_floating_point() or not 1 <= codes.shape[1] <= num_codebooks or codes.shape[2] == 0:
-        raise ValueError(
+        raise MoshiTTTError(
             f"codes are {codes.dtype} {tuple(codes.shape)}; they must be integers [rows, up to {num_codebooks} codebooks, frames]."
         )
     if batch_size is not None and codes.shape[0] != batch_size:
-        raise ValueError(f"codes have {codes.shape[0]} rows; the stream has {batch_size}.")
+        raise MoshiTTTError(f"codes have {codes.shape[0]} rows; the stream has {batch_size}.")
     numbers = codes.cpu().numpy()  # which is no read of a device where the codes are on the host
     if rows is not None:
         numbers = numbers[rows.cpu().numpy()]
     wrong = numbers[((numbers < 0) & (numbers != lowest)) | (numbers >= codebook_size)]
     if wrong.size:
-        raise ValueError(
+        raise MoshiTTTError(
             f"codes hold {wrong[0]}; a code is 0 to {codebook_size - 1} (cut frames that are absent (-1) or not yet complete (-2))."
         )

@@ -24,6 +24,7 @@ from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rota
 from .cache_moshi_ttt import MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
+from .errors_moshi_ttt import MoshiTTTError
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
@@ -144,7 +145,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
         for name, parameter in model.named_parameters():
             plain = type(parameter.data) is torch.Tensor and parameter.device.type != "meta"  # quantized weights are integers inside
             if plain and not bool(torch.isfinite(parameter).all()):
-                raise ValueError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
+                raise MoshiTTTError(f"`{name}` holds weights that are not finite; the checkpoint is damaged or its training diverged.")
         return loaded
 
     def _set_gradient_checkpointing(
@@ -156,7 +157,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
             ValueError: `use_reentrant=True`, under which what a layer returns beside its output (keys, TTT states) loses its gradients.
         """
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("`use_reentrant=True` loses the gradients of TTT states; leave it out or say False.")
+            raise MoshiTTTError("`use_reentrant=True` loses the gradients of TTT states; leave it out or say False.")
         not_reentrant = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, not_reentrant, every_n_layers)
 
@@ -170,7 +171,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
         """
         if new_num_tokens is not None or pad_to_multiple_of is not None:
             asked = f"new_num_tokens={new_num_tokens}, pad_to_multiple_of={pad_to_multiple_of}"
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`resize_token_embeddings({asked})`: the last row of both text tables (the model's and the depth decoder's) is the "
                 f"initial token and would move; set `vocab_size` (now {self.config.vocab_size}) in a new configuration and train anew."
             )
@@ -500,4 +501,4 @@ def _refuse(others: dict[str, Any]) -> None:
                 if name == "labels"
                 else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
             )
-            raise ValueError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")
+            raise MoshiTTTError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchFeature, MimiModel, ProcessorMixin
 
+from .errors_moshi_ttt import MoshiTTTError
 from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
@@ -67,18 +68,18 @@ class MoshiTTTProcessor(ProcessorMixin):
     def _check_codec(self, codec: MimiModel) -> None:
         config = codec.config
         if config.sampling_rate != self.feature_extractor.sampling_rate:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"audio_tokenizer works at {config.sampling_rate} Hz, feature_extractor at {self.feature_extractor.sampling_rate} Hz; "
                 "take both from one checkpoint."
             )
         if not 1 <= self.num_codebooks <= config.num_quantizers:
-            raise ValueError(f"num_codebooks is {self.num_codebooks}; the audio_tokenizer has 1 to {config.num_quantizers}.")
+            raise MoshiTTTError(f"num_codebooks is {self.num_codebooks}; the audio_tokenizer has 1 to {config.num_quantizers}.")
 
     @property
     def codec(self) -> MimiModel:
         """The audio tokenizer; ValueError when this processor was made without one."""
         if self.audio_tokenizer is None:
-            raise ValueError('this processor has no audio_tokenizer; load one with from_pretrained(..., audio_tokenizer="kyutai/mimi").')
+            raise MoshiTTTError('this processor has no audio_tokenizer; load one with from_pretrained(..., audio_tokenizer="kyutai/mimi").')
         return self.audio_tokenizer
 
     @property
@@ -132,22 +133,26 @@ class MoshiTTTProcessor(ProcessorMixin):
         wrong = [name for name, value in others.items() if value is not None and value is not True]
         if wrong or return_tensors not in (None, "pt", "np"):
             name, value = (wrong[0], others[wrong[0]]) if wrong else ("return_tensors", return_tensors)
-            raise ValueError(f'`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives "pt" or "np".')
+            raise MoshiTTTError(
+                f'`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives "pt" or "np".'
+            )
         if text is None and sampling_rate is None and _is_text(audio):
             audio, text = None, audio  # text comes first in transformers' processors
         if text is not None:
             if audio is not None:
-                raise ValueError("`text` and `audio` exclude each other; give the words of a recording with their times as `words`.")
+                raise MoshiTTTError("`text` and `audio` exclude each other; give the words of a recording with their times as `words`.")
             return _as(self.spoken_text(text), return_tensors)
         if audio is None:
-            raise ValueError("audio is missing; give samples as float [n] or [channels, n].")
+            raise MoshiTTTError("audio is missing; give samples as float [n] or [channels, n].")
         single = not isinstance(audio, (list, tuple))
         recordings = [audio] if single else list(audio)
         spoken = [words] if single else (list(words) if words is not None else [None] * len(recordings))
         if not recordings or len(recordings) != len(spoken):
-            raise ValueError(f"audio holds {len(recordings)} recordings and words {len(spoken)} lists; give as many of each, at least one.")
+            raise MoshiTTTError(
+                f"audio holds {len(recordings)} recordings and words {len(spoken)} lists; give as many of each, at least one."
+            )
         if mono_is not in ("moshi", "user"):
-            raise ValueError(f"mono_is is {mono_is!r}; it says whose voice a mono recording is: 'moshi' or 'user'.")
+            raise MoshiTTTError(f"mono_is is {mono_is!r}; it says whose voice a mono recording is: 'moshi' or 'user'.")
         waves = [self._window(self._wave(one, sampling_rate), chunk_start, chunk_end) for one in recordings]
         lengths = [math.ceil(wave.shape[-1] / self.frame_size) for wave in waves]
         total = max(lengths) if chunk_end is None else math.ceil((chunk_end - chunk_start) * self.frame_rate - 1e-6)
@@ -171,7 +176,7 @@ class MoshiTTTProcessor(ProcessorMixin):
             [(word, i / self.SPOKEN_PACE, (i + 1) / self.SPOKEN_PACE, MAIN_SPEAKER) for i, word in enumerate(one.split())] for one in texts
         ]
         if not all(spoken):
-            raise ValueError(f"`text={text!r}` holds no words; give at least one in each.")
+            raise MoshiTTTError(f"`text={text!r}` holds no words; give at least one in each.")
         total = max(math.ceil(len(words) / self.SPOKEN_PACE * self.frame_rate) for words in spoken)
         ids = torch.tensor([self.text_frames(words, total, keep_and_shift=True) for words in spoken])
         absent = torch.full((len(texts), self.num_codebooks, total), ZERO)
@@ -199,13 +204,13 @@ class MoshiTTTProcessor(ProcessorMixin):
         does.
         """
         if voice is None and not text:
-            raise ValueError("`prompt` has nothing to begin with; give `voice`, `text`, or both.")
+            raise MoshiTTTError("`prompt` has nothing to begin with; give `voice`, `text`, or both.")
         quiet, pause = self.silence_codes()[-1], int(silence * self.frame_rate)
         padding, codes, ids = self.text_padding_ids[0], [], []
         if voice is not None:
             wave = self._wave(voice, sampling_rate)
             if len(wave) != 1:
-                raise ValueError(f"`voice` has {len(wave)} channels; give the one that holds Moshi's voice.")
+                raise MoshiTTTError(f"`voice` has {len(wave)} channels; give the one that holds Moshi's voice.")
             codes += [self.encode_audio(wave), self._repeated(quiet, pause)]
             ids += [padding] * (codes[0].shape[-1] + pause)
         if text:
@@ -255,11 +260,11 @@ class MoshiTTTProcessor(ProcessorMixin):
         rows = [{name: torch.as_tensor(value) for name, value in one.items()} for one in encoded_inputs]
         names = {name for row in rows for name in row}
         if unknown := sorted(names - STREAMS.keys()):
-            raise ValueError(f"recordings hold {unknown[0]!r}, which is no stream; keep {', '.join(STREAMS)}.")
+            raise MoshiTTTError(f"recordings hold {unknown[0]!r}, which is no stream; keep {', '.join(STREAMS)}.")
         lengths = [next(iter(row.values())).shape[-1] for row in rows]
         total = max_length if padding == "max_length" and max_length is not None else max(lengths)
         if max(lengths) > total:
-            raise ValueError(f"a recording has {max(lengths)} frames and max_length is {total}; cut it, or allow as many.")
+            raise MoshiTTTError(f"a recording has {max(lengths)} frames and max_length is {total}; cut it, or allow as many.")
         total += -total % (pad_to_multiple_of or 1)
         if names & {"text_labels", "audio_labels"}:
             names |= {"text_labels", "audio_labels"}
@@ -283,31 +288,31 @@ class MoshiTTTProcessor(ProcessorMixin):
     def _wave(self, audio: Any, sampling_rate: int | None) -> Tensor:
         """Checked and resampled audio, float32 [1 or 2, n]."""
         if sampling_rate is None or sampling_rate != int(sampling_rate) or sampling_rate < 1:
-            raise ValueError(f"sampling_rate is {sampling_rate}; say how many samples a second the audio has, as 24000 or 44100.")
+            raise MoshiTTTError(f"sampling_rate is {sampling_rate}; say how many samples a second the audio has, as 24000 or 44100.")
         if not isinstance(audio, (np.ndarray, Tensor)):
-            raise ValueError(f"audio is a {type(audio).__name__}; give a numpy array or a tensor, [n] or [channels, n].")
+            raise MoshiTTTError(f"audio is a {type(audio).__name__}; give a numpy array or a tensor, [n] or [channels, n].")
         wave = torch.as_tensor(audio)
         if not wave.is_floating_point():
-            raise ValueError(f"audio is {wave.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
+            raise MoshiTTTError(f"audio is {wave.dtype}; it must be floating point in [-1, 1] (divide 16-bit samples by 32768).")
         wave = wave.detach().cpu().float()
         if wave.dim() == 1:
             wave = wave[None]
         if wave.dim() != 2:
-            raise ValueError(f"audio has shape {tuple(wave.shape)}; it must be [n] or [channels, n].")
+            raise MoshiTTTError(f"audio has shape {tuple(wave.shape)}; it must be [n] or [channels, n].")
         if wave.numel() == 0:
-            raise ValueError(f"audio is empty (shape {tuple(wave.shape)}); give at least one sample.")
+            raise MoshiTTTError(f"audio is empty (shape {tuple(wave.shape)}); give at least one sample.")
         if wave.shape[0] > 2:
-            raise ValueError(f"audio has {wave.shape[0]} channels (shape {tuple(wave.shape)}); it must have 1 or 2, as [channels, n].")
+            raise MoshiTTTError(f"audio has {wave.shape[0]} channels (shape {tuple(wave.shape)}); it must have 1 or 2, as [channels, n].")
         if not torch.isfinite(wave).all():
-            raise ValueError("audio holds NaN or infinite samples; repair the recording first.")
+            raise MoshiTTTError("audio holds NaN or infinite samples; repair the recording first.")
         return resample(wave, int(sampling_rate), self.sampling_rate)
 
     def _window(self, wave: Tensor, start: float, end: float | None) -> Tensor:
         length = wave.shape[-1] / self.sampling_rate
         if not 0 <= start < length:
-            raise ValueError(f"chunk_start is {start} s; it must lie within the recording of {length:.3f} s.")
+            raise MoshiTTTError(f"chunk_start is {start} s; it must lie within the recording of {length:.3f} s.")
         if end is not None and not start < end < math.inf:
-            raise ValueError(f"chunk_end is {end} s; it must be after chunk_start ({start} s).")
+            raise MoshiTTTError(f"chunk_end is {end} s; it must be after chunk_start ({start} s).")
         last = None if end is None else round(end * self.sampling_rate)
         return wave[:, round(start * self.sampling_rate) : last]
 
@@ -356,13 +361,13 @@ class MoshiTTTProcessor(ProcessorMixin):
         if not word.strip():
             return []
         if any("\ud800" <= letter <= "\udfff" for letter in word):
-            raise ValueError(f"words hold {word!r}, which has half of a character; write it whole.")
+            raise MoshiTTTError(f"words hold {word!r}, which has half of a character; write it whole.")
         ids = self.tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
         if self.tokenizer.unk_token_id in ids:
-            raise ValueError(f"words hold {word!r}, which the tokenizer cannot encode; spell it with characters that it knows.")
+            raise MoshiTTTError(f"words hold {word!r}, which the tokenizer cannot encode; spell it with characters that it knows.")
         special = {*self.text_padding_ids, *self.tokenizer.all_special_ids}
         if special & set(ids):
-            raise ValueError(f"words hold {word!r}, which reads as a special token; spell it otherwise.")
+            raise MoshiTTTError(f"words hold {word!r}, which reads as a special token; spell it otherwise.")
         return ids
 
     # Frames to sound and words
@@ -402,17 +407,17 @@ class MoshiTTTProcessor(ProcessorMixin):
         """(frame, token) of every frame that holds text."""
         row = torch.as_tensor(ids)
         if row.dim() != 1 or row.is_floating_point():
-            raise ValueError(f"ids are {row.dtype} {tuple(row.shape)}; give one row of token ids, [frames].")
+            raise MoshiTTTError(f"ids are {row.dtype} {tuple(row.shape)}; give one row of token ids, [frames].")
         said = [(t, token) for t, token in enumerate(row.tolist()) if token not in self.text_padding_ids and token >= 0]
         highest = max((token for _, token in said), default=0)
         if highest >= len(self.tokenizer):
-            raise ValueError(f"ids hold {highest}; the tokenizer knows 0 to {len(self.tokenizer) - 1}.")
+            raise MoshiTTTError(f"ids hold {highest}; the tokenizer knows 0 to {len(self.tokenizer) - 1}.")
         return said
 
     def check_model(self, config: Any) -> None:
         """ValueError where a model's configuration has other ids of text padding: it would read words for silence, and silence for words."""
         if list(config.text_padding_ids) != self.text_padding_ids:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"the model's `text_padding_ids={config.text_padding_ids}` differ from the processor's `text_padding_ids={self.text_padding_ids}`; "
                 "take both from one checkpoint, or set the right ones in config.json or processor_config.json."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache_moshi_ttt import MoshiTTTCache, check_cache
+from .errors_moshi_ttt import MoshiTTTError
 from .frames_moshi_ttt import align, check_shape, check_tokens, delay_frames
 from .rows import without_gradients
 from .tokens_moshi_ttt import UNGENERATED, ZERO
@@ -52,7 +53,7 @@ def cache_after(model: Any, batch_size: int, prompt: Any, past_key_values: Any) 
     assert cache is not None
     _repeat(cache, batch_size)
     if cache.batch_size != batch_size:
-        raise ValueError(f"the prompt has {cache.batch_size} rows and `batch_size={batch_size}`; give one row for all, or one each.")
+        raise MoshiTTTError(f"the prompt has {cache.batch_size} rows and `batch_size={batch_size}`; give one row for all, or one each.")
     return cache
 
 
@@ -68,10 +69,10 @@ def _prompt_frames(prompt: Any, device: torch.device) -> dict[str, Tensor]:
             f"`prompt` is a {type(prompt).__name__}; give frames as a processor makes them, of text with `processor.prompt(text=...)`."
         )
     if unknown := sorted(set(prompt) - {*STREAMS, *UNREAD, "attention_mask"}):
-        raise ValueError(f"`prompt` holds `{unknown[0]}`; it takes {', '.join(STREAMS)} and attention_mask.")
+        raise MoshiTTTError(f"`prompt` holds `{unknown[0]}`; it takes {', '.join(STREAMS)} and attention_mask.")
     frames = {name: as_tensor(prompt[name], device) for name in (*STREAMS, "attention_mask") if prompt.get(name) is not None}
     if not set(frames) & set(STREAMS):
-        raise ValueError(f"`prompt` is empty; give at least one of {', '.join(STREAMS)}.")
+        raise MoshiTTTError(f"`prompt` is empty; give at least one of {', '.join(STREAMS)}.")
     return frames
 
 
@@ -113,13 +114,13 @@ def given_frames(config: Any, device: torch.device, text: Any, moshi: Any, user:
     text, moshi, user = (None if x is None else as_tensor(x, device) for x in (text, moshi, user))
     given = next((x for x in (text, moshi, user) if x is not None), None)
     if given is None:
-        raise ValueError("nothing to start from: give `user_audio_codes`, or a prompt in `input_ids` and `moshi_audio_codes`.")
+        raise MoshiTTTError("nothing to start from: give `user_audio_codes`, or a prompt in `input_ids` and `moshi_audio_codes`.")
     rows, length = given.shape[0], next((x.shape[-1] for x in (text, moshi) if x is not None), 0)
     text = given.new_full((rows, length), UNGENERATED) if text is None else text
     moshi = given.new_full((rows, config.num_codebooks, length), UNGENERATED) if moshi is None else moshi
     user = given.new_full((rows, config.num_user_codebooks, 0), ZERO) if user is None else user
     if text.shape[-1] != moshi.shape[-1]:
-        raise ValueError(
+        raise MoshiTTTError(
             f"`input_ids` has {text.shape[-1]} frames and `moshi_audio_codes` {moshi.shape[-1]}; a prompt has as many of both."
         )
     check_tokens("input_ids", text, (rows, length), UNGENERATED, config.vocab_size)
@@ -140,13 +141,13 @@ def _heard(user: Tensor, attention_mask: Any, said: Tensor) -> Tensor:
     if mask is None or bool(mask.all()):
         return user.new_full((user.shape[0],), user.shape[-1])
     if said.shape[-1]:
-        raise ValueError(
+        raise MoshiTTTError(
             "`attention_mask` has padding beside frames that are said as given; call `generate` for rows of one length at a time, or "
             "begin with `new_stream(prompt=...)`."
         )
     check_shape("attention_mask", mask, (user.shape[0], user.shape[-1]))
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ValueError("`attention_mask` has padding before frames; recordings are padded on the right, as a processor pads them.")
+        raise MoshiTTTError("`attention_mask` has padding before frames; recordings are padded on the right, as a processor pads them.")
     return mask.sum(dim=1)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors_moshi_ttt import MoshiTTTError
+
 ZERO_CROSSINGS = 32  # of the sinc on either side; with the window's 9.0 what lies beyond the band is 90 dB down
 KAISER_BETA = 9.0
 CUT = 0.97  # of the lower Nyquist frequency
@@ -62,7 +64,7 @@ class Resampler:
     def push(self, audio: Tensor) -> Tensor:
         """Float audio [B, n] -> [B, m], what is complete by now; over a stream with its `flush`, ceil(n · to / from) in all."""
         if audio.dim() != 2 or audio.shape[0] != self.tail.shape[0]:
-            raise ValueError(f"audio has shape {tuple(audio.shape)}; it must be [B, n] with B = {self.tail.shape[0]}, the batch_size.")
+            raise MoshiTTTError(f"audio has shape {tuple(audio.shape)}; it must be [B, n] with B = {self.tail.shape[0]}, the batch_size.")
         audio = torch.cat([self.tail.to(audio), audio], -1)
         offset = int(self.offset)
         ready = audio.shape[-1] - 2 * self.latency
@@ -102,7 +104,7 @@ class Resampler:
         tail, offset = state["tail"], state["offset"]
         right = tail.dim() == 2 and len(tail) == len(self.tail) and self.latency <= tail.shape[1] <= 2 * self.latency + 1
         if not right or not bool(tail.isfinite().all()) or offset.dim() or not 0 <= int(offset) < self.up:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`tail` {tuple(tail.shape)} and `offset` {offset.tolist()} are not of {len(self.tail)} rows at these rates, or not finite; "
                 "load what `state_dict()` gave, unchanged."
             )
@@ -112,12 +114,12 @@ class Resampler:
 def _ratio(from_rate: int, to_rate: int) -> tuple[int, int, int]:
     """(up, down, width): how many samples on either side of its place an output is made of; 0 at equal rates."""
     if from_rate < 1 or to_rate < 1 or from_rate != int(from_rate) or to_rate != int(to_rate):
-        raise ValueError(f"rates are {from_rate} and {to_rate}; they must be whole numbers of Hz, at least 1.")
+        raise MoshiTTTError(f"rates are {from_rate} and {to_rate}; they must be whole numbers of Hz, at least 1.")
     common = math.gcd(int(from_rate), int(to_rate))
     up, down = int(to_rate) // common, int(from_rate) // common
     width = 0 if up == down else math.ceil(ZERO_CROSSINGS * down / (CUT * min(up, down)))
     if up * (1 + 2 * width) > LARGEST_FILTER:
-        raise ValueError(
+        raise MoshiTTTError(
             f"from {from_rate} Hz to {to_rate} Hz a filter would have {up * (1 + 2 * width):,} taps; "
             "bring the sound to a usual rate first, such as 24000, 44100 or 48000 Hz."
         )

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .errors_moshi_ttt import MoshiTTTError
+
 # What a saved entry has to be: its shape and its dtype.
 Entry = tuple[tuple[int, ...], torch.dtype]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,9 +31,9 @@ def check_names(what: str, tensors: Iterable[str], wanted: Iterable[str]) -> Non
     """ValueError unless the saved `what` has exactly these entries."""
     given, wanted = set(tensors), list(wanted)
     if missing := [name for name in wanted if name not in given]:
-        raise ValueError(f"the saved {what} lacks {_some(missing)}; load all of a state that the same model saved.")
+        raise MoshiTTTError(f"the saved {what} lacks {_some(missing)}; load all of a state that the same model saved.")
     if unknown := sorted(given - set(wanted)):
-        raise ValueError(f"the saved {what} has unknown entries {_some(unknown)}; load a state that the same model saved.")
+        raise MoshiTTTError(f"the saved {what} has unknown entries {_some(unknown)}; load a state that the same model saved.")
 
 
 def check_entries(what: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Entry]) -> None:
@@ -39,9 +41,11 @@ def check_entries(what: str, tensors: Mapping[str, Tensor], wanted: Mapping[str,
     for name, (shape, dtype) in wanted.items():
         found = tensors[name]
         if tuple(found.shape) != shape:
-            raise ValueError(f"{name} of the saved {what} has shape {tuple(found.shape)} where {shape} is needed; make it alike.")
+            raise MoshiTTTError(f"{name} of the saved {what} has shape {tuple(found.shape)} where {shape} is needed; make it alike.")
         if found.dtype != dtype and not (found.is_floating_point() and dtype.is_floating_point):
-            raise ValueError(f"{name} of the saved {what} has dtype {found.dtype} where {dtype} is needed; save what `state_dict()` gives.")
+            raise MoshiTTTError(
+                f"{name} of the saved {what} has dtype {found.dtype} where {dtype} is needed; save what `state_dict()` gives."
+            )
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
@@ -57,13 +61,15 @@ def row_mask(rows: Sequence[int] | Tensor, batch_size: int, device: torch.device
     rows = torch.as_tensor(rows, device=device)
     if rows.dtype == torch.bool:
         if rows.shape != (batch_size,):
-            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows, so it needs as many entries")
+            raise MoshiTTTError(
+                f"rows is a mask of shape {tuple(rows.shape)}; the state has {batch_size} rows, so it needs as many entries"
+            )
         return rows
     if rows.is_floating_point() and rows.numel():  # an empty list comes as float
-        raise ValueError(f"rows {rows.tolist()} are {rows.dtype}; they must be integers, or a bool mask [{batch_size}]")
+        raise MoshiTTTError(f"rows {rows.tolist()} are {rows.dtype}; they must be integers, or a bool mask [{batch_size}]")
     rows = rows.to(torch.int64).reshape(-1)
     if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < batch_size):
-        raise ValueError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")
+        raise MoshiTTTError(f"rows {rows.tolist()} are out of range; the state has rows 0 to {batch_size - 1}")
     return torch.zeros(batch_size, dtype=torch.bool, device=device).index_fill(0, rows, True)
 
 
@@ -75,5 +81,5 @@ def active_rows(active: Any, batch_size: int, device: torch.device) -> Tensor:
     """
     mask = torch.as_tensor(active)
     if mask.dtype != torch.bool or tuple(mask.shape) != (batch_size,):
-        raise ValueError(f"`active` is {mask.dtype} {tuple(mask.shape)}; it must be bool ({batch_size},), one a row.")
+        raise MoshiTTTError(f"`active` is {mask.dtype} {tuple(mask.shape)}; it must be bool ({batch_size},), one a row.")
     return mask.to(device)

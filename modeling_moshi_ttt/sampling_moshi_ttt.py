@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors_moshi_ttt import MoshiTTTError
+
 MAX_SEED = 2**63 - 1
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # SplitMix64's constants as int64
 
@@ -106,7 +108,7 @@ def make_sampling(batch_size: int, device: torch.device, **settings: Any) -> Sam
     """
     if guidance := sorted(GUIDANCE & set(settings)):
         name = guidance[0]
-        raise ValueError(
+        raise MoshiTTTError(
             f"`{name}={settings[name]}` asks for classifier-free guidance, which no Moshi-TTT model is trained for; leave it out."
         )
     if unknown := sorted(set(settings) - set(SETTINGS)):
@@ -117,11 +119,11 @@ def make_sampling(batch_size: int, device: torch.device, **settings: Any) -> Sam
         # below this a float32 score is infinite; where nothing is drawn a temperature means nothing
         bad = samples & ~((rows[name] > 1e-6) & (rows[name] < torch.inf))
         if bool(bad.any()):
-            raise ValueError(f"`{name}={settings[name]}` must be greater than 0; for the likeliest token set `do_sample=False`.")
+            raise MoshiTTTError(f"`{name}={settings[name]}` must be greater than 0; for the likeliest token set `do_sample=False`.")
         rows[name] = torch.where(samples, rows[name], 1.0)
     for name in ("top_k", "text_top_k"):
         if bool((samples & (rows[name] < 0)).any()):
-            raise ValueError(f"`{name}={settings[name]}` must be 0 (no limit) or more.")
+            raise MoshiTTTError(f"`{name}={settings[name]}` must be 0 (no limit) or more.")
         rows[name] = torch.where(samples, rows[name], 1)
     return Sampling.of({name: row.to(device) for name, row in rows.items()})
 
@@ -137,7 +139,7 @@ def make_seeds(seeds: Any, batch_size: int, device: torch.device, generator: tor
         return torch.randint(MAX_SEED, (batch_size,), generator=generator, device=source).to(device)
     numbers = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds) if isinstance(seeds, Sequence) else [seeds]
     if len(numbers) != batch_size or not all(type(n) is int and 0 <= n <= MAX_SEED for n in numbers):
-        raise ValueError(f"`seeds={seeds}` must be {batch_size} whole numbers from 0 to {MAX_SEED}, one a row.")
+        raise MoshiTTTError(f"`seeds={seeds}` must be {batch_size} whole numbers from 0 to {MAX_SEED}, one a row.")
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
@@ -166,9 +168,9 @@ def _per_row(name: str, value: Any, batch_size: int) -> Tensor:
     try:
         row = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"`{name}={value!r}` must be a number, or one a row.") from None
+        raise MoshiTTTError(f"`{name}={value!r}` must be a number, or one a row.") from None
     whole = dtype.is_floating_point or row.dtype in (torch.bool, torch.int64, torch.int32)
     if row.dim() > 1 or (row.dim() == 1 and len(row) != batch_size) or not whole:
         kind = "number" if dtype.is_floating_point else "whole number"
-        raise ValueError(f"`{name}={value}` must be a {kind}, or {batch_size} of them, one a row.")
+        raise MoshiTTTError(f"`{name}={value}` must be a {kind}, or {batch_size} of them, one a row.")
     return row.to("cpu", dtype).expand(batch_size).clone()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
+from .errors_moshi_ttt import MoshiTTTError
 from .frames_moshi_ttt import check_shape, check_tokens
 from .rows import Entry, active_rows, check_entries, check_names, row_mask, without_gradients
 from .sampling_moshi_ttt import SETTINGS, Sampling, make_seeds
@@ -248,7 +249,7 @@ class MoshiTTTStream:
         """
         index = row_mask([row], self.batch_size, self.device).nonzero()[:, 0]
         if bool(self.state.sick[index]):
-            raise ValueError(f"row {row} is sick: {self.problems()[row]}.")
+            raise MoshiTTTError(f"row {row} is sick: {self.problems()[row]}.")
         cache = self.past_key_values.draft()
         cache.batch_select_indices(index)
         own = {name: tensor[index] for name, tensor in self._own_tensors().items()}
@@ -325,9 +326,9 @@ class MoshiTTTStream:
             ("text_top_k", tensors[SAMPLING + "text_top_k"] >= 0),
         ):
             if not bool(ok.all()):
-                raise ValueError(f"`{name}` of the saved stream holds what no stream has; load what `state_dict()` gave, unchanged.")
+                raise MoshiTTTError(f"`{name}` of the saved stream holds what no stream has; load what `state_dict()` gave, unchanged.")
         if not torch.equal(tensors["calls"], tensors.get(CACHE + "frames", tensors["calls"])):
-            raise ValueError("`calls` of the saved stream are not the frames of its cache; load what `state_dict()` gave, unchanged.")
+            raise MoshiTTTError("`calls` of the saved stream are not the frames of its cache; load what `state_dict()` gave, unchanged.")
 
     def _check_heard(self, user_codes: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The user's codes `[B, K_user]` on the model's device, and the rows `[B]` where a code is out of range; None where none can be.
@@ -347,7 +348,7 @@ class MoshiTTTStream:
     def _check_forced(self, forced: Tensor) -> Tensor:
         rows, config = self.batch_size, self.model.config
         if tuple(forced.shape) != (rows, self._own):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"`forced` has shape {tuple(forced.shape)}; it must be {(rows, self._own)}: a text token and codes for each row."
             )
         # the initial token may be said before a late codebook's first frame

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .errors_moshi_ttt import MoshiTTTError
+
 FRAME_RATE = 12.5  # frames a second
 ZERO = -1  # the zero token, where a stream is absent: embeds to exactly zero and is not trained
 UNGENERATED = -2  # yet to be generated, or not yet complete
@@ -21,7 +23,7 @@ def check_padding_ids(ids: Any) -> None:
     """ValueError unless `ids` are two token ids: padding and end of padding."""
     whole = isinstance(ids, (list, tuple)) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
     if not whole or len(ids) != 2 or min(ids) < 0:
-        raise ValueError(
+        raise MoshiTTTError(
             f"`text_padding_ids={ids}` must hold two token ids of 0 or more, of padding and of its end; Moshi's are {[*TEXT_PADDING_IDS]}."
         )
 
@@ -32,11 +34,11 @@ def parse_word(index: int, word: Any) -> tuple[str, float, float, str]:
         text, start, end, speaker = word if len(word) == 4 else (word[0], *word[1], word[2])
         start, end = float(start), float(end)
     except (TypeError, ValueError, IndexError, KeyError):
-        raise ValueError(f"words[{index}] is {word!r}; it must be (word, start, end, speaker) with times in seconds.") from None
+        raise MoshiTTTError(f"words[{index}] is {word!r}; it must be (word, start, end, speaker) with times in seconds.") from None
     if not (isinstance(text, str) and math.isfinite(start) and math.isfinite(end)):
-        raise ValueError(f"words[{index}] is {word!r}; the word must be a string and its times finite seconds.")
+        raise MoshiTTTError(f"words[{index}] is {word!r}; the word must be a string and its times finite seconds.")
     if end < start:
-        raise ValueError(f"words[{index}] is {word!r}; it ends at {end} s, before its start at {start} s. Mend the alignment.")
+        raise MoshiTTTError(f"words[{index}] is {word!r}; it ends at {end} s, before its start at {start} s. Mend the alignment.")
     return text, start, end, speaker
 
 

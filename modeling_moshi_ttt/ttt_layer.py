@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .errors_moshi_ttt import MoshiTTTError
 from .ttt_ops import ttt_linear, ttt_mlp
 from .ttt_state import TTTInputs, TTTState
 
@@ -52,7 +53,7 @@ class TTTLayer(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         hidden, heads, dim = config.hidden_size, config.ttt_num_heads, config.ttt_head_dim
         if config.ttt_rope != "none" and dim % 2:
-            raise ValueError(f"ttt_head_dim is {dim}; ttt_rope '{config.ttt_rope}' turns pairs and needs an even one")
+            raise MoshiTTTError(f"ttt_head_dim is {dim}; ttt_rope '{config.ttt_rope}' turns pairs and needs an even one")
         self.wq = nn.Linear(hidden, heads * dim)
         self.wk = nn.Linear(hidden, heads * dim)
         self.wv = nn.Linear(hidden, heads * dim)
@@ -145,7 +146,7 @@ class TTTLayer(nn.Module):
         """
         state, mask = self._check(hidden_states, state, position_ids, attention_mask, fresh)
         if (mask is not None and not bool(mask.all())) or bool((state.frames != state.frames[0]).any()):
-            raise ValueError("inner losses need rows of one length that stand at the same frame; measure one recording at a time")
+            raise MoshiTTTError("inner losses need rows of one length that stand at the same frame; measure one recording at a time")
         x, b, frames = hidden_states.to(self.ttt_norm_weight.dtype), self.config.ttt_mini_batch_size, int(state.frames[0])
         projected = self.wq(x), self.wk(x), self.wv(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -213,12 +214,16 @@ class TTTLayer(nn.Module):
         self, x: Tensor, state: TTTState | None, position_ids: Tensor | None, attention_mask: Tensor | None, fresh: Tensor | None
     ) -> tuple[TTTState, Tensor | None]:
         if x.dim() != 3 or x.shape[2] != self.config.hidden_size or 0 in x.shape:
-            raise ValueError(f"hidden_states has shape {tuple(x.shape)}; it must be [B, T, {self.config.hidden_size}] with B, T at least 1")
+            raise MoshiTTTError(
+                f"hidden_states has shape {tuple(x.shape)}; it must be [B, T, {self.config.hidden_size}] with B, T at least 1"
+            )
         for name, tensor in (("position_ids", position_ids), ("attention_mask", attention_mask)):
             if tensor is not None and tensor.shape != x.shape[:2]:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [B, T] = {tuple(x.shape[:2])}")
+                raise MoshiTTTError(f"{name} has shape {tuple(tensor.shape)}; it must be [B, T] = {tuple(x.shape[:2])}")
         if state is not None and state.batch_size != x.shape[0]:
-            raise ValueError(f"the state holds {state.batch_size} rows, hidden_states {x.shape[0]}; give the state of these rows, or None")
+            raise MoshiTTTError(
+                f"the state holds {state.batch_size} rows, hidden_states {x.shape[0]}; give the state of these rows, or None"
+            )
         if state is None:
             state = self.initial_state(x.shape[0])
         elif fresh is not None:

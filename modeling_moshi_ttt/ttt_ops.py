@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .configuration_moshi_ttt import INNER_NORMS
+from .errors_moshi_ttt import MoshiTTTError
 from .ttt_decode import decode_step
 from .ttt_reference import ttt_reference
 from .ttt_scan import scan_mini_batches
@@ -231,7 +232,7 @@ def _choose_way(backend: str, inputs: TTTInputs, state: TTTState, weights: tuple
         if reason is None:
             return "triton"
         if backend == "triton":
-            raise ValueError(f"backend 'triton' does not take these inputs: {reason}; use 'auto' or 'scan'")
+            raise MoshiTTTError(f"backend 'triton' does not take these inputs: {reason}; use 'auto' or 'scan'")
         _say_once(reason)
     return "scan"
 
@@ -258,18 +259,18 @@ def _say_once(reason: str) -> None:
 
 def _check_options(options: _Options) -> None:
     if options.mini_batch_size < 1:
-        raise ValueError(f"mini_batch_size is {options.mini_batch_size}; it must be at least 1")
+        raise MoshiTTTError(f"mini_batch_size is {options.mini_batch_size}; it must be at least 1")
     if options.group_size < 1:
-        raise ValueError(f"group_size is {options.group_size}; it must be at least 1")
+        raise MoshiTTTError(f"group_size is {options.group_size}; it must be at least 1")
     for name, value, known in (("backend", options.backend, BACKENDS), ("inner_norm", options.inner_norm, INNER_NORMS)):
         if value not in known:
-            raise ValueError(f"{name} is '{value}'; it must be one of {', '.join(known)}")
+            raise MoshiTTTError(f"{name} is '{value}'; it must be one of {', '.join(known)}")
 
 
 def _check_shapes(inputs: TTTInputs, mask: Tensor | None, mini_batch_size: int) -> None:
     q = inputs.q
     if q.dim() != 4 or 0 in q.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, T, H, D] with at least one row and one frame")
+        raise MoshiTTTError(f"q has shape {tuple(q.shape)}; it must be [B, T, H, D] with at least one row and one frame")
     rows, length, heads, dim = q.shape
     wanted = {
         "k": q.shape, "v": q.shape, "lr": (rows, length, heads), "token_weight": (mini_batch_size,),
@@ -278,26 +279,26 @@ def _check_shapes(inputs: TTTInputs, mask: Tensor | None, mini_batch_size: int) 
     for name, tensor in zip(TTTInputs._fields, inputs):
         shape = wanted.get(name, q.shape)
         if tensor.shape != torch.Size(shape):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {tuple(shape)}")
+            raise MoshiTTTError(f"{name} has shape {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be {tuple(shape)}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating dtype")
+            raise MoshiTTTError(f"{name} has dtype {tensor.dtype}; it must be a floating dtype")
         if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; they must be on one device")
+            raise MoshiTTTError(f"{name} is on {tensor.device}, q on {q.device}; they must be on one device")
     if mask is not None and (mask.shape != (rows, length) or mask.dtype != torch.bool or mask.device != q.device):
-        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; it must be bool {(rows, length)} on {q.device}")
+        raise MoshiTTTError(f"mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; it must be bool {(rows, length)} on {q.device}")
 
 
 def _check_state(mixer: str, q: Tensor, state: TTTState, mini_batch_size: int) -> None:
     rows, _, heads, dim = q.shape
     if state.mixer != mixer:
-        raise ValueError(f"the state belongs to mixer '{state.mixer}'; ttt_{mixer} needs one of mixer '{mixer}'")
+        raise MoshiTTTError(f"the state belongs to mixer '{state.mixer}'; ttt_{mixer} needs one of mixer '{mixer}'")
     if state.batch_size != rows:
-        raise ValueError(f"the state has {state.batch_size} rows, q has {rows}; they must be equal")
+        raise MoshiTTTError(f"the state has {state.batch_size} rows, q has {rows}; they must be equal")
     if state.W1.shape[1:3] != (heads, dim):
-        raise ValueError(f"the state's W1 has shape {tuple(state.W1.shape)}; q {tuple(q.shape)} needs {heads} heads of {dim}")
+        raise MoshiTTTError(f"the state's W1 has shape {tuple(state.W1.shape)}; q {tuple(q.shape)} needs {heads} heads of {dim}")
     if state.mini_batch_size not in (0, mini_batch_size):
-        raise ValueError(
+        raise MoshiTTTError(
             f"the state was made at mini_batch_size {state.mini_batch_size}, this call has {mini_batch_size}; start a new state"
         )
     if state.W1.device != q.device:
-        raise ValueError(f"the state is on {state.W1.device}, q on {q.device}; move it with state.to(...)")
+        raise MoshiTTTError(f"the state is on {state.W1.device}, q on {q.device}; move it with state.to(...)")

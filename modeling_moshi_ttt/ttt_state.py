@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors_moshi_ttt import MoshiTTTError
 from .rows import Entry, check_entries, check_names, row_mask
 
 WEIGHT_NAMES = ("W1", "b1", "W2", "b2")
@@ -66,9 +67,9 @@ class TTTState:
             ValueError: batch_size < 1, one of W2 and b2 without the other, or shapes that do not fit together.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise MoshiTTTError(f"batch_size is {batch_size}; it must be at least 1")
         if (W2 is None) != (b2 is None):
-            raise ValueError("W2 and b2 come together (MLP) or not at all (linear)")
+            raise MoshiTTTError("W2 and b2 come together (MLP) or not at all (linear)")
         heads, dim = _check_initial_shapes(W1, b1, W2, b2)
         weights = tuple(w.unsqueeze(0).expand(batch_size, *w.shape) for w in (W1, b1, W2, b2) if w is not None)
         none = W1.new_zeros(batch_size, 0, heads, dim)
@@ -129,11 +130,13 @@ class TTTState:
             ValueError: another mixer or batch size, a used `initial`, or a row that does not exist.
         """
         if initial.mixer != self.mixer:
-            raise ValueError(f"a state of mixer '{self.mixer}' cannot be reset to one of mixer '{initial.mixer}'")
+            raise MoshiTTTError(f"a state of mixer '{self.mixer}' cannot be reset to one of mixer '{initial.mixer}'")
         if initial.batch_size not in (1, self.batch_size):
-            raise ValueError(f"initial has {initial.batch_size} rows; the state has {self.batch_size}, so it needs 1 or {self.batch_size}")
+            raise MoshiTTTError(
+                f"initial has {initial.batch_size} rows; the state has {self.batch_size}, so it needs 1 or {self.batch_size}"
+            )
         if initial.mini_batch_size:
-            raise ValueError("initial has already consumed frames; make it with TTTState.initial(...)")
+            raise MoshiTTTError("initial has already consumed frames; make it with TTTState.initial(...)")
         chosen = row_mask(rows, self.batch_size, self.W1.device)
 
         def blend(x: Tensor, fresh: Tensor) -> Tensor:
@@ -178,7 +181,7 @@ class TTTState:
         check_names("TTT state", tensors, (*names, *TOKEN_NAMES))
         W1, k = tensors["W1"], tensors["k"]
         if W1.dim() != 4 or k.dim() != 4:
-            raise ValueError(f"W1 {tuple(W1.shape)} and k {tuple(k.shape)} of the saved TTT state must have 4 dimensions")
+            raise MoshiTTTError(f"W1 {tuple(W1.shape)} and k {tuple(k.shape)} of the saved TTT state must have 4 dimensions")
         rows, heads, dim, width = W1.shape
         check_entries("TTT state", tensors, saved_entries(rows, heads, dim, width if "W2" in names else None, k.shape[1]))
         frames = tensors["frames"].tolist()
@@ -193,16 +196,16 @@ class TTTState:
 
 def _check_initial_shapes(W1: Tensor, b1: Tensor, W2: Tensor | None = None, b2: Tensor | None = None) -> tuple[int, int]:
     if W1.dim() != 3:
-        raise ValueError(f"W1 has shape {tuple(W1.shape)}; it must be [H, D, F] (MLP) or [H, D, D] (linear)")
+        raise MoshiTTTError(f"W1 has shape {tuple(W1.shape)}; it must be [H, D, F] (MLP) or [H, D, D] (linear)")
     heads, dim, width = W1.shape
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {"b1": (b1, (heads, 1, width))}
     if W2 is not None and b2 is not None:
         wanted |= {"W2": (W2, (heads, width, dim)), "b2": (b2, (heads, 1, dim))}
     elif width != dim:
-        raise ValueError(f"W1 has shape {tuple(W1.shape)}; without W2 (linear mixer) its last two sizes must be equal")
+        raise MoshiTTTError(f"W1 has shape {tuple(W1.shape)}; without W2 (linear mixer) its last two sizes must be equal")
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with W1 {tuple(W1.shape)} it must be {shape}")
+            raise MoshiTTTError(f"{name} has shape {tuple(tensor.shape)}; with W1 {tuple(W1.shape)} it must be {shape}")
     return heads, dim
 
 

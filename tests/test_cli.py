@@ -1,6 +1,7 @@
 """The console script: lazy commands, one line for a mistake, the whole trace on request."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 import typing
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from modeling_moshi_ttt import cli
+from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.evaluation.recall import RecallSettings
 from modeling_moshi_ttt.training.run_config import RunConfig
@@ -47,7 +49,14 @@ def test_the_command_gets_its_arguments_and_gives_the_exit_code(command):
     assert cli.main(["try"]) == 0
 
 
-@pytest.mark.parametrize("error", [ValueError("`steps=-1` must be at least 1."), FileNotFoundError("no/such/file: there is none.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MoshiTTTError("`steps=-1` must be at least 1."),
+        MoshiTTTOSError("no/such/file: there is none."),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
 def test_a_users_mistake_is_one_line(command, capsys, monkeypatch, error):
     monkeypatch.delenv(cli.DEBUG, raising=False)
     command.run = raising(error)
@@ -58,10 +67,12 @@ def test_a_users_mistake_is_one_line(command, capsys, monkeypatch, error):
         cli.main(["try"])
 
 
-def test_a_mistake_of_the_program_is_not_hidden(command):
-    command.run = raising(KeyError("bug"))
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("error", [KeyError("bug"), TypeError("bug"), ValueError("bug"), OSError("bug")], ids=repr)
+def test_a_fault_of_the_program_keeps_its_trace_and_blames_nobody(command, error):
+    command.run = raising(error)
+    with pytest.raises(type(error), match="bug") as raised:
         cli.main(["try"])
+    assert any("please report" in note for note in raised.value.__notes__)
 
 
 def test_an_absent_package_is_named_with_its_cure(command, capsys):

@@ -12,6 +12,7 @@ from transformers import MoshiConfig
 
 from ..common.files import atomic_write, read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -34,9 +35,9 @@ def check_model_type(config: dict[str, Any], where: str) -> None:
     if model_type == "moshi_ttt":
         return
     if model_type is None and "dep_q" not in config:
-        raise ValueError(f"{where} holds no config.json that says its model_type, as `save_pretrained` writes one")
+        raise MoshiTTTError(f"{where} holds no config.json that says its model_type, as `save_pretrained` writes one")
     hint = "; turn it into one with: moshi-ttt convert SRC DST" if model_type in ("moshi", "hibiki") or "dep_q" in config else ""
-    raise ValueError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
+    raise MoshiTTTError(f"{where} holds a model of type {model_type!r}, not 'moshi_ttt'{hint}")
 
 
 def check_loadable(config: dict[str, Any], where: str) -> None:
@@ -79,13 +80,13 @@ def _held_ttt(folder: Path) -> dict[str, Any]:
     """The TTT settings that follow from the weights of an adapter; {} where it holds no TTT weights."""
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise MoshiTTTOSError(f"{path} is missing")
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if TTT_LAYER.search(name)]  # noqa: SIM118
             sizes = [file.get_slice(name).get_shape()[0] for name in names if name.endswith("ttt.learnable_token_weight")]
     except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
+        raise MoshiTTTError(f"{path} cannot be read ({error})") from None
     held: dict[str, Any] = {}
     if names:
         held["ttt_layers"] = sorted({int(TTT_LAYER.search(name)[1]) for name in names})
@@ -125,7 +126,7 @@ def raw_config(name: str, what: str, revision: str | None = None) -> dict[str, A
         raw, _ = MoshiConfig.get_config_dict(name, revision=revision)  # as it stands there, under its own model type
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{what} {name!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
+        raise MoshiTTTError(f"{what} {name!r}{f' at {revision}' if revision else ''} is missing: {reason}") from None
     check_loadable(raw, name)
     return raw
 
@@ -152,7 +153,7 @@ def check_layers(adapter_layers: list[int], base_layers: Any, base: str) -> None
 
 def _check_same(what: str, wanted: Any, found: Any, base: str) -> None:
     if wanted != found:
-        raise ValueError(f"the adapter is for {what} {wanted}, its base {base} has {found}: they do not belong together")
+        raise MoshiTTTError(f"the adapter is for {what} {wanted}, its base {base} has {found}: they do not belong together")
 
 
 def checked_config(folder: Path, base: str, revision: str | None = None) -> MoshiTTTConfig:

@@ -12,6 +12,7 @@ from ..common.files import atomic_write, read_json
 from ..common.packaged import resolve
 from ..common.safetensor_files import ShardWriter, TensorFiles
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 from ..hub.probe import compare, probe_loss, read_probe, stage_probe
 from ..hub.verify import Facts, Shapes, count, finite_problems, refuse, shape_problems
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -31,9 +32,9 @@ def hub_base(adapter_config: dict[str, Any], base: str | None) -> tuple[str, str
     if base:
         return base, None
     if not own:
-        raise ValueError(f"{ADAPTER_CONFIG} names no base model; name it with --base user/name, or push the two as one with --merged")
+        raise MoshiTTTError(f"{ADAPTER_CONFIG} names no base model; name it with --base user/name, or push the two as one with --merged")
     if _is_local(own):
-        raise ValueError(
+        raise MoshiTTTError(
             f"the adapter's base is {own!r}, a folder of this machine, which nobody else could load; push the base first and name it with "
             "--base user/name, or push the two as one with --merged"
         )
@@ -60,7 +61,7 @@ def _fresh_base(folder: Path) -> MoshiTTTForConditionalGeneration:
 
     run = adapters.adapter_run(folder)
     if not resolve("model", str(run.get("model", {}).get("path", ""))).endswith(".json"):
-        raise ValueError(f"the adapter names no base model: name it in {folder / ADAPTER_CONFIG}, as base_model_name_or_path")
+        raise MoshiTTTError(f"the adapter names no base model: name it in {folder / ADAPTER_CONFIG}, as base_model_name_or_path")
     return build_model(ModelSettings(**run["model"]), int(run["seed"]))
 
 
@@ -83,7 +84,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     content = read_json(folder / ADAPTER_CONFIG)
     missing = [key for key in NEEDED if content.get(key) is None]
     if missing:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} lacks {', '.join(missing)}: PEFT could only guess what the adapter's weights are")
+        raise MoshiTTTError(f"{folder / ADAPTER_CONFIG} lacks {', '.join(missing)}: PEFT could only guess what the adapter's weights are")
     return content
 
 
@@ -95,7 +96,7 @@ def expected_weights(folder: Path, config: MoshiTTTConfig) -> Shapes:
         with torch.device("meta"):
             adapted = PeftModel(MoshiTTTForConditionalGeneration(config), settings)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} gives no adapter for its base: {error}") from None
+        raise MoshiTTTError(f"{folder / ADAPTER_CONFIG} gives no adapter for its base: {error}") from None
     return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
 
 
@@ -120,7 +121,7 @@ def verify_adapter(folder: Path, run_probe: bool) -> Facts:
         try:
             compare(stored[1], facts.probe, model.base_model.dtype)
         except ValueError as error:
-            raise ValueError(f"{error}; either the adapter or its base {base or '(of its run)'} has changed since then") from None
+            raise MoshiTTTError(f"{error}; either the adapter or its base {base or '(of its run)'} has changed since then") from None
     return facts
 
 

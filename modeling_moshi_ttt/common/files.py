@@ -14,6 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+
 MANIFEST = "manifest.json"
 
 
@@ -47,11 +49,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 def make_folder(path: str | os.PathLike[str], setting: str) -> Path:
     """The folder that a setting names, made where it is not there; OSError or ValueError names the setting where that cannot be."""
     if not str(path).strip():
-        raise ValueError(f"{setting} is empty; name a folder.")
+        raise MoshiTTTError(f"{setting} is empty; name a folder.")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{setting} is {path}, where no folder can be made ({error.strerror}); name another one.") from None
+        raise MoshiTTTOSError(f"{setting} is {path}, where no folder can be made ({error.strerror}); name another one.") from None
     return Path(path)
 
 
@@ -60,7 +62,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file in UTF-8.") from None
+        raise MoshiTTTError(f"{path} is not a text file in UTF-8.") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -69,9 +71,9 @@ def parse_json(text: str | bytes) -> Any:
         content = json.loads(text)
         json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise MoshiTTTError("it is nested too deep") from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"it holds half a character, {error.object[error.start : error.end]!r}") from None
+        raise MoshiTTTError(f"it holds half a character, {error.object[error.start : error.end]!r}") from None
     return content
 
 
@@ -79,13 +81,13 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object from a file; ValueError or FileNotFoundError names it."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
+        raise MoshiTTTOSError(f"{file} is missing")
     try:
         content = parse_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error})") from None
+        raise MoshiTTTError(f"{file} is no JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise MoshiTTTError(f"{file} holds no JSON object")
     return content
 
 
@@ -96,7 +98,7 @@ def of_shape(what: str, then: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, EOFError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is not as it should be ({type(error).__name__}: {error})"
-        raise ValueError(f"{what} {reason}; {then}") from error
+        raise MoshiTTTError(f"{what} {reason}; {then}") from error
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -113,9 +115,9 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, record {number}: not JSON ({error}).") from None
+            raise MoshiTTTError(f"{path}, record {number}: not JSON ({error}).") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, record {number}: holds a {type(record).__name__}; a log has one JSON object a line.")
+            raise MoshiTTTError(f"{path}, record {number}: holds a {type(record).__name__}; a log has one JSON object a line.")
         records.append(record)
     return records
 
@@ -124,7 +126,7 @@ def check_folder(path: str | os.PathLike[str], mark: str) -> None:
     """ValueError where `path` is a file, or a folder that holds something but no file of the name with which its writer marks it."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file())):
-        raise ValueError(f"{path} is there and holds no {mark}, so no earlier run made it; name another folder, or remove it yourself.")
+        raise MoshiTTTError(f"{path} is there and holds no {mark}, so no earlier run made it; name another folder, or remove it yourself.")
 
 
 def clear_folder(path: str | os.PathLike[str], mark: str) -> None:
@@ -171,7 +173,7 @@ def tensors_written(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); make room there and run the same command again.") from None
+        raise MoshiTTTOSError(f"{path} cannot be written ({error}); make room there and run the same command again.") from None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -225,8 +227,8 @@ def inside(root: str | os.PathLike[str], name: str) -> Path:
     root = Path(root)
     pure = PurePosixPath(name.replace("\\", "/"))
     if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or (len(name) > 1 and name[1] == ":"):
-        raise ValueError(f"The file name {name!r} leaves its folder {root}: use a relative name without '..'.")
+        raise MoshiTTTError(f"The file name {name!r} leaves its folder {root}: use a relative name without '..'.")
     path = root / pure
     if not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"The file name {name!r} leaves its folder {root} through a link: put the file itself there.")
+        raise MoshiTTTError(f"The file name {name!r} leaves its folder {root} through a link: put the file itself there.")
     return path

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .packaged import resolve
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}")
@@ -28,7 +29,7 @@ def is_hub_name(name: str) -> bool:
 def check_place(name: str, what: str) -> None:
     """ValueError, saying what it was to be, for a name that is no folder and cannot be one of the Hub."""
     if not Path(name).is_dir() and not is_hub_name(name):
-        raise ValueError(f"{what} is {name}: there is no such folder, and it is no Hub name (owner/name).")
+        raise MoshiTTTError(f"{what} is {name}: there is no such folder, and it is no Hub name (owner/name).")
 
 
 def redact(text: str) -> str:
@@ -55,23 +56,23 @@ def hub_errors(doing: str, then: str = "nothing has changed there; run the same 
     try:
         yield
     except (RevisionNotFoundError, GatedRepoError, RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{doing}: {_reason(error)}") from None
+        raise MoshiTTTError(f"{doing}: {_reason(error)}") from None
     except LocalTokenNotFoundError:
-        raise ValueError(f"{doing}: you are not logged in; run `hf auth login` or set HF_TOKEN") from None
+        raise MoshiTTTError(f"{doing}: you are not logged in; run `hf auth login` or set HF_TOKEN") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
-            raise ValueError(f"{doing}: the Hub refuses this login ({_reason(error)}); run `hf auth login`; {then}") from None
+            raise MoshiTTTError(f"{doing}: the Hub refuses this login ({_reason(error)}); run `hf auth login`; {then}") from None
         if status == 412:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{doing}: somebody else has changed the repository in between; look at it, then run the same command again"
             ) from None
-        raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
+        raise MoshiTTTOSError(f"{doing} failed: {_reason(error)}; {then}") from None
     except (OSError, RuntimeError) as error:
-        raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
+        raise MoshiTTTOSError(f"{doing} failed: {_reason(error)}; {then}") from None
     except Exception as error:
         if type(error).__module__.startswith("httpx"):
-            raise OSError(f"{doing} failed: {_reason(error)}; {then}") from None
+            raise MoshiTTTOSError(f"{doing} failed: {_reason(error)}; {then}") from None
         raise
 
 
@@ -81,7 +82,7 @@ def local_folder(name: str) -> Path:
     if path.is_dir():
         return path
     if not is_hub_name(name):
-        raise ValueError(f"{name}: no such folder, and not a Hub name (owner/model)")
+        raise MoshiTTTError(f"{name}: no such folder, and not a Hub name (owner/model)")
     from huggingface_hub import snapshot_download
 
     with hub_errors(f"fetching {name}", "run the same command again to go on"):

@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections import Counter
 
+from ..errors_moshi_ttt import MoshiTTTError
 from . import packaged
 from .files import make_folder
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Copy everything and say what was written and what to do next."""
     folder = make_folder(args.folder, "FOLDER")
     if any(folder.iterdir()):
-        raise ValueError(f"FOLDER is {folder}, which is not empty; name a new or an empty folder.")
+        raise MoshiTTTError(f"FOLDER is {folder}, which is not empty; name a new or an empty folder.")
     files = packaged.files()
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

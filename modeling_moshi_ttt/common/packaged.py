@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..errors_moshi_ttt import MoshiTTTError
+
 PACKAGE = Path(__file__).parents[1]
 # An installed wheel holds these folders inside the package (setup.cfg's package_dir), a checkout beside it.
 ROOT = PACKAGE if (PACKAGE / "configuration").is_dir() else PACKAGE.parent
@@ -42,10 +44,10 @@ def packaged(kind: Kind, name: str) -> str:
         ValueError: there is no such kind or name; the message says which there are, and the nearest.
     """
     if kind not in _PLACES:
-        raise ValueError(f"`kind={kind}` must be one of {', '.join(get_args(Kind))}.")
+        raise MoshiTTTError(f"`kind={kind}` must be one of {', '.join(get_args(Kind))}.")
     found = _found(kind)
     if name not in found:
-        raise ValueError(f"`name={name}` is no packaged {kind} file; {known(kind, name)}")
+        raise MoshiTTTError(f"`name={name}` is no packaged {kind} file; {known(kind, name)}")
     return str(found[name])
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .files import atomic_write, inside, parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ def parse_size(text: str | int) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
-        raise ValueError(f"the size {text!r} is not understood; write it as 5GB, 500MB or a number of bytes")
+        raise MoshiTTTError(f"the size {text!r} is not understood; write it as 5GB, 500MB or a number of bytes")
     return size
 
 
@@ -74,7 +75,7 @@ class TensorFiles:
             return self._indexed(self.source / INDEX)
         if (self.source / SINGLE).is_file():
             return dict.fromkeys(self._keys(self.source / SINGLE), self.source / SINGLE)
-        raise FileNotFoundError(f"{self.source} holds no {SINGLE} and no {INDEX}{self._pickle_hint()}")
+        raise MoshiTTTOSError(f"{self.source} holds no {SINGLE} and no {INDEX}{self._pickle_hint()}")
 
     def _pickle_hint(self) -> str:
         pickles = sorted(p.name for p in self.source.glob("*") if p.suffix in PICKLES) if self.source.is_dir() else []
@@ -84,24 +85,24 @@ class TensorFiles:
         try:
             table = {str(name): str(file) for name, file in parse_json(index.read_bytes())["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} cannot be read ({error})") from None
+            raise MoshiTTTError(f"{index} cannot be read ({error})") from None
         files = {file: inside(self.source, file) for file in set(table.values())}
         for path in files.values():
             present = set(self._keys(path))
             promised = {name for name, file in table.items() if files[file] == path}
             if present != promised:
-                raise ValueError(f"{path.name} and {index.name} disagree on {sorted(present ^ promised)[0]}")
+                raise MoshiTTTError(f"{path.name} and {index.name} disagree on {sorted(present ^ promised)[0]}")
         return {name: files[file] for name, file in table.items()}
 
     @staticmethod
     def _keys(path: Path) -> list[str]:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
+            raise MoshiTTTOSError(f"{path} is missing")
         try:
             with safe_open(path, "pt") as file:
                 return list(file.keys())
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error})") from None
+            raise MoshiTTTError(f"{path} is no whole safetensors file ({error})") from None
 
     def fetch(self, name: str) -> Tensor:
         """One tensor, mapped from disk. Its pages are given back when it is dropped, since nothing else holds the file open."""
@@ -175,9 +176,9 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         if name in self.names:
-            raise ValueError(f"{name} was written already")
+            raise MoshiTTTError(f"{name} was written already")
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, which cannot be written; convert it to one of {sorted(DTYPES.values())}")
+            raise MoshiTTTError(f"{name} has dtype {tensor.dtype}, which cannot be written; convert it to one of {sorted(DTYPES.values())}")
         self.names.add(name)
         shard = self.open.get(tensor.dtype)
         if shard is None or not shard.has_room(name, tensor, self.limit):

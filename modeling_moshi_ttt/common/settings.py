@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from . import packaged
 from .files import read_text
 
@@ -127,16 +128,16 @@ def check_numbers(settings: Any, group: str = "", **limits: float | tuple[float,
             if not (finite and low <= entry <= high):
                 least = ("more than 0" if low == ABOVE_ZERO else f"at least {low:g}") + ("" if finite else " and finite")
                 bound = least if high == math.inf else f"between {low:g} and {high:.10g}"
-                raise ValueError(f"{group}{label} is {entry!r}, it must be {bound}.")
+                raise MoshiTTTError(f"{group}{label} is {entry!r}, it must be {bound}.")
 
 
 def check_entries(name: str, entries: Sequence[Any]) -> None:
     """Raise a ValueError for a list that is empty or names something twice."""
     if not entries:
-        raise ValueError(f"{name} is empty; name at least one.")
+        raise MoshiTTTError(f"{name} is empty; name at least one.")
     for number, entry in enumerate(entries):
         if entry in entries[:number]:
-            raise ValueError(f"{name} holds {entry!r} twice; name it once.")
+            raise MoshiTTTError(f"{name} holds {entry!r} twice; name it once.")
 
 
 def _read(path: Path, kind: packaged.Kind | None) -> dict[str, Any]:
@@ -145,15 +146,15 @@ def _read(path: Path, kind: packaged.Kind | None) -> dict[str, Any]:
     except FileNotFoundError:
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml")))
         hint = f", and the package none of this name; {packaged.known(kind, path)}" if kind else "."
-        raise FileNotFoundError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}{hint}") from None
+        raise MoshiTTTOSError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}{hint}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; name the settings file in it.") from None
+        raise MoshiTTTError(f"{path} is a folder; name the settings file in it.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise MoshiTTTError(f"{path} is not valid YAML: {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, it holds a {type(data).__name__}.")
+        raise MoshiTTTError(f"{path} must hold `key: value` lines, it holds a {type(data).__name__}.")
     return data
 
 
@@ -168,7 +169,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise ValueError(f"The override {override!r} must have the form key=value, as in optim.lr=1e-4.")
+        raise MoshiTTTError(f"The override {override!r} must have the form key=value, as in optim.lr=1e-4.")
     try:
         value = _parse(text)
     except yaml.YAMLError:
@@ -178,7 +179,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             data[part] = {}
         data = data[part]
         if not isinstance(data, dict):
-            raise ValueError(f"The override {override!r} goes below {part!r}, which holds a plain value.")
+            raise MoshiTTTError(f"The override {override!r} goes below {part!r}, which holds a plain value.")
     data[parts[-1]] = value
 
 
@@ -189,19 +190,19 @@ def _fill(cls: type[T], data: dict[Any, Any], where: str, prefix: str) -> T:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             hint = f"did you mean {prefix + near[0]!r}?" if near else "there are no settings here."
-            raise ValueError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
+            raise MoshiTTTError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
     missing = [
         prefix + name
         for name, field in fields.items()
         if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}; add it to the file or give {missing[0]}=value.")
+        raise MoshiTTTError(f"{where}: missing {', '.join(map(repr, missing))}; add it to the file or give {missing[0]}=value.")
     values = {key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()}
     try:
         return cls(**values)
     except ValueError as error:  # of the class's own checks, which begin with a field's name
-        raise ValueError(f"{where}: {prefix}{error}") from None
+        raise MoshiTTTError(f"{where}: {prefix}{error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
@@ -214,7 +215,7 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     if origin is Literal:
         if value in args and any(type(value) is type(a) for a in args if a == value):
             return value
-        raise ValueError(f"{where}: {name} is {value!r}, it must be one of {', '.join(map(repr, args))}.")
+        raise MoshiTTTError(f"{where}: {name} is {value!r}, it must be one of {', '.join(map(repr, args))}.")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if value is None:
             value = {}

@@ -26,6 +26,7 @@ from ..common.files import atomic_folder, atomic_write, parse_json, read_json
 from ..common.hub import hub_errors, is_hub_name
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..hub.stage import copy_others
 from . import old_ttt
 from .kyutai_config import MOSHI_7B, kyutai_from_config, published, split_codebooks
@@ -72,9 +73,9 @@ class Options:
                 continue
             dtype, most = self.dtype or tensor.dtype, largest(tensor)
             if not math.isfinite(most):
-                raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged or its training diverged")
+                raise MoshiTTTError(f"{name} holds values that are not finite: the checkpoint is damaged or its training diverged")
             if most > torch.finfo(dtype).max:
-                raise ValueError(f"{name} holds values up to {most:g}, too large for {dtype}; use --dtype bfloat16")
+                raise MoshiTTTError(f"{name} holds values up to {most:g}, too large for {dtype}; use --dtype bfloat16")
             yield name, tensor.to(dtype)
 
 
@@ -90,7 +91,7 @@ def find_kind(folder: Path, weights: Path | None) -> str:
     path = weights or _kyutai_weights(folder, config)
     if path is None:
         kind = config.get("model_type")
-        raise ValueError(f"{folder} holds {f'a model of type {kind!r}' if kind else 'no checkpoint'}: nothing that can be converted")
+        raise MoshiTTTError(f"{folder} holds {f'a model of type {kind!r}' if kind else 'no checkpoint'}: nothing that can be converted")
     names = TensorFiles(path).names
     if any(".lora_A." in name for name in names):
         return "kyutai-lora"
@@ -111,14 +112,14 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], options: O
     """
     options, dst = options or Options(), Path(dst)
     if dst.exists():
-        raise FileExistsError(f"{dst} exists already; choose a new folder")
+        raise MoshiTTTOSError(f"{dst} exists already; choose a new folder")
     source = _local(str(src), api or HfApi())
     folder, weights = (source.parent, source) if source.is_file() else (source, None)
     converter, what, used = CONVERTERS[find_kind(folder, weights)]
     for option in fields(Options):
         if option.name not in used and getattr(options, option.name) != getattr(Options(), option.name):
             named = ", ".join(_flag(name) for name in used)
-            raise ValueError(f"{_flag(option.name)} means nothing for {src}, which is {what} and takes {named}: leave it out")
+            raise MoshiTTTError(f"{_flag(option.name)} means nothing for {src}, which is {what} and takes {named}: leave it out")
     with atomic_folder(dst) as out:
         return f"{dst}: {converter(folder, weights, out, options)}"
 
@@ -133,7 +134,7 @@ def _local(src: str, api: HfApi) -> Path:
     if path.exists():
         return path
     if not is_hub_name(src):
-        raise FileNotFoundError(f"{src}: there is no such file or folder")
+        raise MoshiTTTOSError(f"{src}: there is no such file or folder")
     with hub_errors(f"fetching {src}", then="run the same command again to go on"):
         return Path(api.snapshot_download(src, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
 
@@ -166,7 +167,7 @@ def from_kyutai(folder: Path, weights: Path | None, out: Path, options: Options)
             save_file(dict(options.cast(own.users())), out / USER_SLICES)
             said += f", which {USER_SLICES} keeps"
     elif options.keep_user_slices:
-        raise ValueError("--keep-user-slices: the depth transformer has no slices of the user's codebooks; leave it out")
+        raise MoshiTTTError("--keep-user-slices: the depth transformer has no slices of the user's codebooks; leave it out")
     return f"{said}, {_processor_from_kyutai(folder, raw, out, config)}"
 
 
@@ -255,7 +256,7 @@ def to_kyutai(folder: Path, weights: Path | None, out: Path, options: Options) -
     options = replace(options, dtype=options.dtype or files.fetch("decoder.lm_head.weight").dtype)  # Kyutai's loader reads one file
     users = TensorFiles(folder / USER_SLICES) if (folder / USER_SLICES).is_file() else None
     if users is not None and options.fused:
-        raise ValueError(f"{folder / USER_SLICES} holds one tensor a slice, which --fused does not join; leave it out")
+        raise MoshiTTTError(f"{folder / USER_SLICES} holds one tensor a slice, which --fused does not join; leave it out")
     with ShardWriter(out, ONE_FILE) as writer:
         writer.add_all(options.cast(stream_to_kyutai(names, files.fetch, config, options.fused)))
         if users is not None:
@@ -288,7 +289,7 @@ def _without_ttt(files: TensorFiles, config: MoshiTTTConfig, keep: bool) -> tupl
         return files.names, f" with the {len(ttt)} TTT weights under their own names"
     speaking = [layer for layer in config.ttt_layers if _speaks(files, int(layer))]
     if speaking:
-        raise ValueError(
+        raise MoshiTTTError(
             f"the TTT layers {speaking} change what the model says (their gates are not 0), and Kyutai's code has no place for them; "
             "keep their weights under their own names with --keep-ttt, or set the gates to 0"
         )
@@ -324,7 +325,7 @@ def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -
 
     settings, config = read_adapter_config(folder), base_config(folder)
     if settings.get("use_rslora") or settings.get("use_dora") or settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: rsLoRA, DoRA and ranks that differ by layer have no counterpart in moshi-finetune")
+        raise MoshiTTTError(f"{folder / ADAPTER_CONFIG}: rsLoRA, DoRA and ranks that differ by layer have no counterpart in moshi-finetune")
     files, rank = TensorFiles(folder / ADAPTER_WEIGHTS), int(settings["r"])
     state = {name: files.fetch(name) for name in files.names}
     converted = dict(options.cast(peft_to_lora(state, config, rank, options.keep_ttt).items()))
@@ -355,9 +356,9 @@ def parse_ttt(given: Iterable[str]) -> dict[str, Any]:
         name = f"ttt_{name}" if f"ttt_{name}" in MoshiTTTConfig.__dataclass_fields__ else name
         if not equals or not name.startswith("ttt_") or name not in MoshiTTTConfig.__dataclass_fields__:
             known = ", ".join(key.removeprefix("ttt_") for key in MoshiTTTConfig.__dataclass_fields__ if key.startswith("ttt_"))
-            raise ValueError(f"--ttt {setting!r} is not understood; write name=value with one of {known}")
+            raise MoshiTTTError(f"--ttt {setting!r} is not understood; write name=value with one of {known}")
         if name in settings:
-            raise ValueError(f"--ttt sets {name.removeprefix('ttt_')} twice, the second time by {setting!r}: leave one of them out")
+            raise MoshiTTTError(f"--ttt sets {name.removeprefix('ttt_')} twice, the second time by {setting!r}: leave one of them out")
         try:
             settings[name] = parse_json(value)
         except ValueError:

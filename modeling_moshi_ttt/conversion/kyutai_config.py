@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 
 NORM_EPS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}
 
@@ -102,7 +103,7 @@ def _feedforward(ffn_dim: int, dim: int) -> int:
     for size in (smallest, smallest + 1):
         if _gated_width(size, dim) == ffn_dim:
             return size
-    raise ValueError(f"ffn_dim = {ffn_dim} at width {dim} cannot be written in Kyutai's configuration: choose a multiple of 4")
+    raise MoshiTTTError(f"ffn_dim = {ffn_dim} at width {dim} cannot be written in Kyutai's configuration: choose a multiple of 4")
 
 
 def _check(lm_kwargs: Mapping[str, Any]) -> None:
@@ -110,23 +111,23 @@ def _check(lm_kwargs: Mapping[str, Any]) -> None:
     for key, value in lm_kwargs.items():
         if key not in known:
             near = get_close_matches(key, known, 1)
-            raise ValueError(f"unknown setting {key!r} in Kyutai's configuration" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise MoshiTTTError(f"unknown setting {key!r} in Kyutai's configuration" + (f"; did you mean {near[0]!r}?" if near else ""))
         if key in ONLY and value != ONLY[key] and (value or ONLY[key]):  # None, 0, {} and False all say "no"
-            raise ValueError(f"{key} = {value!r} has no counterpart here: only {ONLY[key]!r} can be converted")
+            raise MoshiTTTError(f"{key} = {value!r} has no counterpart here: only {ONLY[key]!r} can be converted")
     missing = [key for key in NEEDED if key not in lm_kwargs]
     if missing:
-        raise ValueError(f"Kyutai's configuration lacks {', '.join(missing)}")
+        raise MoshiTTTError(f"Kyutai's configuration lacks {', '.join(missing)}")
     for key in (*NEEDED, "hidden_scale", "max_period"):
         if not isinstance(lm_kwargs.get(key, 0), list if key == "delays" else (int, float)):
-            raise ValueError(f"{key} = {lm_kwargs[key]!r} in Kyutai's configuration must be a {'list' if key == 'delays' else 'number'}")
+            raise MoshiTTTError(f"{key} = {lm_kwargs[key]!r} in Kyutai's configuration must be a {'list' if key == 'delays' else 'number'}")
     if lm_kwargs.get("norm", "layer_norm") not in tuple(NORM_EPS):
-        raise ValueError(f"norm = {lm_kwargs.get('norm', 'layer_norm')!r} has no counterpart here: use {' or '.join(NORM_EPS)}")
+        raise MoshiTTTError(f"norm = {lm_kwargs.get('norm', 'layer_norm')!r} has no counterpart here: use {' or '.join(NORM_EPS)}")
     if len(lm_kwargs["delays"]) != lm_kwargs["n_q"] + 1:
-        raise ValueError(f"delays has {len(lm_kwargs['delays'])} entries; n_q = {lm_kwargs['n_q']} asks for {lm_kwargs['n_q'] + 1}")
+        raise MoshiTTTError(f"delays has {len(lm_kwargs['delays'])} entries; n_q = {lm_kwargs['n_q']} asks for {lm_kwargs['n_q'] + 1}")
     if lm_kwargs["delays"][0] != 0:
-        raise ValueError(f"delays[0] = {lm_kwargs['delays'][0]}: the text stream must not be delayed")
+        raise MoshiTTTError(f"delays[0] = {lm_kwargs['delays'][0]}: the text stream must not be delayed")
     if not 1 <= lm_kwargs["dep_q"] <= lm_kwargs["n_q"]:
-        raise ValueError(f"dep_q = {lm_kwargs['dep_q']} must lie between 1 and n_q = {lm_kwargs['n_q']}")
+        raise MoshiTTTError(f"dep_q = {lm_kwargs['dep_q']} must lie between 1 and n_q = {lm_kwargs['n_q']}")
 
 
 def split_codebooks(lm_kwargs: Mapping[str, Any], given: int | None = None) -> int:
@@ -139,13 +140,15 @@ def split_codebooks(lm_kwargs: Mapping[str, Any], given: int | None = None) -> i
     half, odd = divmod(n_q, 2)
     if given is not None:
         if not 1 <= given <= dep_q or given == n_q:
-            raise ValueError(f"own_codebooks = {given} must lie between 1 and dep_q = {dep_q}, and leave some of n_q = {n_q} for the user")
+            raise MoshiTTTError(
+                f"own_codebooks = {given} must lie between 1 and dep_q = {dep_q}, and leave some of n_q = {n_q} for the user"
+            )
         return given
     if dep_q < n_q:
         return dep_q
     if not odd and delays[:half] == delays[half:] and len(set(delays)) > 1:
         return half
-    raise ValueError(
+    raise MoshiTTTError(
         f"dep_q = n_q = {n_q}: with every codebook Moshi's own the model could not hear; say how many are with own_codebooks (--own-codebooks)"
     )
 
@@ -171,7 +174,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None =
     if depth_feedforward is None:
         depth_feedforward = int(scale * depth_dim)
     if not isinstance(depth_feedforward, int):
-        raise ValueError(f"depformer_dim_feedforward = {depth_feedforward!r}: one integer for all codebooks is needed")
+        raise MoshiTTTError(f"depformer_dim_feedforward = {depth_feedforward!r}: one integer for all codebooks is needed")
     own = split_codebooks(lm_kwargs, own_codebooks)
     context = lm_kwargs.get("context")  # null, and Kyutai's default: attention without a window
     padding = [lm_kwargs.get("existing_text_padding_id", 3), lm_kwargs.get("existing_text_end_padding_id", 0)]
@@ -210,9 +213,9 @@ def kyutai_from_config(config: MoshiTTTConfig) -> dict[str, Any]:
     depth = fields.depth_decoder_config
     norms = {eps: name for name, eps in NORM_EPS.items()}
     if fields.rms_norm_eps not in norms:
-        raise ValueError(f"rms_norm_eps = {fields.rms_norm_eps} has no name in Kyutai's configuration: it knows {sorted(norms)}")
+        raise MoshiTTTError(f"rms_norm_eps = {fields.rms_norm_eps} has no name in Kyutai's configuration: it knows {sorted(norms)}")
     if fields.num_key_value_heads != fields.num_attention_heads:
-        raise ValueError(f"num_key_value_heads = {fields.num_key_value_heads}: Kyutai's layout needs num_attention_heads of them")
+        raise MoshiTTTError(f"num_key_value_heads = {fields.num_key_value_heads}: Kyutai's layout needs num_attention_heads of them")
     dim, depth_dim = fields.hidden_size, depth.hidden_size
     chosen = {
         "dim": dim,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.bases import AUTO_MAPPING
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 from .tables import Group, as_spelled, check_names, moshi_groups, ttt_names
 
 PEFT_PREFIX = "base_model.model."
@@ -30,7 +31,7 @@ def _pairs(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Pair]:
         if name.endswith(".lora_A.weight"):
             other = name.replace(".lora_A.", ".lora_B.")
             if other not in state:
-                raise ValueError(f"missing: {other}")
+                raise MoshiTTTError(f"missing: {other}")
             pairs[name.removeprefix(prefix).replace(".lora_A.weight", ".weight")] = (state[name], state[other])
     return pairs
 
@@ -79,7 +80,7 @@ def peft_to_lora(state: Mapping[str, Tensor], config: MoshiTTTConfig, rank: int,
     pairs = _pairs(state, PEFT_PREFIX)
     ttt = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _saved(state).items()}
     if ttt and not keep_ttt:
-        raise ValueError(
+        raise MoshiTTTError(
             f"the adapter holds TTT weights ({sorted(ttt)[0]} and {len(ttt) - 1} more), which Kyutai's code has no place for; "
             "keep them under their own names with --keep-ttt"
         )
@@ -112,7 +113,7 @@ def _from_peft(group: Group, pairs: Mapping[str, Pair], rank: int) -> list[Pair]
             if stack:
                 down, up = down.unflatten(0, (stack[0], rank)), up.unflatten(1, (rank, stack[0])).permute(2, 0, 1)
         if tuple(down.shape) != (*stack, rank, columns) or tuple(up.shape) != (*stack, rows, rank):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"the LoRA pair of {name} has shapes {list(down.shape)} and {list(up.shape)}: they fit neither rank {rank} nor the weight"
             )
         parts.append((down, up))

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
+from ..errors_moshi_ttt import MoshiTTTError
 from .tables import Fetch, Group, as_spelled, check_names, group_of
 
 # (Kyutai's setting, MimiConfig's field)
@@ -74,15 +75,15 @@ def _check(kyutai: dict[str, Any]) -> None:
         only = ONLY[part] | {name: [width] if name == "output_dimensions" else width for name in WIDTHS}
         for name, value in kyutai[part].items():
             if name not in names and name not in only:
-                raise ValueError(f"unknown setting {part}.{name} = {value!r} of Kyutai's Mimi: this codec has no counterpart of it")
+                raise MoshiTTTError(f"unknown setting {part}.{name} = {value!r} of Kyutai's Mimi: this codec has no counterpart of it")
             if name in only and value != only[name]:
-                raise ValueError(
+                raise MoshiTTTError(
                     f"{part}.{name} = {value!r} of Kyutai's Mimi has no counterpart here: only {only[name]!r} can be converted"
                 )
     # Between the encoder and the quantizer there is one convolution of stride 2.
     frame_rate = kyutai["sample_rate"] / math.prod(kyutai["seanet"]["ratios"]) / 2
     if kyutai.get("frame_rate", frame_rate) != frame_rate:
-        raise ValueError(f"frame_rate = {kyutai['frame_rate']} of Kyutai's Mimi: its sample_rate and ratios give {frame_rate} here")
+        raise MoshiTTTError(f"frame_rate = {kyutai['frame_rate']} of Kyutai's Mimi: its sample_rate and ratios give {frame_rate} here")
 
 
 def mimi_config(kyutai: dict[str, Any] | None) -> MimiConfig:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 from .tables import TTT_LAYER, TTT_NAMES, Fetch
 
 LEAVES = {name.removeprefix("ttt.").removeprefix("ttt_gate."): name for name in TTT_NAMES["mlp"] if not name.startswith("ttt_layernorm")}
@@ -63,9 +64,9 @@ def unwrap(names: Iterable[str]) -> Unwrapped:
     for name in names:
         new = new_name(name)
         if new is None:
-            raise ValueError(f"unknown: {name}: neither a weight of Moshi nor of a TTT layer")
+            raise MoshiTTTError(f"unknown: {name}: neither a weight of Moshi nor of a TTT layer")
         if new in result.names:
-            raise ValueError(f"{name} and {result.names[new]} would both become {new}")
+            raise MoshiTTTError(f"{name} and {result.names[new]} would both become {new}")
         result.names[new] = name
     result.layers = sorted(
         {int(found[1]) for name in result.names if (found := re.match(r"decoder\.model\.layers\.(\d+)\.ttt\.W1$", name))}

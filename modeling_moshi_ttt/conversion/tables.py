@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 from .kyutai_config import config_from_kyutai as config_from_kyutai
 
 Tensors = list[Tensor]
@@ -120,7 +121,7 @@ def group_of(kind: str, kyutai: str, here: str, shape: tuple[int, ...], codebook
         )
     if kind == "rotary_qkv":
         return Group((each[0],), qkv, shape, third, lambda t: _rotary_qkv_to_here(t, heads), lambda t: _rotary_qkv_to_kyutai(t, heads))
-    raise ValueError(f"unknown kind {kind!r} in the conversion table")
+    raise MoshiTTTError(f"unknown kind {kind!r} in the conversion table")
 
 
 def _layer_shapes(dim: int, ffn: int) -> tuple[tuple[int, ...], ...]:
@@ -207,12 +208,12 @@ def check_names(found: Iterable[str], wanted: Iterable[str], layout: str) -> Non
     if found - wanted:
         problems.append(f"unknown: {_some(found - wanted)}")
     if problems:
-        raise ValueError(f"the checkpoint does not fit its configuration ({layout}): {'; '.join(problems)}")
+        raise MoshiTTTError(f"the checkpoint does not fit its configuration ({layout}): {'; '.join(problems)}")
 
 
 def _check_shape(name: str, shape: Iterable[int], wanted: tuple[int, ...]) -> None:
     if tuple(shape) != wanted:
-        raise ValueError(f"{name} has shape {list(shape)}; the configuration asks for {list(wanted)}")
+        raise MoshiTTTError(f"{name} has shape {list(shape)}; the configuration asks for {list(wanted)}")
 
 
 Fetch = Callable[[str], Tensor]

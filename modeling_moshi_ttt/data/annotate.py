@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_moshi_ttt import MoshiTTTError
 from .recordings import MAIN_SPEAKER, USER_SPEAKER
 
 SAMPLE_RATE = 16000
@@ -61,7 +62,7 @@ def find_sounds(paths: list[Path]) -> list[Path]:
         else:
             files.append(path)
     if not files:
-        raise ValueError(f"There is no sound file ({', '.join(SOUND_SUFFIXES)}) in {', '.join(map(str, paths))}.")
+        raise MoshiTTTError(f"There is no sound file ({', '.join(SOUND_SUFFIXES)}) in {', '.join(map(str, paths))}.")
     return files
 
 
@@ -71,7 +72,7 @@ def load_recogniser(model: str, language: str | None, device: str | None) -> Rec
 
     recogniser: Any = pipeline("automatic-speech-recognition", model=model, device=device)
     if language and recogniser.type != "seq2seq_whisper":  # the pipeline would leave it out in silence
-        raise ValueError(f"--language is {language!r}, but the recogniser {model} takes none; leave it out.")
+        raise MoshiTTTError(f"--language is {language!r}, but the recogniser {model} takes none; leave it out.")
     options = {"generate_kwargs": {"language": language}} if language else {}
 
     def recognise(samples: np.ndarray) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def annotate(path: Path, recognise: Recogniser, mono_is: str) -> Path:
 
     channels = read_audio(path, SAMPLE_RATE)
     if channels.shape[0] > 2:
-        raise ValueError(f"{path}: the recording has {channels.shape[0]} channels; it must have one or two.")
+        raise MoshiTTTError(f"{path}: the recording has {channels.shape[0]} channels; it must have one or two.")
     speakers = [MAIN_SPEAKER, USER_SPEAKER]
     if channels.shape[0] == 1 and mono_is == "user":
         speakers = [USER_SPEAKER]

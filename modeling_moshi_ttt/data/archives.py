@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..common.files import atomic_write, inside, parse_json
+from ..errors_moshi_ttt import MoshiTTTError
 from ..training.run_config import COLUMNS
 from .audio import audio_duration
 from .recordings import MAIN_SPEAKER, USER_SPEAKER, Recording, parse_words, read_manifest
@@ -56,7 +57,7 @@ def read_archive(archive: Path, folder: Path, columns: dict[str, str], problems:
     problems += found
     if not (place / MANIFEST).read_text().strip():
         if not found:
-            raise ValueError(f"{archive}: there is no sound ({', '.join(SOUND_SUFFIXES)}) in this file.")
+            raise MoshiTTTError(f"{archive}: there is no sound ({', '.join(SOUND_SUFFIXES)}) in this file.")
         return []
     return read_manifest(place / MANIFEST, problems=problems)
 
@@ -79,7 +80,7 @@ def _unpack(archive: Path, place: Path, columns: dict[str, str]) -> list[str]:
         for sample in samples:
             try:
                 if sample.name in lines:
-                    raise ValueError(f"{sample.name}: there are two of this name.")
+                    raise MoshiTTTError(f"{sample.name}: there are two of this name.")
                 lines[sample.name] = json.dumps({"path": sample.name, "duration": _write(sample, place)})
             except ValueError as error:
                 problems.append(f"{archive}: {str(error).removeprefix(f'{place}/')}")
@@ -92,9 +93,9 @@ def _unpack(archive: Path, place: Path, columns: dict[str, str]) -> list[str]:
 def _write(sample: Sample, place: Path) -> float:
     """A sample's sound and words as files; returns its seconds. ValueError, beginning with the name, for one that is no recording."""
     if sample.problem:
-        raise ValueError(f"{sample.name}: {sample.problem}")
+        raise MoshiTTTError(f"{sample.name}: {sample.problem}")
     if len(sample.sounds) != 1:
-        raise ValueError(f"{sample.name}: there are {len(sample.sounds)} sounds beside the words; one stereo sound is wanted.")
+        raise MoshiTTTError(f"{sample.name}: there are {len(sample.sounds)} sounds beside the words; one stereo sound is wanted.")
     path = inside(place, sample.name)
     words = None if sample.words is None else parse_words(sample.name, sample.words)
     atomic_write(path, sample.sounds[0])
@@ -156,7 +157,7 @@ def column(names: Sequence[str], role: str, columns: dict[str, str], where: Path
     wanted = (columns[role],) if role in columns else COLUMNS[role]
     found = [name for name in wanted if name in names]
     if not found and (needed or role in columns):
-        raise ValueError(
+        raise MoshiTTTError(
             f"{where}: there is no column {' or '.join(map(repr, wanted))} for the {role}; the columns are {', '.join(names)}. "
             f"Name the right one with data.columns: {{{role}: …}}."
         )

@@ -16,6 +16,7 @@ import sphn
 import torch
 
 from ..common.files import atomic_write
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..resampling import Resampler, resample, source_window
 
 # Part of every key of what is kept of sounds, codes, scores and results: raise it when the samples read from a file change.
@@ -31,14 +32,14 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = 24000, start: fl
     Raises FileNotFoundError, or ValueError naming the file when it is empty, unreadable, broken off, not finite, or ends before `start`.
     """
     if start < 0 or (duration is not None and duration <= 0):
-        raise ValueError(f"{path}: start is {start} and duration {duration}; start must be >= 0 and duration > 0 seconds.")
+        raise MoshiTTTError(f"{path}: start is {start} and duration {duration}; start must be >= 0 and duration > 0 seconds.")
     with _opened(path, sample_rate) as file:
         rate = file.samplerate
         length = math.ceil(file.frames * sample_rate / rate)  # in samples out, as first and last
         first = round(start * sample_rate)
         last = length if duration is None else min(round((start + duration) * sample_rate), length)
         if first >= length:
-            raise ValueError(f"{path}: start is {start} s, but the file ends at {file.frames / rate:.3f} s.")
+            raise MoshiTTTError(f"{path}: start is {start} s, but the file ends at {file.frames / rate:.3f} s.")
         begin, end, skip = source_window(rate, sample_rate, first, last)
         if file.format == "OGG":  # on its last page libsndfile finds other samples than those asked for
             for _ in _blocks(path, file, begin):
@@ -73,20 +74,20 @@ def _opened(path: str | os.PathLike[str], sample_rate: int) -> Iterator[soundfil
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such sound file.")
+        raise MoshiTTTOSError(f"{path}: there is no such sound file.")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the sound file is empty (0 bytes); replace it or leave it out.")
+        raise MoshiTTTError(f"{path}: the sound file is empty (0 bytes); replace it or leave it out.")
     try:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: the sound file cannot be read ({error.error_string.strip().rstrip('.')}).") from None
+        raise MoshiTTTError(f"{path}: the sound file cannot be read ({error.error_string.strip().rstrip('.')}).") from None
     with file:
         if file.frames <= 0:
-            raise ValueError(f"{path}: the sound file holds no samples; replace it or leave it out.")
+            raise MoshiTTTError(f"{path}: the sound file holds no samples; replace it or leave it out.")
         try:
             source_window(file.samplerate, sample_rate, 0, 0)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise MoshiTTTError(f"{path}: {error}") from None
         yield file
 
 
@@ -99,11 +100,11 @@ def _blocks(path: str | os.PathLike[str], file: soundfile.SoundFile, frames: int
             block = file.read(min(BLOCK, end - read), dtype="float32", always_2d=True)
         except soundfile.LibsndfileError:
             times = f"{read / file.samplerate:.2f} s of {file.frames / file.samplerate:.2f} s"
-            raise ValueError(f"{path}: the sound breaks off at {times}; copy the file again.") from None
+            raise MoshiTTTError(f"{path}: the sound breaks off at {times}; copy the file again.") from None
         if len(block) == 0:  # the end, or where a file of a format without checks breaks off
             return
         if not np.isfinite(block).all():
-            raise ValueError(f"{path}: the sound holds NaN or infinite samples.")
+            raise MoshiTTTError(f"{path}: the sound holds NaN or infinite samples.")
         read += len(block)
         yield np.ascontiguousarray(block.T)
 
@@ -112,9 +113,9 @@ def audio_duration(path: str | os.PathLike[str]) -> float:
     """Length of a sound file in seconds, as its header states it; ValueError naming the file when it is unreadable or holds no sound."""
     length = sphn.durations([str(path)])[0]
     if length is None:
-        raise ValueError(f"{path}: the sound file cannot be read (not WAV, FLAC, MP3 or OGG, or broken).")
+        raise MoshiTTTError(f"{path}: the sound file cannot be read (not WAV, FLAC, MP3 or OGG, or broken).")
     if length <= 0:
-        raise ValueError(f"{path}: the sound file holds no samples; replace it or leave it out.")
+        raise MoshiTTTError(f"{path}: the sound file holds no samples; replace it or leave it out.")
     return float(length)
 
 
@@ -124,9 +125,9 @@ def write_audio(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: 
     if samples.ndim == 1:
         samples = samples[None]
     if samples.ndim != 2 or samples.size == 0:
-        raise ValueError(f"{path}: samples must be [samples] or [channels, samples] and not empty, their shape is {samples.shape}.")
+        raise MoshiTTTError(f"{path}: samples must be [samples] or [channels, samples] and not empty, their shape is {samples.shape}.")
     if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: the samples to write hold NaN or infinite values.")
+        raise MoshiTTTError(f"{path}: the samples to write hold NaN or infinite values.")
     pcm = np.rint(np.clip(samples, -1.0, 1.0) * 32767.0).astype("<i2").T  # [samples, channels]
     atomic_write(path, _wav_bytes(pcm, sample_rate))
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..common.files import atomic_write, sha256
+from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER, ZERO, parse_word
 from .audio import READING, read_audio
 from .recordings import Recording
@@ -80,7 +81,7 @@ class CodesCache:
         samples = read_audio(recording.path, self.processor.sampling_rate)
         seconds = samples.shape[-1] / self.processor.sampling_rate
         if _breaks_off(recording, seconds):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{recording.path}: the sound breaks off at {seconds:.2f} s of {recording.duration:.2f} s; copy the file again."
             )
         codes = encode_stereo(self.processor, samples, recording.path)
@@ -113,7 +114,7 @@ def _states_length(path: Path) -> bool:
 def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
     """Codes [2, K, T] int16 of stereo samples [2, n]; ValueError for another number of channels."""
     if samples.shape[0] != 2:
-        raise ValueError(f"{name}: the recording has {samples.shape[0]} channels; it must have two, Moshi left and the user right.")
+        raise MoshiTTTError(f"{name}: the recording has {samples.shape[0]} channels; it must have two, Moshi left and the user right.")
     codes = processor.encode_audio(torch.from_numpy(samples))
     return codes.numpy().astype(np.int16)
 
@@ -143,7 +144,7 @@ def says_words(text: np.ndarray, padding_ids: Sequence[int]) -> bool:
 def _check_start(index: int, text: str, start: float, end: float, length: float) -> None:
     # nothing would remain of such a word, and with times in milliseconds the whole text would be padding
     if start < end and not 0 <= start < length:
-        raise ValueError(
+        raise MoshiTTTError(
             f"words[{index}] {text!r} stands at [{start:g}, {end:g}] s, outside the recording of {length:.2f} s; are the times in seconds?"
         )
 
@@ -152,7 +153,7 @@ def _check_speakers(speakers: set[str]) -> None:
     """Labels beside Moshi's may be any, as for moshi-finetune; but without Moshi's, an unknown one may well be Moshi under another name."""
     unknown = sorted(speakers - {MAIN_SPEAKER, USER_SPEAKER})
     if unknown and MAIN_SPEAKER not in speakers:
-        raise ValueError(
+        raise MoshiTTTError(
             f"the words' speakers are {', '.join(map(repr, unknown))} and none is {MAIN_SPEAKER!r}, so no text would be learned; "
             f"name Moshi {MAIN_SPEAKER!r} and the user {USER_SPEAKER!r} in the words."
         )

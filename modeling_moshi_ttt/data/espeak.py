@@ -8,6 +8,7 @@ import random
 import numpy as np
 import torch
 
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..resampling import resample
 
 SAMPLE_RATE = 24_000
@@ -23,7 +24,7 @@ class Espeak:
 
         self.library = ctypes.CDLL(str(espeakng_loader.get_library_path()))
         if self.library.espeak_Initialize(2, 0, str(espeakng_loader.get_data_path()).encode(), 0) != BLOCK_RATE:
-            raise OSError("espeak-ng did not start at 22,050 Hz; reinstall espeakng-loader")
+            raise MoshiTTTOSError("espeak-ng did not start at 22,050 Hz; reinstall espeakng-loader")
         self.blocks: list[np.ndarray] = []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self.callback = callback(self._collect)  # kept, or it is freed while the library still calls it
@@ -37,7 +38,7 @@ class Espeak:
     def say(self, text: str, voice: str, rate: int = 170, pitch: int = 50, spread: int = 50) -> np.ndarray:
         """Speech at 22,050 Hz, int16 [n]."""
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise ValueError(f"espeak-ng knows no voice {voice!r}")
+            raise MoshiTTTError(f"espeak-ng knows no voice {voice!r}")
         for parameter, value in ((1, rate), (3, pitch), (4, spread)):
             self.library.espeak_SetParameter(parameter, value, 0)
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the breath of some voices is noise

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 from ..common.settings import SEEDS, check_entries, check_numbers
+from ..errors_moshi_ttt import MoshiTTTError
 
 NUMBER = "number"
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -90,11 +91,11 @@ class ScriptSettings:
         check_numbers(self, voices=(1, len(VOICES)), renderings=1, talk_renderings=1)
         for kind in self.kinds:
             if kind not in KINDS:
-                raise ValueError(f"kinds holds {kind!r}; the kinds of facts are {', '.join(KINDS)}.")
+                raise MoshiTTTError(f"kinds holds {kind!r}; the kinds of facts are {', '.join(KINDS)}.")
         for name in ("facts", "digits", "lead", "start", "distance"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise ValueError(f"{name} is {bounds}, it must be a lowest and a highest.")
+                raise MoshiTTTError(f"{name} is {bounds}, it must be a lowest and a highest.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors_moshi_ttt import MoshiTTTError
 from ..evaluation.scoring import CodeSequence
 from .audio import audio_pieces
 from .recordings import Recording
@@ -23,13 +24,13 @@ def find_books(folder: str | Path) -> dict[str, list[Path]]:
     """Libri-Light: every folder below (or at) `folder` that holds flac files is one speaker reading one book; files in natural order."""
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; give <set>, <set>/<speaker> or <set>/<speaker>/<book> of Libri-Light")
+        raise MoshiTTTError(f"{root}: no such folder; give <set>, <set>/<speaker> or <set>/<speaker>/<book> of Libri-Light")
     books: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.flac"), key=natural_key):
         name = path.parent.relative_to(root).as_posix()
         books.setdefault(root.name if name == "." else name, []).append(path)
     if not books:
-        raise ValueError(f"{root}: holds no flac files; Libri-Light's layout is <set>/<speaker>/<book>/*.flac")
+        raise MoshiTTTError(f"{root}: holds no flac files; Libri-Light's layout is <set>/<speaker>/<book>/*.flac")
     return books
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..common.files import inside, parse_json, read_text
 from ..common.packaged import resolve
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 
 Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
@@ -36,7 +37,7 @@ def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, pro
     """
     path = Path(resolve("data", path))
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
+        raise MoshiTTTOSError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     found: list[str] = []
     recordings: list[Recording] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -46,9 +47,9 @@ def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, pro
             except (ValueError, OSError) as error:
                 found.append(f"{path}, line {number}: {error}")
     if not recordings and not found:
-        raise ValueError(f"{path}: the manifest is empty.")
+        raise MoshiTTTError(f"{path}: the manifest is empty.")
     if problems is None and found:
-        raise ValueError("\n".join(found))
+        raise MoshiTTTError("\n".join(found))
     if problems is not None:
         problems += found
     return recordings
@@ -58,15 +59,15 @@ def _read_line(manifest: Path, line: str, allow_outside: bool) -> Recording:
     try:
         entry = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"not JSON ({error}).") from None
+        raise MoshiTTTError(f"not JSON ({error}).") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise ValueError('a line must be {"path": "a.wav", "duration": seconds}.')
+        raise MoshiTTTError('a line must be {"path": "a.wav", "duration": seconds}.')
     duration = entry.get("duration")
     if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not (math.isfinite(duration) and duration > 0):
-        raise ValueError(f"duration is {duration!r}, it must be a number of seconds > 0.")
+        raise MoshiTTTError(f"duration is {duration!r}, it must be a number of seconds > 0.")
     sound = manifest.parent / entry["path"] if allow_outside else inside(manifest.parent, entry["path"])
     if not sound.is_file():
-        raise FileNotFoundError(f"there is no sound file {sound}.")
+        raise MoshiTTTOSError(f"there is no sound file {sound}.")
     return Recording(sound, float(duration), read_words(sound.with_suffix(".json")))
 
 
@@ -78,7 +79,7 @@ def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
     try:
         data = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: the words are not JSON ({error}).") from None
+        raise MoshiTTTError(f"{path}: the words are not JSON ({error}).") from None
     return parse_words(path, data)
 
 
@@ -97,7 +98,7 @@ def parse_words(path: str | os.PathLike[str], data: Any) -> tuple[Word, ...]:
     elif isinstance(data, list):
         items = data
     else:
-        raise ValueError(f'{path}: words must be {{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], …]}}.')
+        raise MoshiTTTError(f'{path}: words must be {{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], …]}}.')
     words = [_word(path, i, item) for i, item in enumerate(items)]
     return tuple(sorted(words, key=lambda word: word[1][0]))
 
@@ -113,7 +114,7 @@ def _utterance_words(path: Path, utterances: list[Any]) -> list[Any]:
                 label = (MAIN_SPEAKER, USER_SPEAKER)[channel]
                 items += _share_time(str(said["tts_text"] or ""), float(said["start_time"]), float(said["end_time"]), label)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{path}: utterance {index} is {utterance!r}; it must hold speaker_idx (0 or 1), tts_text, start_time and end_time."
             ) from None
     return items
@@ -135,7 +136,7 @@ def _word(path: Path, index: int, item: Any) -> Word:
         else:
             text, (start, end), speaker = item[0], map(float, item[1]), item[2]
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-        raise ValueError(f'{path}: word {index} is {item!r}, it must be ["word", [start, end], "speaker"].') from None
+        raise MoshiTTTError(f'{path}: word {index} is {item!r}, it must be ["word", [start, end], "speaker"].') from None
     if not (isinstance(text, str) and isinstance(speaker, str) and math.isfinite(start) and math.isfinite(end)):
-        raise ValueError(f"{path}: word {index} is {item!r}: text and speaker must be strings, times finite.")
+        raise MoshiTTTError(f"{path}: word {index} is {item!r}: text and speaker must be strings, times finite.")
     return text, (start, end), speaker

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from ..common.files import inside
 from ..common.hub import hub_errors
 from ..common.packaged import resolve
+from ..errors_moshi_ttt import MoshiTTTError
 from ..training.run_config import DataSettings
 from .archives import ARCHIVE_SUFFIXES, SOUND_SUFFIXES, add_parquet_words, read_archive
 from .audio import audio_duration
@@ -45,12 +46,12 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
             name, weight = part, 1.0
         name = name if sign and name else part
         if not 0 < weight < float("inf"):
-            raise ValueError(f"The source {part!r} has the weight {weight:g}; a weight must be above 0.")
+            raise MoshiTTTError(f"The source {part!r} has the weight {weight:g}; a weight must be above 0.")
         if any(os.path.normpath(name) == os.path.normpath(other) for other, _ in sources):
-            raise ValueError(f"The source {name!r} is named twice in {text!r}; name it once and give it the sum of the weights.")
+            raise MoshiTTTError(f"The source {name!r} is named twice in {text!r}; name it once and give it the sum of the weights.")
         sources.append((name, weight))
     if not sources:
-        raise ValueError(f'No source is named in {text!r}; write "data.jsonl" or "one.jsonl:2,two.jsonl:1".')
+        raise MoshiTTTError(f'No source is named in {text!r}; write "data.jsonl" or "one.jsonl:2,two.jsonl:1".')
     return sources
 
 
@@ -93,7 +94,7 @@ def _read(name: str, settings: DataSettings, store: Path, problems: list[str]) -
     if path.suffix in ARCHIVE_SUFFIXES and path.is_file():
         return read_archive(path, store / "unpacked", settings.columns, problems)
     if path.suffix != ".jsonl" and path.exists():
-        raise ValueError(f"The source {name!r} is no .jsonl manifest, no .tar or .parquet, no folder, and not hub:owner/name.")
+        raise MoshiTTTError(f"The source {name!r} is no .jsonl manifest, no .tar or .parquet, no folder, and not hub:owner/name.")
     return _read_manifest(path, settings, problems)
 
 
@@ -110,7 +111,7 @@ def _download(name: str, store: Path) -> Path:
     owner, _, rest = name.removeprefix(HUB).partition("/")
     repository, _, part = rest.partition("/")
     if not owner or not repository:
-        raise ValueError(f"The source {name!r} names no data set: write hub:owner/name, or hub:owner/name/folder for a part of it.")
+        raise MoshiTTTError(f"The source {name!r} names no data set: write hub:owner/name, or hub:owner/name/folder for a part of it.")
     target = store / owner / repository
     below = str(PurePosixPath(part).parent) if PurePosixPath(part).suffix == ".jsonl" else part
     if PurePosixPath(below).suffix in ARCHIVE_SUFFIXES:
@@ -123,7 +124,7 @@ def _download(name: str, store: Path) -> Path:
         HfApi().snapshot_download(f"{owner}/{repository}", repo_type="dataset", local_dir=target, allow_patterns=wanted)
     path = inside(target, part) if part else target
     if not path.exists():
-        raise ValueError(f"The source {name!r}: the data set {owner}/{repository} holds no sounds, manifest or archive under {part!r}.")
+        raise MoshiTTTError(f"The source {name!r}: the data set {owner}/{repository} holds no sounds, manifest or archive under {part!r}.")
     return path
 
 
@@ -144,7 +145,7 @@ def _read_folder(folder: Path, settings: DataSettings, store: Path, problems: li
         except ValueError as error:
             problems.append(str(error))
     if not recordings and not problems:
-        raise ValueError(
+        raise MoshiTTTError(
             f"{folder}: there is no sound file ({', '.join(SOUND_SUFFIXES)}), no .jsonl manifest and no .tar or .parquet in this folder."
         )
     return recordings

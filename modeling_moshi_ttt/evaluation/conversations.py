@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.audio import read_audio
 from ..data.recordings import MAIN_SPEAKER, Recording
+from ..errors_moshi_ttt import MoshiTTTError
 from .dialogue import Behaviour, summarise
 from .dialogue import measure as measure_behaviour
 
@@ -38,7 +39,7 @@ def measure(
     for number, recording in enumerate(progress(recordings)):
         samples = read_audio(recording.path, rate, 0.0, max_seconds)
         if len(samples) != 2:
-            raise ValueError(f"{recording.path}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right")
+            raise MoshiTTTError(f"{recording.path}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right")
         words = " ".join(word for word, (start, _), who in recording.words or () if who == MAIN_SPEAKER and start < max_seconds)
         transcript = words if recording.words is not None else None
         found["reference"].append(measure_behaviour(samples, rate, transcript, transcript))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_moshi_ttt import MoshiTTTError
 from .voice import IndistinctVoice, Segment, voice_activity
 
 LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
@@ -80,7 +81,7 @@ def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
 def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, reference: str | None = None) -> Behaviour:
     """Behaviour of a stereo recording `samples` [2, N] (Moshi left, user right), with what its text stream said and should have said."""
     if samples.ndim != 2 or samples.shape[0] != 2:
-        raise ValueError(f"measure: samples must be stereo [2, N] with Moshi on the left, their shape is {samples.shape}")
+        raise MoshiTTTError(f"measure: samples must be stereo [2, N] with Moshi on the left, their shape is {samples.shape}")
     duration = samples.shape[1] / sample_rate
     turns: dict[str, Any] = {"reply_delays": [], "unanswered": 0, "greeting": None, "overlap": None, "silence": None}
     try:
@@ -116,7 +117,7 @@ def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | str | None]:
     Conversations of which nothing is known of who spoke when count in the words alone; "withheld" says how many, and why the first.
     """
     if not behaviours:
-        raise ValueError("summarise: no recordings; check the manifest")
+        raise MoshiTTTError("summarise: no recordings; check the manifest")
     known = [b for b in behaviours if b.withheld is None]
     delays = [delay for b in known for delay in b.reply_delays]
     turns = len(delays) + sum(b.unanswered for b in known)

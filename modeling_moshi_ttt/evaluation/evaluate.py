@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
 from ..data.facts import KINDS, ScriptSettings
+from ..errors_moshi_ttt import MoshiTTTError
 from .recall import RecallSettings
 
 SECTIONS = ("zero_shot", "long_context", "inner_loss", "dialogue", "spoken_recall", "recall")
@@ -35,10 +36,10 @@ class ZeroShotTask:
 
     def __post_init__(self) -> None:
         if self.task not in SPLITS and self.split != "dev":
-            raise ValueError(f"split is {self.split!r}, but {self.task} has none (only {' and '.join(SPLITS)} have); leave it out.")
+            raise MoshiTTTError(f"split is {self.split!r}, but {self.task} has none (only {' and '.join(SPLITS)} have); leave it out.")
         if self.parts is not None:
             if self.task != "salmon":
-                raise ValueError(f"parts is {self.parts!r}, but {self.task} has none (only salmon has); leave it out.")
+                raise MoshiTTTError(f"parts is {self.parts!r}, but {self.task} has none (only salmon has); leave it out.")
             check_entries("parts", self.parts)
 
 
@@ -68,7 +69,7 @@ class ZeroShotSettings:
         check_entries("tasks", [task.task for task in self.tasks])
         check_numbers(self, semantic_weight=0, acoustic_weight=0)
         if self.semantic_weight == self.acoustic_weight == 0:
-            raise ValueError("semantic_weight and acoustic_weight are both 0, so nothing would be scored; give one of them a weight.")
+            raise MoshiTTTError("semantic_weight and acoustic_weight are both 0, so nothing would be scored; give one of them a weight.")
 
 
 @dataclass
@@ -88,7 +89,7 @@ class RecordingsSettings:
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.manifest is None):
-            raise ValueError(f"folder is {self.folder} and manifest {self.manifest}; recordings come from one of them: give one.")
+            raise MoshiTTTError(f"folder is {self.folder} and manifest {self.manifest}; recordings come from one of them: give one.")
         check_numbers(self, max_recordings=1, max_frames=1)
 
 
@@ -182,10 +183,10 @@ class SpokenRecallSettings:
         for name, known in (("conditions", SPOKEN_CONDITIONS), ("modes", MODES)):
             for entry in getattr(self, name):
                 if entry not in known:
-                    raise ValueError(f"{name} holds {entry!r}; choose from {', '.join(known)}.")
+                    raise MoshiTTTError(f"{name} holds {entry!r}; choose from {', '.join(known)}.")
         twice = [name for name in self.beside if name in self.conditions]
         if twice:
-            raise ValueError(f"beside holds {twice[0]!r}, the name of a condition; give the model another name.")
+            raise MoshiTTTError(f"beside holds {twice[0]!r}, the name of a condition; give the model another name.")
         ScriptSettings(kinds=self.kinds, facts=self.facts, digits=self.digits)  # checks them
 
 
@@ -220,9 +221,11 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         check_numbers(self, batch_size=1, seed=SEEDS)
         if not self.sections:
-            raise ValueError(f"no section is given, so nothing would run; give some of {', '.join(SECTIONS)} (recall={{}} needs no more).")
+            raise MoshiTTTError(
+                f"no section is given, so nothing would run; give some of {', '.join(SECTIONS)} (recall={{}} needs no more)."
+            )
         if self.model is None and (self.adapter is not None or set(self.sections) != {"recall"}):
-            raise ValueError("model is missing; give model=FOLDER (a checkpoint in our layout) or a Hub name")
+            raise MoshiTTTError("model is missing; give model=FOLDER (a checkpoint in our layout) or a Hub name")
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
     places = [f"{name} is given for the output {settings.output}" for settings in runs for name in settings.sections]
     for number, place in enumerate(places):
         if place in places[:number]:
-            raise ValueError(f"{place} by two files; give each an output folder of its own.")
+            raise MoshiTTTError(f"{place} by two files; give each an output folder of its own.")
     from .runner import check, run_evaluation
 
     for settings in runs[1:]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors_moshi_ttt import MoshiTTTError
 from .scoring import CodeSequence, check_sequences, collate
 
 CURVES = ("initial", "before", "after")
@@ -40,7 +41,7 @@ def inner_losses(model: Any, sequence: CodeSequence, chunk: int | None = None) -
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Running mean over `width` points [N] -> [N - width + 1]; over all of them where there are fewer."""
     if width < 1:
-        raise ValueError(f"smooth is {width}; it must be at least 1 point")
+        raise MoshiTTTError(f"smooth is {width}; it must be at least 1 point")
     width = min(width, len(values))
     sums = np.cumsum(np.concatenate([[0.0], values]))
     return (sums[width:] - sums[:-width]) / width
@@ -60,12 +61,12 @@ def gates(model: Any) -> dict[int, dict[str, float]]:
 def measure(model: Any, recordings: Mapping[str, CodeSequence], width: int = 10) -> dict[str, Any]:
     """Curves of every TTT layer, averaged over the recordings as far as the shortest reaches."""
     if not model.config.ttt_layers:
-        raise ValueError("inner loss: the model has no TTT layers (ttt_layers is empty)")
+        raise MoshiTTTError("inner loss: the model has no TTT layers (ttt_layers is empty)")
     if not recordings:
-        raise ValueError("inner loss: no recordings; check the folder or the manifest")
+        raise MoshiTTTError("inner loss: no recordings; check the folder or the manifest")
     size, shortest = model.config.ttt_mini_batch_size, min(recordings, key=lambda name: recordings[name].moshi.shape[-1])
     if recordings[shortest].moshi.shape[-1] < size:
-        raise ValueError(f"{shortest}: shorter than one mini-batch of {size} frames; leave it out")
+        raise MoshiTTTError(f"{shortest}: shorter than one mini-batch of {size} frames; leave it out")
     found = [inner_losses(model, sequence) for sequence in recordings.values()]
     layers, gate = {}, gates(model)
     for layer in model.config.ttt_layers:

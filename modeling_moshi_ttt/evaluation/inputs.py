@@ -10,6 +10,7 @@ from typing import Any
 from ..data import long_recordings as books
 from ..data.audio import READING
 from ..data.recordings import Recording, read_manifest
+from ..errors_moshi_ttt import MoshiTTTError
 from . import spoken_recall, zero_shot
 from .contents import content
 from .evaluate import RecordingsSettings
@@ -23,7 +24,7 @@ def long_recordings(section: RecordingsSettings) -> dict[str, list[Path] | Recor
     else:
         for recording in read_manifest(section.manifest, allow_outside=True):  # type: ignore[arg-type]
             if recording.path.name in found:
-                raise ValueError(f"{section.manifest}: two recordings are named {recording.path.name}; give each its own name")
+                raise MoshiTTTError(f"{section.manifest}: two recordings are named {recording.path.name}; give each its own name")
             found[recording.path.name] = recording
     return dict(list(found.items())[: section.max_recordings])
 

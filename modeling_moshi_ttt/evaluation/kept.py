@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import of_shape, read_json
+from ..errors_moshi_ttt import MoshiTTTError
 
 MEASURED_AGAIN = "remove it, and what it held is measured again"
 
@@ -16,7 +17,7 @@ def read_kept(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except ValueError as error:
-        raise ValueError(f"{error}; {MEASURED_AGAIN}") from None
+        raise MoshiTTTError(f"{error}; {MEASURED_AGAIN}") from None
 
 
 def kept_shape(path: Path, part: str = "") -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..delay_pattern import delay, undelay
+from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import ZERO
 from .scoring import CodeSequence, check_sequences, collate, gather_log_probs
 from .statistics import bootstrap_interval, paired_test
@@ -28,7 +29,7 @@ STREAMS = ("text", "semantic", "acoustic")
 def condition_parameters(model: Any, condition: str) -> dict[str, Tensor]:
     """The parameters that stand in for the model's own under a condition; the model itself is not touched."""
     if condition not in CONDITIONS:
-        raise ValueError(f"condition {condition!r} is unknown; choose from {', '.join(CONDITIONS)}")
+        raise MoshiTTTError(f"condition {condition!r} is unknown; choose from {', '.join(CONDITIONS)}")
     changed: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if condition == GATE_ZERO and name.endswith("gating_alpha") or condition == FROZEN and name.endswith("learnable_ttt_lr_weight"):
@@ -87,7 +88,7 @@ def stream_losses(
 def _chunks(frames: int, chunk: int, stop: int) -> list[tuple[int, int]]:
     """Pieces of at most `chunk` frames that also end at every multiple of `stop`."""
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1 frame")
+        raise MoshiTTTError(f"chunk is {chunk}; it must be at least 1 frame")
     ends = sorted({*range(chunk, frames, chunk), *range(stop, frames, stop), frames})
     return list(zip([0, *ends[:-1]], ends))
 
@@ -224,21 +225,21 @@ def _paired(
 def check_conditions(conditions: Sequence[str]) -> None:
     """Raise a ValueError for a condition that is unknown, or where TTT is missing."""
     if TTT not in conditions:
-        raise ValueError(f"conditions is {list(conditions)}; it must hold {TTT!r}, which the others are compared with")
+        raise MoshiTTTError(f"conditions is {list(conditions)}; it must hold {TTT!r}, which the others are compared with")
     for condition in conditions:
         if condition not in CONDITIONS:
-            raise ValueError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}")
+            raise MoshiTTTError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}")
 
 
 def check_books(books: Mapping[str, CodeSequence], window: int | None, conditions: Sequence[str]) -> None:
     """Raise a ValueError where the protocol could say nothing."""
     if window is None:
-        raise ValueError("long context: the model's attention has no window (`sliding_window` is null), so nothing lies beyond it")
+        raise MoshiTTTError("long context: the model's attention has no window (`sliding_window` is null), so nothing lies beyond it")
     if not books:
-        raise ValueError("long context: no recordings; check the folder or the manifest")
+        raise MoshiTTTError("long context: no recordings; check the folder or the manifest")
     check_conditions(conditions)
     for name, book in books.items():
         if book.moshi.shape[-1] <= window:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{name}: {book.moshi.shape[-1]} frames, no more than the attention window of {window}; leave it out or give a longer one"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import inside, of_shape, read_json, read_log
+from ..errors_moshi_ttt import MoshiTTTError
 from .plots import FIGURES, draw, drawable, save
 
 UNDRAWN = "it cannot be drawn; give a file as `moshi-ttt` evaluate, recall or train wrote it"
@@ -16,12 +17,12 @@ def read_results(path: str | Path) -> dict[str, Any]:
     """A result file; a trainer's log (one JSON object a line) becomes a "training" result."""
     source = Path(path)
     if source.is_dir():
-        raise ValueError(f"{source} is a folder; name the result file in it")
+        raise MoshiTTTError(f"{source} is a folder; name the result file in it")
     if source.suffix != ".jsonl":
         return read_json(source)
     result = training_result(read_log(source))
     if not result["panels"]:
-        raise ValueError(f"{source}: the log holds no numbers with a step; it cannot be drawn")
+        raise MoshiTTTError(f"{source}: the log holds no numbers with a step; it cannot be drawn")
     return result
 
 
@@ -51,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
         with of_shape(str(path), UNDRAWN):
             parts = list(drawable(results, path.stem))
         if not parts:
-            raise ValueError(f"{path}: holds nothing that can be drawn (kinds: {', '.join(FIGURES)})")
+            raise MoshiTTTError(f"{path}: holds nothing that can be drawn (kinds: {', '.join(FIGURES)})")
         for part, data in parts:
             stem = inside(args.output or path.parent, part)
             before = places.setdefault(stem, path)
             if before != path:
-                raise ValueError(f"{before} and {path} would both be drawn to {part} in {args.output}; give each an --output of its own")
+                raise MoshiTTTError(f"{before} and {path} would both be drawn to {part} in {args.output}; give each an --output of its own")
             with of_shape(f"{path}, {part}", UNDRAWN):
                 written = save(draw(data), stem)
             print(*written, sep="\n")

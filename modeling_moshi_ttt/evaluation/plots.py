@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..common.files import atomic_write
+from ..errors_moshi_ttt import MoshiTTTError
 from . import recall, spoken_recall
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
@@ -38,7 +39,7 @@ def draw(data: dict[str, Any]) -> Figure:
     if kind not in FIGURES:
         near = difflib.get_close_matches(str(kind), FIGURES, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it must be one of {', '.join(FIGURES)}."
-        raise ValueError(f"kind: {kind!r} cannot be drawn; {hint}")
+        raise MoshiTTTError(f"kind: {kind!r} cannot be drawn; {hint}")
     with matplotlib.rc_context(STYLE):
         return FIGURES[kind](data)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..common.files import atomic_write
 from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
+from ..errors_moshi_ttt import MoshiTTTError
 
 KEYS = 50  # that there are, and so the most pairs
 LAYERS = 2  # of every model that is trained
@@ -117,7 +118,7 @@ class RecallSettings:
         for name in ("train_distances", "train_told_after"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise ValueError(f"{name} is {bounds}, it must be a lowest and a highest.")
+                raise MoshiTTTError(f"{name} is {bounds}, it must be a lowest and a highest.")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +170,7 @@ def resume(settings: RecallSettings) -> dict[str, Any]:
         return {**facts, "runs": [], **about}
     results = read_kept(target)
     if {"told_after": [0], "train_told_after": [0, 0]} | (results.get("settings") or {}) != kept:
-        raise ValueError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
+        raise MoshiTTTError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
     with kept_shape(target):
         summary(results)  # reads most of it
     return results

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..tokens_moshi_ttt import IGNORED, ZERO
 from .recall import KEYS, LAYERS, share_within_reach
@@ -41,7 +42,7 @@ def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator,
     key.
     """
     if not 1 <= pairs <= KEYS or distance < 0 or told_after < 0:
-        raise ValueError(
+        raise MoshiTTTError(
             f"pairs is {pairs}, distance {distance} and told_after {told_after}; pairs must be 1 to {KEYS}, the others at least 0"
         )
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # [B, P], no key twice

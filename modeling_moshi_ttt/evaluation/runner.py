@@ -23,6 +23,7 @@ from ..common.hub import local_folder
 from ..data import long_recordings as books
 from ..data.audio import READING
 from ..data.recordings import Recording
+from ..errors_moshi_ttt import MoshiTTTError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 from . import conversations, inner_loss, inputs, long_context, recall, spoken_recall, zero_shot
@@ -42,7 +43,9 @@ class Subject:
         self.adapter = local_folder(settings.adapter) if settings.adapter else None
         self.device = _device(settings.device)
         if self.folder is not None and is_adapter(self.folder):  # transformers would load another model in silence, the adapter's base
-            raise ValueError(f"{self.folder} is an adapter, no whole model; give model=BASE adapter={self.folder}, or merge the two first.")
+            raise MoshiTTTError(
+                f"{self.folder} is an adapter, no whole model; give model=BASE adapter={self.folder}, or merge the two first."
+            )
         self.ttt = self._ttt() if self.folder is not None else {}
 
     @cached_property
@@ -101,7 +104,9 @@ def _device(name: str) -> str:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
-        raise ValueError(f"device is {name!r}, which cannot be used here ({str(error).splitlines()[0]}); give auto, cpu or cuda.") from None
+        raise MoshiTTTError(
+            f"device is {name!r}, which cannot be used here ({str(error).splitlines()[0]}); give auto, cpu or cuda."
+        ) from None
     return name
 
 
@@ -177,7 +182,7 @@ def _open_results(output: Path, subject: Subject) -> dict[str, Any]:
     if not fingerprint:
         results["model"] = about  # so far the folder holds what needs no model
     elif about["fingerprint"] and fingerprint != about["fingerprint"]:
-        raise ValueError(
+        raise MoshiTTTError(
             f"{path}: holds results of another model ({name}, {fingerprint[:12]}; "
             f"this one is {about['name']}, {about['fingerprint'][:12]}); choose another output folder"
         )
@@ -268,7 +273,7 @@ def _before(settings: EvaluateSettings, section: Any) -> Subject:
     try:
         return Subject(replace(settings, model=section.before, adapter=None))
     except ValueError as error:
-        raise ValueError(f"dialogue.before: {error}") from None
+        raise MoshiTTTError(f"dialogue.before: {error}") from None
 
 
 def _spoken_recall(subject: Subject, section: Any, settings: EvaluateSettings, show_progress: bool) -> dict[str, Any]:
@@ -287,7 +292,7 @@ def _beside(settings: EvaluateSettings, section: Any) -> dict[str, Subject]:
         try:
             found[name] = Subject(replace(settings, model=model, adapter=None))
         except ValueError as error:
-            raise ValueError(f"spoken_recall.beside, {name}: {error}") from None
+            raise MoshiTTTError(f"spoken_recall.beside, {name}: {error}") from None
     return found
 
 

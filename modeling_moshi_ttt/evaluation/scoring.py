@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..delay_pattern import delay, undelay
+from ..errors_moshi_ttt import MoshiTTTError
 from ..resampling import resample
 from ..tokens_moshi_ttt import ZERO
 
@@ -41,7 +42,7 @@ class ScoreWeights:
     def __post_init__(self) -> None:
         values = (self.semantic, self.acoustic, self.text)
         if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) == 0:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"score weights are semantic {values[0]}, acoustic {values[1]}, text {values[2]}; they must be >= 0 and not all 0"
             )
 
@@ -62,10 +63,10 @@ class StreamSums:
         total = math.fsum(w * s for w, s in zip(factors, self.sums))
         weight = math.fsum(w * n for w, n in zip(factors, self.tokens))
         if weight == 0:
-            raise ValueError(f"no token has a weight: tokens of text and codebooks are {self.tokens}, their weights {factors}")
+            raise MoshiTTTError(f"no token has a weight: tokens of text and codebooks are {self.tokens}, their weights {factors}")
         score = total / weight if mean else total
         if not math.isfinite(score):
-            raise ValueError(f"the log-likelihood is {score}; the model's numbers are broken, and no score is made of them")
+            raise MoshiTTTError(f"the log-likelihood is {score}; the model's numbers are broken, and no score is made of them")
         return score
 
 
@@ -132,16 +133,16 @@ def collate(config: Any, batch: Sequence[CodeSequence], device: torch.device | s
 def check_sequences(config: Any, batch: Sequence[CodeSequence]) -> None:
     """Raise a ValueError that names the recording and what does not fit."""
     if not batch:
-        raise ValueError("no sequences to score")
+        raise MoshiTTTError("no sequences to score")
     for number, sequence in enumerate(batch):
         frames = sequence.moshi.shape[-1]
         shapes = {"moshi": (config.num_codebooks, frames), "user": (config.num_user_codebooks, frames), "text": (frames,)}
         for name, shape in shapes.items():
             stream = getattr(sequence, name)
             if stream is not None and tuple(stream.shape) != shape:
-                raise ValueError(f"sequence {number}: {name} has shape {tuple(stream.shape)}, it must be {shape}")
+                raise MoshiTTTError(f"sequence {number}: {name} has shape {tuple(stream.shape)}, it must be {shape}")
         if frames == 0:
-            raise ValueError(f"sequence {number}: holds no frames; the audio is shorter than one frame of 80 ms")
+            raise MoshiTTTError(f"sequence {number}: holds no frames; the audio is shorter than one frame of 80 ms")
 
 
 def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -151,7 +152,7 @@ def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list
         quicker.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        raise MoshiTTTError(f"batch_size is {batch_size}; it must be at least 1")
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         last = batches[-1] if batches else []
@@ -201,9 +202,9 @@ class SpeechScorer:
         sample_rate: int = 24000,
     ) -> None:
         if user not in ("absent", "silence"):
-            raise ValueError(f"user is {user!r}; it must be 'absent' or 'silence'")
+            raise MoshiTTTError(f"user is {user!r}; it must be 'absent' or 'silence'")
         if text != "absent" and not (isinstance(text, int) and 0 <= text < model.config.vocab_size):
-            raise ValueError(f"text is {text!r}; it must be 'absent' or a text id below {model.config.vocab_size}")
+            raise MoshiTTTError(f"text is {text!r}; it must be 'absent' or a text id below {model.config.vocab_size}")
         self.model, self.encode, self.weights, self.user, self.text = model, encode, weights, user, text
         self.batch_size, self.sample_rate = batch_size, sample_rate
 
@@ -250,7 +251,7 @@ class SpeechScorer:
             ValueError: shapes or lengths that do not fit, or another modality.
         """
         if used_token_modality not in (None, "SPEECH"):
-            raise ValueError(f"used_token_modality is {used_token_modality!r}; speech alone is scored: leave it out or say 'SPEECH'")
+            raise MoshiTTTError(f"used_token_modality is {used_token_modality!r}; speech alone is scored: leave it out or say 'SPEECH'")
         waves = [resample(wave.float().cpu(), self.sample_rate, 24000).numpy() for wave in _unpadded(wavs, lens)]
         scores = [found.score(self.weights, mean_nll) for found in self.score_waves(waves)]
         return torch.tensor(scores, device=self.device)
@@ -261,11 +262,13 @@ def _unpadded(wavs: Tensor | Sequence[Tensor], lens: Tensor | None) -> list[Tens
     if not isinstance(wavs, Tensor):
         wrong = next((tuple(wave.shape) for wave in wavs if wave.dim() not in (1, 2) or (wave.dim() == 2 and len(wave) != 1)), None)
         if wrong is not None or lens is not None:
-            raise ValueError(f"wavs holds a wave of shape {wrong}, lens is {lens}; a list holds waves [N] or [1, N] and comes without lens")
+            raise MoshiTTTError(
+                f"wavs holds a wave of shape {wrong}, lens is {lens}; a list holds waves [N] or [1, N] and comes without lens"
+            )
         return [wave.reshape(-1) for wave in wavs]
     if wavs.dim() != 2:
-        raise ValueError(f"wavs has shape {tuple(wavs.shape)}; it must be [B, N]")
+        raise MoshiTTTError(f"wavs has shape {tuple(wavs.shape)}; it must be [B, N]")
     ends = [wavs.shape[1]] * len(wavs) if lens is None else [int(end) for end in lens]
     if len(ends) != len(wavs) or not all(0 < end <= wavs.shape[1] for end in ends):
-        raise ValueError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
+        raise MoshiTTTError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
     return [wave[:end] for wave, end in zip(wavs, ends)]

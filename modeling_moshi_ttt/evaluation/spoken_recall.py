@@ -24,6 +24,7 @@ from ..data.audio import read_audio
 from ..data.facts import DIGITS, HELD_OUT_VOICES, VALUES, VOICES, Fact, ScriptSettings
 from ..data.recordings import Recording, read_manifest
 from ..data.spoken_dialogues import Question, Script, speak
+from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE, ZERO
 from .evaluate import SpokenRecallSettings
 from .long_context import condition_parameters
@@ -62,11 +63,11 @@ def read_questions(recording: Recording) -> list[Question]:
             before = tuple(tuple(value) for value in item.get("before", []))
             one = Question(Fact(item["kind"], tuple(item["value"])), before, float(item["told"]), float(item["asked"]))
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError(
+            raise MoshiTTTError(
                 f'{path}: questions[{index}] is {item!r}; it must hold "kind", "value" (words), "told" and "asked" (seconds).'
             ) from None
         if not 0 <= one.told < one.asked <= recording.duration:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{path}: questions[{index}] is told at {one.told:g} s and asked at {one.asked:g} s of {recording.duration:g} s; "
                 "a fact must be told before it is asked, and both within the recording."
             )
@@ -78,7 +79,7 @@ def recordings(section: SpokenRecallSettings) -> list[tuple[Recording, list[Ques
     """What a manifest holds; ValueError where nothing in it is asked."""
     found = [(one, read_questions(one)) for one in read_manifest(section.manifest, allow_outside=True)]  # type: ignore[arg-type]
     if not any(questions for _, questions in found):
-        raise ValueError(f'{section.manifest}: no recording has "questions" in the .json beside it, so there is nothing to recall.')
+        raise MoshiTTTError(f'{section.manifest}: no recording has "questions" in the .json beside it, so there is nothing to recall.')
     return found
 
 
@@ -114,7 +115,7 @@ def _scripts(section: SpokenRecallSettings, seed: int) -> Iterator[tuple[str, Sc
 
 def _heard(name: str, processor: Any, samples: np.ndarray, words: Any, questions: Sequence[Question]) -> Heard:
     if len(samples) != 2:
-        raise ValueError(f"{name}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right.")
+        raise MoshiTTTError(f"{name}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right.")
     frames = processor(torch.from_numpy(samples), sampling_rate=processor.sampling_rate, words=words)
     return Heard(name, frames["user_audio_codes"][0], frames["moshi_audio_codes"][0], frames["input_ids"][0], questions)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from ..errors_moshi_ttt import MoshiTTTError
+
 RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -20,7 +22,7 @@ def bootstrap_interval(
     """
     sample = np.asarray(values, dtype=np.float64)  # [N]
     if sample.size == 0:
-        raise ValueError("bootstrap_interval: values is empty; there is nothing to average")
+        raise MoshiTTTError("bootstrap_interval: values is empty; there is nothing to average")
     if sample.size == 1:  # which scipy refuses
         return float(sample[0]), float(sample[0])
     # as many resamples at a time as fit in a few megabytes: N may be 40,000 pairs
@@ -39,7 +41,7 @@ def paired_test(
     """
     sample = np.asarray(differences, dtype=np.float64)  # [N]
     if sample.size == 0 or not np.isfinite(sample).all():
-        raise ValueError(f"paired_test: differences must be finite and not empty, got {sample.tolist()[:5]}")
+        raise MoshiTTTError(f"paired_test: differences must be finite and not empty, got {sample.tolist()[:5]}")
     mean, pairs = float(sample.mean()), int(sample.size)
     if pairs < 2:
         return {"mean": mean, "interval": None, "p": None, "pairs": pairs}

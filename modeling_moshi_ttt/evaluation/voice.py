@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors_moshi_ttt import MoshiTTTError
+
 Segment = tuple[float, float]  # (start, end) in seconds
 
 STEP = 0.02  # seconds, the grain of voice activity
@@ -41,7 +43,7 @@ def voice_activity(samples: np.ndarray, sample_rate: int) -> list[Segment]:
         IndistinctVoice: the noise is too loud or too much like the voice, or never pauses.
     """
     if samples.ndim != 1:
-        raise ValueError(f"voice_activity: samples must be one channel [N], their shape is {samples.shape}")
+        raise MoshiTTTError(f"voice_activity: samples must be one channel [N], their shape is {samples.shape}")
     step = round(STEP * sample_rate)
     samples = samples[: len(samples) // step * step].astype(np.float64)
     if len(samples) == 0:

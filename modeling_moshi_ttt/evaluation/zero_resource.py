@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import atomic_write
+from ..errors_moshi_ttt import MoshiTTTError
 from .statistics import bootstrap_interval
 
 CHANCE = 0.5
@@ -89,7 +90,7 @@ def read_storycloze(folder: str | Path) -> list[Pair]:
     for path in _audio_files(root):
         match = re.fullmatch(r"(\d+)_(.+)_(correct|incorrect)", path.stem)
         if match is None:
-            raise ValueError(f"{path}: the name must be <number>_<uuid>_correct or <number>_<uuid>_incorrect")
+            raise MoshiTTTError(f"{path}: the name must be <number>_<uuid>_correct or <number>_<uuid>_incorrect")
         _once(sides[match[2]], match[3], path)
     return [
         Pair((uuid,), "", found["correct"], found["incorrect"])
@@ -104,7 +105,7 @@ def read_salmon(folder: str | Path, parts: Sequence[str] = SALMON_PARTS) -> list
     pairs: list[Pair] = []
     for part in parts:
         if part not in SALMON_PARTS:
-            raise ValueError(f"parts: {part!r} is no part of SALMon; choose from {', '.join(SALMON_PARTS)}")
+            raise MoshiTTTError(f"parts: {part!r} is no part of SALMon; choose from {', '.join(SALMON_PARTS)}")
         pairs += _salmon_part(_existing_folder(root / part), part)
     return pairs
 
@@ -114,12 +115,12 @@ def _salmon_part(root: Path, part: str) -> list[Pair]:
     for path in _audio_files(root):
         match = re.fullmatch(r"sample_(\d+)_(\d+)", path.stem)
         if match is None:
-            raise ValueError(f"{path}: the name must be sample_<index>_<i>")
+            raise MoshiTTTError(f"{path}: the name must be sample_<index>_<i>")
         _once(sides[int(match[1])], int(match[2]), path)
     pairs = []
     for index, found in sorted(sides.items()):
         if len(found) != 2:
-            raise ValueError(f"{root}: sample {index} has {len(found)} files, and a pair is 2; restore the folder or remove the sample")
+            raise MoshiTTTError(f"{root}: sample {index} has {len(found)} files, and a pair is 2; restore the folder or remove the sample")
         positive, negative = (found[i] for i in sorted(found))
         pairs.append(Pair((part, str(index)), "", positive, negative, part))
     return pairs
@@ -133,9 +134,9 @@ def frequency_band(frequency: str, where: str) -> str:
     try:
         count = float(text)
     except ValueError:
-        raise ValueError(f"{where}: frequency {frequency!r} is no number") from None
+        raise MoshiTTTError(f"{where}: frequency {frequency!r} is no number") from None
     if not count >= 0:
-        raise ValueError(f"{where}: frequency {frequency!r} is negative")
+        raise MoshiTTTError(f"{where}: frequency {frequency!r} is negative")
     return next((name for name, edge in FREQUENCY_BANDS.items() if count < edge), "100+")
 
 
@@ -153,7 +154,7 @@ def accuracy(pairs: Sequence[Pair], scores: Mapping[Path, float], seed: int = 0)
     A file without a score, or with one that is not finite, is an error of the run: it never decides a pair.
     """
     if not pairs:
-        raise ValueError("accuracy: no pairs; check the folder and the split")
+        raise MoshiTTTError("accuracy: no pairs; check the folder and the split")
     outcomes: dict[tuple[str, ...], list[float]] = defaultdict(list)
     groups: dict[str, dict[tuple[str, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
@@ -173,10 +174,10 @@ def _summary(items: Mapping[tuple[str, ...], list[float]], seed: int) -> dict[st
 
 def _finite(scores: Mapping[Path, float], path: Path) -> float:
     if path not in scores:
-        raise ValueError(f"{path}: has no score; score every file of the task before asking for accuracies")
+        raise MoshiTTTError(f"{path}: has no score; score every file of the task before asking for accuracies")
     value = float(scores[path])
     if not math.isfinite(value):
-        raise ValueError(f"{path}: its score is {value}; a score must be finite, so the run has an error to find")
+        raise MoshiTTTError(f"{path}: its score is {value}; a score must be finite, so the run has an error to find")
     return value
 
 
@@ -197,7 +198,7 @@ def write_submission(path: str | Path, scores: Mapping[Path, float]) -> Path:
     lines = sorted(f"{audio.stem} {_finite(scores, audio)!r}" for audio in scores)
     names = [line.split(" ")[0] for line in lines]
     if len(set(names)) != len(names):
-        raise ValueError(f"{path}: two audio files share a name; a submission holds one split of one task")
+        raise MoshiTTTError(f"{path}: two audio files share a name; a submission holds one split of one task")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, "\n".join(lines) + "\n")
@@ -209,7 +210,7 @@ def write_submission(path: str | Path, scores: Mapping[Path, float]) -> Path:
 
 def _existing_folder(root: Path) -> Path:
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; give the unpacked benchmark")
+        raise MoshiTTTError(f"{root}: no such folder; give the unpacked benchmark")
     return root
 
 
@@ -218,7 +219,7 @@ def _split_folder(folder: Path, task: str, split: str) -> Path:
     for candidate in (folder / task / split, folder / split, folder):
         if (candidate / "gold.csv").is_file():
             return candidate
-    raise ValueError(
+    raise MoshiTTTError(
         f"{folder}: found no gold.csv in {task}/{split}, {split} or the folder itself; give the unpacked benchmark, and a split that has one "
         "(dev; test has none until it is published)"
     )
@@ -231,18 +232,18 @@ def _read_gold(root: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}; restore the official file"
             )
         rows = list(reader)
     for number, row in enumerate(rows, start=2):
         empty = [name for name in columns if row[name] is None]
         if empty:
-            raise ValueError(f"{path}, line {number}: the value of {empty[0]} is missing")
+            raise MoshiTTTError(f"{path}, line {number}: the value of {empty[0]} is missing")
         if row["correct"] not in ("0", "1"):
-            raise ValueError(f"{path}, line {number}: correct is {row['correct']!r}, and must be 0 or 1")
+            raise MoshiTTTError(f"{path}, line {number}: correct is {row['correct']!r}, and must be 0 or 1")
     if not rows:
-        raise ValueError(f"{path}: holds no rows")
+        raise MoshiTTTError(f"{path}: holds no rows")
     return rows
 
 
@@ -255,7 +256,7 @@ def _by_key(
         found = sides[tuple(row[name] for name in columns)]
         if row["correct"] in found:
             key = ", ".join(f"{name} {row[name]}" for name in columns)
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{root / 'gold.csv'}: two rows with correct = {row['correct']} for {key}: "
                 f"{found[row['correct']]['filename']}, {row['filename']}"
             )
@@ -267,21 +268,21 @@ def _by_key(
 
 def _once(found: dict[Any, Path], side: str | int, path: Path) -> None:
     if side in found:
-        raise ValueError(f"{path}: {found[side].name} has the same key; a pair holds each side once")
+        raise MoshiTTTError(f"{path}: {found[side].name} has the same key; a pair holds each side once")
     found[side] = path
 
 
 def _complete(where: Path, key: str, found: Mapping[str, Any], sides: Sequence[str]) -> bool:
     missing = [side for side in sides if side not in found]
     if missing:
-        raise ValueError(f"{where}: the pair {key} lacks its {missing[0]!r} side; restore it, or remove the other side")
+        raise MoshiTTTError(f"{where}: the pair {key} lacks its {missing[0]!r} side; restore it, or remove the other side")
     return True
 
 
 def _audio(root: Path, filename: str) -> Path:
     """The audio of a gold row: official files leave out the suffix."""
     if Path(filename).name != filename:
-        raise ValueError(f"{root / 'gold.csv'}: filename {filename!r} must not contain a folder")
+        raise MoshiTTTError(f"{root / 'gold.csv'}: filename {filename!r} must not contain a folder")
     if filename.endswith(AUDIO_SUFFIXES):
         return root / filename
     flac = root / f"{filename}.flac"
@@ -291,7 +292,7 @@ def _audio(root: Path, filename: str) -> Path:
 def _audio_files(root: Path) -> list[Path]:
     files = sorted(path for path in root.iterdir() if path.suffix in AUDIO_SUFFIXES)
     if not files:
-        raise ValueError(f"{root}: holds no wav or flac files")
+        raise MoshiTTTError(f"{root}: holds no wav or flac files")
     return files
 
 
@@ -299,5 +300,5 @@ def _with_files(root: Path, pairs: list[Pair]) -> list[Pair]:
     missing = [path for path in pair_files(pairs) if not path.is_file()]
     if missing:
         names = ", ".join(path.name for path in missing[:5])
-        raise ValueError(f"{root}: {len(missing)} audio file(s) named in gold.csv are missing: {names}; unpack the benchmark again")
+        raise MoshiTTTError(f"{root}: {len(missing)} audio file(s) named in gold.csv are missing: {names}; unpack the benchmark again")
     return pairs

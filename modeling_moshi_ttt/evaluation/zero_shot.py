@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.files import atomic_write
 from ..data.audio import read_audio
+from ..errors_moshi_ttt import MoshiTTTError
 from .contents import content
 from .kept import kept_shape, read_kept
 from .scoring import UNWEIGHTED, ScoreWeights, SpeechScorer, StreamSums
@@ -41,7 +42,7 @@ def read_task(task: str, folder: Path, split: str = "dev", parts: Sequence[str] 
         return read_storycloze(folder)
     if task == "salmon":
         return read_salmon(folder, parts or SALMON_PARTS)
-    raise ValueError(f"task {task!r} is unknown; choose from swuggy, sblimp, sstorycloze, tstorycloze, salmon")
+    raise MoshiTTTError(f"task {task!r} is unknown; choose from swuggy, sblimp, sstorycloze, tstorycloze, salmon")
 
 
 def score_files(
@@ -84,7 +85,7 @@ def _read_cache(cache: Path, header: dict[str, Any], contents: Mapping[Path, str
             if scored == [wanted]:
                 found[path] = StreamSums(tuple(sums), tuple(tokens))
     if scored_with != header:
-        raise ValueError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
+        raise MoshiTTTError(f"{cache}: holds scores of another model or of other streams; choose another output folder, or remove the file")
     return found
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..adapters.bases import BASE_CONFIG
 from ..common.files import atomic_write, read_json, read_log
 from ..common.packaged import resolve
+from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from .verify import Facts, human_size
 
@@ -152,12 +153,12 @@ def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """card.json as it is; ValueError for a key that the card has no place for."""
     unknown = sorted(set(facts) - set(FACT_KEYS))
     if unknown:
-        raise ValueError(f"{CARD_FACTS} holds {unknown[0]!r}; the card has places for {', '.join(FACT_KEYS)}")
+        raise MoshiTTTError(f"{CARD_FACTS} holds {unknown[0]!r}; the card has places for {', '.join(FACT_KEYS)}")
     for key, value in facts.items():
         words = value if key in FACT_LISTS and isinstance(value, list) else [value]
         if not all(isinstance(word, str) for word in words) or (key in FACT_LISTS and words is not value):
             wanted = 'a list of texts, as in ["en"]' if key in FACT_LISTS else "a text"
-            raise ValueError(f"{CARD_FACTS}: {key} is {value!r}; it must be {wanted}")
+            raise MoshiTTTError(f"{CARD_FACTS}: {key} is {value!r}; it must be {wanted}")
     return facts
 
 

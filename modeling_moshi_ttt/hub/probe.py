@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..common.files import atomic_write
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError
 
 # In a folder of its own: beside the weights, tools that look for `*.safetensors` take it for one of them.
 PROBE = "probe/probe.safetensors"
@@ -63,14 +64,16 @@ def read_probe(folder: str | os.PathLike[str]) -> tuple[Probe, float] | None:
         tensors = load_file(path)
         return {name: tensors[name] for name in INPUTS}, float(tensors["loss"])
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is no probe ({error})") from None
+        raise MoshiTTTError(f"{path} is no probe ({error})") from None
 
 
 def compare(stored: float, found: float, dtype: torch.dtype) -> None:
     """Raise ValueError where the losses differ by more than another machine explains."""
     tolerance = TOLERANCE.get(dtype, 2e-2)
     if not abs(found - stored) <= tolerance * max(abs(stored), 1e-6):
-        raise ValueError(f"the probe's loss is {found:.6f}; it was {stored:.6f} when the checkpoint was made: this is not the same model")
+        raise MoshiTTTError(
+            f"the probe's loss is {found:.6f}; it was {stored:.6f} when the checkpoint was made: this is not the same model"
+        )
 
 
 def stage_probe(model: Any, folder: Path, target: Path) -> float:

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants
 
 from ..common.files import MANIFEST, check_manifest
 from ..common.hub import hub_errors
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .remote import check_base, check_ours, look, unwanted
 from .verify import Facts, verify
 
@@ -27,7 +28,7 @@ def pull(repo_id: str, dest: str | os.PathLike[str], revision: str | None = None
     """
     api, dest = api or HfApi(), Path(dest).absolute()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise FileExistsError(f"{dest} holds something already; choose a new folder")
+        raise MoshiTTTOSError(f"{dest} holds something already; choose a new folder")
     part = dest.parent / f".{dest.name}.part"
     with hub_errors(f"pulling {repo_id}", then=f"what has arrived is kept in {part}; run the same command again to go on"):
         remote = look(api, repo_id, revision)
@@ -59,7 +60,7 @@ def _check(part: Path, repo_id: str, wanted: set[str]) -> None:
                 (part / name).unlink()
         if problems:
             lines = [f"what arrived from {repo_id} is not what was pushed; run the same command again:", *problems[:10]]
-            raise ValueError("\n  ".join(lines))
+            raise MoshiTTTError("\n  ".join(lines))
     shutil.rmtree(part / CLIENT_FOLDER, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from ..adapters.bases import ADAPTER_CONFIG, adapter_layers, is_adapter
 from ..common.files import read_json
 from ..common.hub import hub_errors
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE
+from ..errors_moshi_ttt import MoshiTTTError
 from .remote import Remote, check_base, look_for_push
 from .stage import choose_kind, locate, stage
 from .verify import Facts
@@ -59,7 +60,7 @@ def push(
     folder, _ = locate(source)
     kind = choose_kind(folder, kind)
     if base and kind != "adapter":
-        raise ValueError(f"--base is the base that a pushed adapter names; {folder} goes up as --{kind}, which has none: leave it out")
+        raise MoshiTTTError(f"--base is the base that a pushed adapter names; {folder} goes up as --{kind}, which has none: leave it out")
     with hub_errors(f"looking at {repo_id}"):
         remote = look_for_push(api, repo_id)
         _check_tag(api, repo_id, tag, remote)
@@ -87,7 +88,7 @@ def _check_tag(api: HfApi, repo_id: str, tag: str | None, remote: Remote | None)
     if tag and remote is not None:
         taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tag in taken and taken[tag] != remote.sha:
-            raise ValueError(f"{repo_id} already has a tag {tag!r} on another commit; choose another tag")
+            raise MoshiTTTError(f"{repo_id} already has a tag {tag!r} on another commit; choose another tag")
 
 
 def _check_adapter(api: HfApi, folder: Path, base: str | None) -> str:

@@ -12,6 +12,7 @@ from ..adapters.bases import ADAPTER_CONFIG, BASE_CONFIG, check_layers, check_mo
 from ..common.files import MANIFEST, inside, read_json
 from ..common.hub import is_hub_name
 from ..common.safetensor_files import PICKLES
+from ..errors_moshi_ttt import MoshiTTTError
 from .carried_code import STAMP, Range, code_range
 
 
@@ -43,7 +44,7 @@ def look(api: HfApi, repo_id: str, revision: str | None = None) -> Remote:
     Raises RepositoryNotFoundError or RevisionNotFoundError where there is none, ValueError for a file name that leaves its folder.
     """
     if not is_hub_name(repo_id):
-        raise ValueError(f"{repo_id!r} is no repository's name; write USER/NAME")
+        raise MoshiTTTError(f"{repo_id!r} is no repository's name; write USER/NAME")
     info = api.model_info(repo_id, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or []]
     remote = Remote(repo_id, str(info.sha), names)
@@ -68,7 +69,7 @@ def check_ours(remote: Remote) -> None:
     if remote.adapter:
         return
     if not remote.config:
-        raise ValueError(f"{remote.repo_id} holds no config.json and no {ADAPTER_CONFIG}: it is no model that can be loaded")
+        raise MoshiTTTError(f"{remote.repo_id} holds no config.json and no {ADAPTER_CONFIG}: it is no model that can be loaded")
     check_model_type(remote.config, remote.repo_id)
 
 
@@ -82,7 +83,7 @@ def look_for_push(api: HfApi, repo_id: str) -> Remote | None:
         try:
             check_ours(remote)
         except ValueError as error:
-            raise ValueError(f"the name {repo_id} is taken: {error}; choose another name") from None
+            raise MoshiTTTError(f"the name {repo_id} is taken: {error}; choose another name") from None
     return remote
 
 
@@ -91,15 +92,15 @@ def check_base(api: HfApi, base: str, revision: str | None, ttt_layers: list[int
     try:
         remote = look(api, base, revision)
     except RevisionNotFoundError:
-        raise ValueError(f"the adapter's base {base} has no revision {revision!r}") from None
+        raise MoshiTTTError(f"the adapter's base {base} has no revision {revision!r}") from None
     except RepositoryNotFoundError:
-        raise ValueError(
+        raise MoshiTTTError(
             f"the adapter's base {base} is not on the Hub, or not for you; push it first, or name another with --base"
         ) from None
     try:
         check_model_type(remote.config, base)
     except ValueError as error:
-        raise ValueError(f"the adapter's base: {error}; push the converted base and name it with --base") from None
+        raise MoshiTTTError(f"the adapter's base: {error}; push the converted base and name it with --base") from None
     check_layers(ttt_layers, remote.ttt_layers, base)
     return remote
 

@@ -10,6 +10,7 @@ import torch
 from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, is_adapter
 from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD, CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
 from .probe import OLD_PROBE, compare, stage_probe
@@ -40,10 +41,10 @@ def locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
     """(the checkpoint's folder, the run's folder) for a run folder or a checkpoint folder, which is then both."""
     root = Path(source)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: there is no such folder")
+        raise MoshiTTTOSError(f"{root}: there is no such folder")
     if not is_adapter(root) and not (root / "config.json").is_file():
         if not (root / FINAL).is_dir():
-            raise FileNotFoundError(
+            raise MoshiTTTOSError(
                 f"{root} holds neither a config.json, nor an {ADAPTER_CONFIG}, nor a folder {FINAL!r} with one: nothing to push"
             )
         return root / FINAL, root
@@ -55,11 +56,11 @@ def choose_kind(folder: Path, kind: str | None) -> str:
     """What to push: what the folder holds, unless an adapter is to be merged into its base."""
     adapter = is_adapter(folder)
     if kind not in (*KINDS, None):
-        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
+        raise MoshiTTTError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
     if adapter and kind == "full":
-        raise ValueError(f"{folder} holds an adapter; push it as --adapter, or with its base as --merged")
+        raise MoshiTTTError(f"{folder} holds an adapter; push it as --adapter, or with its base as --merged")
     if not adapter and kind in ("adapter", "merged"):
-        raise ValueError(f"{folder} holds a whole model, no adapter; push it as --full")
+        raise MoshiTTTError(f"{folder} holds a whole model, no adapter; push it as --full")
     return kind or ("adapter" if adapter else "full")
 
 
@@ -135,7 +136,7 @@ def copy_others(folder: Path, target: Path) -> None:
         if hidden or replaced or path.suffix in (*PICKLES, ".py", ".pyc"):
             continue
         if not any(path.resolve().is_relative_to(home) for home in homes):
-            raise ValueError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there, or remove the link")
+            raise MoshiTTTError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there, or remove the link")
         if path.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             if not (target / name).exists():
@@ -162,7 +163,7 @@ def copy_results(source: Path, target: Path, wanted: bool) -> None:
     """An evaluation's results.json and pictures."""
     if not (source / RESULTS).is_file():
         if wanted:
-            raise FileNotFoundError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
+            raise MoshiTTTOSError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
         return
     atomic_write(target / RESULTS, json.dumps(without_paths(read_json(source / RESULTS)), indent=1))
     for picture in sorted((source / PICTURES).glob("*.png")):

@@ -15,6 +15,7 @@ from ..adapters.bases import check_model_type, is_adapter
 from ..common.files import MANIFEST, check_manifest, read_json
 from ..common.safetensor_files import PICKLES, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .carried_code import Range, describe_code, folder_code, runs_here
 from .probe import compare, probe_loss, read_probe
@@ -132,7 +133,7 @@ def folder_problems(folder: Path) -> list[str]:
 def refuse(problems: list[str], folder: Path) -> None:
     if problems:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        raise ValueError("\n  ".join([f"{folder} is not a whole checkpoint:", *problems[:MAX_PROBLEMS], *more]))
+        raise MoshiTTTError("\n  ".join([f"{folder} is not a whole checkpoint:", *problems[:MAX_PROBLEMS], *more]))
 
 
 def count(facts: Facts, files: TensorFiles) -> None:
@@ -153,7 +154,7 @@ def verify(folder: str | os.PathLike[str], run_probe: bool = True) -> Facts:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder")
+        raise MoshiTTTOSError(f"{folder}: there is no such folder")
     refuse(folder_problems(folder), folder)
     if is_adapter(folder):
         from ..adapters.checks import verify_adapter  # it needs PEFT

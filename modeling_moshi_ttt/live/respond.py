@@ -25,6 +25,7 @@ from ..adapters.bases import check_loadable, is_adapter, load_merged
 from ..common.files import atomic_write, check_folder, make_folder, read_json
 from ..common.hub import local_folder
 from ..data.audio import audio_pieces, read_audio, write_audio
+from ..errors_moshi_ttt import MoshiTTTError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 from ..tokens_moshi_ttt import MAIN_SPEAKER
@@ -111,12 +112,16 @@ def _jobs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     """(recording, answer) of each; ValueError or OSError for arguments that do not fit each other or what is there."""
     folder = args.source.is_dir()
     if folder and (args.save_session or args.resume):
-        raise ValueError(f"IN is the folder {args.source}, but --save-session and --resume are for one conversation; name one recording.")
+        raise MoshiTTTError(
+            f"IN is the folder {args.source}, but --save-session and --resume are for one conversation; name one recording."
+        )
     sampling = [name for name in ("seed", *SAMPLING) if getattr(args, name) is not None] + ["greedy"] * args.greedy
     if args.resume and sampling:
-        raise ValueError(f"--{sampling[0].replace('_', '-')} cannot be given with --resume: a conversation goes on with its own settings.")
+        raise MoshiTTTError(
+            f"--{sampling[0].replace('_', '-')} cannot be given with --resume: a conversation goes on with its own settings."
+        )
     if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; it must be 1 or more.")
+        raise MoshiTTTError(f"--batch-size is {args.batch_size}; it must be 1 or more.")
     if args.save_session:
         check_folder(args.save_session, ABOUT)
     if not folder:
@@ -125,13 +130,13 @@ def _jobs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         sources = sorted(path for path in args.source.iterdir() if path.suffix.lower() in SOUNDS)
         jobs = [(source, args.target / f"{source.stem}.wav") for source in sources]
         if not jobs:
-            raise ValueError(f"IN is the folder {args.source}, which holds no sound file ({', '.join(SOUNDS)}).")
+            raise MoshiTTTError(f"IN is the folder {args.source}, which holds no sound file ({', '.join(SOUNDS)}).")
     targets = [target for _, target in jobs]
     if twice := [target for target in targets if targets.count(target) > 1]:
-        raise ValueError(f"two recordings of {args.source} would have the answer {twice[0]}; rename one of them.")
+        raise MoshiTTTError(f"two recordings of {args.source} would have the answer {twice[0]}; rename one of them.")
     for source, target in jobs:
         if target.suffix.lower() != ".wav" or target.is_dir() or target.resolve() == source.resolve():
-            raise ValueError(f"OUT is {target}; the answer to {source} must be another file, a .wav.")
+            raise MoshiTTTError(f"OUT is {target}; the answer to {source} must be another file, a .wav.")
         _checked_seconds(source)
     if folder:
         make_folder(args.target, "OUT")
@@ -144,7 +149,7 @@ def _checked_seconds(path: Path) -> float:
     samples = 0
     for piece in audio_pieces(path, RATE, 60.0):
         if len(piece) > 2:
-            raise ValueError(f"{path}: has {len(piece)} channels; a recording is mono, the user, or stereo with the user right.")
+            raise MoshiTTTError(f"{path}: has {len(piece)} channels; a recording is mono, the user, or stereo with the user right.")
         samples += piece.shape[1]
     return samples / RATE
 
@@ -153,7 +158,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model and processor; ValueError where there are none, or an adapter stands in a model's place."""
     folder = local_folder(args.model)
     if is_adapter(folder):
-        raise ValueError(f"--model is {args.model}, an adapter; give its base as --model and {args.model} as --adapter.")
+        raise MoshiTTTError(f"--model is {args.model}, an adapter; give its base as --model and {args.model} as --adapter.")
     adapter = local_folder(args.adapter) if args.adapter else None
     if adapter is None:
         check_loadable(read_json(folder / "config.json"), args.model)
@@ -162,7 +167,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         model = load_merged(adapter, str(folder))
     own = [place for place in (folder, adapter) if place is not None and (place / "processor_config.json").is_file()]
     if not own:
-        raise ValueError(f"--model is {args.model}, which holds no processor (processor_config.json); save it there with save_pretrained.")
+        raise MoshiTTTError(
+            f"--model is {args.model}, which holds no processor (processor_config.json); save it there with save_pretrained."
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), MoshiTTTProcessor.from_pretrained(own[0])
 
 
@@ -171,7 +178,7 @@ def _session(args: argparse.Namespace, model: Any, processor: Any, rows: int) ->
         session = MoshiTTTSession.load(args.resume, model, processor)
         if session.batch_size != 1 or session.sample_rate != processor.sampling_rate:
             found = f"{session.batch_size} rows at {session.sample_rate} Hz"
-            raise ValueError(f"--resume is {args.resume}, with {found}; it must have one row at {processor.sampling_rate} Hz.")
+            raise MoshiTTTError(f"--resume is {args.resume}, with {found}; it must have one row at {processor.sampling_rate} Hz.")
         return session
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None} | {"do_sample": not args.greedy}
     seeds = None if args.seed is None else [args.seed] * rows

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..common.files import atomic_folder, check_folder, check_manifest, of_shape, read_json, tensors_written, write_manifest
+from ..errors_moshi_ttt import MoshiTTTError
 from ..frames_moshi_ttt import initial_tokens
 from ..mimi_stream import check_samples
 from ..resampling import Resampler
@@ -116,7 +117,9 @@ class MoshiTTTSession:
             int(sample_rate) * processor.frame_size // processor.sampling_rate
         )  # samples; so that a call is one frame at most
         if self.largest_step < 1:
-            raise ValueError(f"`sample_rate={sample_rate}` has no sample in a frame of 80 ms; give the rate of the sound in Hz, as 24000.")
+            raise MoshiTTTError(
+                f"`sample_rate={sample_rate}` has no sample in a frame of 80 ms; give the rate of the sound in Hz, as 24000."
+            )
         self._before_sound()
 
     def _silent(self) -> RowSound:
@@ -242,7 +245,7 @@ class MoshiTTTSession:
         pcm = torch.as_tensor(pcm)
         if pcm.dim() != 2 or len(pcm) != self.batch_size or not 1 <= pcm.shape[1] <= self.largest_step:
             wanted = f"({self.batch_size}, 1 to {self.largest_step}), rows and samples of 80 ms at most at {self.sample_rate} Hz"
-            raise ValueError(f"`pcm` has shape {tuple(pcm.shape)}; it must be {wanted}.")
+            raise MoshiTTTError(f"`pcm` has shape {tuple(pcm.shape)}; it must be {wanted}.")
         check_samples("`pcm`", pcm, rows)
         return pcm.detach().to(cpu, torch.float32), rows
 
@@ -268,7 +271,7 @@ class MoshiTTTSession:
         parts = {part: {name.removeprefix(f"{part}."): x for name, x in state.items() if name.startswith(f"{part}.")} for part in PARTS}
         check_names("row", state, ["sample_rate", *(f"{part}.{name}" for part, tensors in parts.items() for name in tensors)])
         if int(state["sample_rate"]) != self.sample_rate:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"the saved row has `sample_rate={int(state['sample_rate'])}`, the session {self.sample_rate}; load it into one of its rate."
             )
         sound = self._silent()
@@ -287,7 +290,7 @@ class MoshiTTTSession:
         check_entries("row", tensors, {name: (size, own[name].dtype) for name, size in sizes.items()})
         tokens, size = tensors["tokens"], self.stream.model.config.vocab_size
         if not bool(((tokens >= 0) & (tokens < size)).all() and tensors["heard"].isfinite().all() and tensors["said"].isfinite().all()):
-            raise ValueError("the sound or text of the saved row is what no session has; load what `row_state()` gave, unchanged.")
+            raise MoshiTTTError("the sound or text of the saved row is what no session has; load what `row_state()` gave, unchanged.")
         sound.load(tensors)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -315,17 +318,19 @@ class MoshiTTTSession:
             ValueError: the folder is not whole, of another format, or of another model or codec.
         """
         if not (Path(folder) / ABOUT).is_file():
-            raise ValueError(f"{folder} holds no {ABOUT}; name a folder that a session was saved to.")
+            raise MoshiTTTError(f"{folder} holds no {ABOUT}; name a folder that a session was saved to.")
         if problems := check_manifest(folder):
-            raise ValueError(f"the session in {folder} is not whole: {problems[0]}")
+            raise MoshiTTTError(f"the session in {folder} is not whole: {problems[0]}")
         about = read_json(Path(folder) / ABOUT)
         with of_shape(f"{folder}/{ABOUT}", "name a folder that a session was saved to."):
             if about["format"] != FORMAT:
-                raise ValueError(f"`format={about['format']}` must be {FORMAT}")
+                raise MoshiTTTError(f"`format={about['format']}` must be {FORMAT}")
             rows, rate, seeds = int(about["batch_size"]), int(about["sample_rate"]), about["seeds"]
         for what, digest in _belongs_to(model, processor).items():
             if about.get(what) != digest:
-                raise ValueError(f"the session in {folder} is of another {what} ({about.get(what)}, here {digest}); load it with its own.")
+                raise MoshiTTTError(
+                    f"the session in {folder} is of another {what} ({about.get(what)}, here {digest}); load it with its own."
+                )
         session = cls(model, processor, rows, rate, seeds=seeds)
         tensors = load_file(Path(folder) / TENSORS)
         for row in range(rows):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..common.files import MANIFEST, atomic_write, check_manifest, tensors_written, write_manifest
+from ..errors_moshi_ttt import MoshiTTTError
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
@@ -94,7 +95,7 @@ class CheckpointFolder:
                 return self.path(step)
             logger.warning("%s is torn or altered (%s); going back to the one before it.", self.path(step), " ".join(problems))
         if steps:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"None of the {len(steps)} checkpoints in {self.folder} is whole; restore one from a copy, or start with a new run_dir."
             )
         return None

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors_moshi_ttt import MoshiTTTError
+
 
 @dataclass(frozen=True)
 class Window:
@@ -52,9 +54,9 @@ class WeightedOrder:
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int | None, epochs: int | None = None):
         if not sizes or min(sizes) < 1:
-            raise ValueError(f"Every source must hold at least one recording; the sizes are {list(sizes)}.")
+            raise MoshiTTTError(f"Every source must hold at least one recording; the sizes are {list(sizes)}.")
         if len(weights) != len(sizes) or min(weights) <= 0:
-            raise ValueError(f"Every source needs a weight > 0; the weights are {list(weights)}.")
+            raise MoshiTTTError(f"Every source needs a weight > 0; the weights are {list(weights)}.")
         self.sizes, self.seed, self.epochs = list(sizes), seed, epochs
         self.shares = [weight / sum(weights) for weight in weights]
         self.offsets = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
@@ -101,7 +103,7 @@ class Lanes:
 
     def __init__(self, lengths: Sequence[int], order: WeightedOrder, rows: int, window: int):
         if order.epochs is None and len(lengths) < rows:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"There are {len(lengths)} recordings for {rows} lanes (batch_size x accumulation x processes), so one would stand "
                 "in two lanes at once; add recordings, lower data.batch_size or data.accumulation, or set data.carry: none."
             )
@@ -136,7 +138,7 @@ class Lanes:
         for recording, start in zip(state["current"], state["start"]):
             # -1 is a row that takes its next recording; what a row stands in must still be there, and as long
             if recording >= len(self.lengths) or (recording >= 0 and start >= self.lengths[recording]):
-                raise ValueError(
+                raise MoshiTTTError(
                     f"The saved place in the data is frame {start} of recording {recording}, which these {len(self.lengths)} recordings do "
                     "not have: data.train gives others than before. Give the same recordings, or start with a new run_dir."
                 )
@@ -193,7 +195,7 @@ def _cut(recording: int, length: int, window: int) -> Iterator[Window]:
 
 def _check_state(plan: Plan, state: dict[str, Any], rows: int, sources: int) -> None:
     if len(state.get("drawn", ())) != sources or len(state.get("current", ())) != rows:
-        raise ValueError(
+        raise MoshiTTTError(
             f"The saved place in the data ({len(state.get('current', ()))} rows, {len(state.get('drawn', ()))} sources) does not fit "
             f"this run's {type(plan).__name__} of {rows} rows and {sources} sources; resume with the run's settings, or start a new run_dir."
         )

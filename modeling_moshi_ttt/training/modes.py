@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..errors_moshi_ttt import MoshiTTTError
 from .run_config import LoraSettings, OptimSettings
 
 MODES = ("frozen", "lora", "ttt", "lora+ttt", "full")
@@ -50,7 +51,9 @@ def lora_config(settings: LoraSettings, model: nn.Module) -> LoraConfig:
         ValueError: dropout together with the depth decoder, whose 3-D weights PEFT adapts without it.
     """
     if settings.depth_decoder and settings.dropout:
-        raise ValueError(f"lora.dropout is {settings.dropout} with lora.depth_decoder; the depth decoder's weights need lora.dropout: 0.")
+        raise MoshiTTTError(
+            f"lora.dropout is {settings.dropout} with lora.depth_decoder; the depth decoder's weights need lora.dropout: 0."
+        )
     target = f"({TEMPORAL}|{EMBEDDINGS})" if settings.embeddings else TEMPORAL
     depth = [name for name, p in model.named_parameters() if name.startswith("depth_decoder.layers.") and p.dim() == 3]
     return LoraConfig(
@@ -73,12 +76,12 @@ def apply(model: nn.Module, mode: str, lora: LoraConfig | None = None) -> Any:
         ValueError: an unknown mode, one without its settings, or a TTT mode on a model without TTT layers.
     """
     if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, it must be one of {', '.join(MODES)}.")
+        raise MoshiTTTError(f"mode is {mode!r}, it must be one of {', '.join(MODES)}.")
     if ("lora" in mode) != (lora is not None):
         cure = "give a LoraConfig" if lora is None else "leave the LoraConfig out"
-        raise ValueError(f"mode is {mode!r}: {cure}.")
+        raise MoshiTTTError(f"mode is {mode!r}: {cure}.")
     if "ttt" in mode and not any(is_ttt_parameter(name) for name, _ in model.named_parameters()):
-        raise ValueError(f"mode is {mode!r} but the model has no TTT layers; set model.ttt: {{ttt_layers: …}}.")
+        raise MoshiTTTError(f"mode is {mode!r} but the model has no TTT layers; set model.ttt: {{ttt_layers: …}}.")
     adapted: Any = model
     if mode in ("frozen", "full"):
         model.requires_grad_(mode == "full")
@@ -126,7 +129,9 @@ def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], setting
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), foreach=many)  # type: ignore[arg-type]
     if sharded:
-        raise ValueError("optim.optimizer is 'adafactor' with FSDP, where rows and columns are cut; choose adamw, which FSDP shards too.")
+        raise MoshiTTTError(
+            "optim.optimizer is 'adafactor' with FSDP, where rows and columns are cut; choose adamw, which FSDP shards too."
+        )
     return torch.optim.Adafactor(groups, lr=settings.lr, foreach=False)
 
 
@@ -144,7 +149,7 @@ def parameter_groups(
         if parameter.requires_grad:
             groups.setdefault((kind_of(name), _decays(name, parameter)), []).append(parameter)
     if not groups:
-        raise ValueError(
+        raise MoshiTTTError(
             "Nothing is trainable (mode 'frozen'): there is nothing for an optimizer to do; choose lora, ttt, lora+ttt or full."
         )
     return [

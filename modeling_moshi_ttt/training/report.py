@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from ..common.files import atomic_write
+from ..errors_moshi_ttt import MoshiTTTError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -24,9 +25,9 @@ def check_trackers(names: Sequence[str]) -> None:
     there = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"trackers holds {name!r}; known are {', '.join(TRACKERS)}.")
+            raise MoshiTTTError(f"trackers holds {name!r}; known are {', '.join(TRACKERS)}.")
         if name not in there:
-            raise ValueError(f"trackers holds {name!r}, but the package {name} is not installed: pip install {name}, or leave it out.")
+            raise MoshiTTTError(f"trackers holds {name!r}, but the package {name} is not installed: pip install {name}, or leave it out.")
 
 
 def start_trackers(accelerator: Accelerator, names: Sequence[str], run_dir: Path, settings: dict[str, Any]) -> None:
@@ -42,7 +43,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], run_dir: Path
     try:
         accelerator.init_trackers("tracking", _flat(settings), options)
     except Exception as error:  # each tracker has its own kinds
-        raise ValueError(f"trackers is {list(names)} and does not start: {error} (trackers=[] goes on without)") from None
+        raise MoshiTTTError(f"trackers is {list(names)} and does not start: {error} (trackers=[] goes on without)") from None
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..common.settings import ABOVE_ZERO, SEEDS, check_numbers, load_settings, to_dict
 from ..data.facts import ScriptSettings
+from ..errors_moshi_ttt import MoshiTTTError
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
 Carry = Literal["none", "state", "state+attention"]
@@ -219,14 +220,14 @@ def check_columns(columns: dict[str, str]) -> None:
     """ValueError for a role that no column has."""
     for role in columns:
         if role not in COLUMNS:
-            raise ValueError(f"data.columns names the role {role!r}; the roles are {', '.join(COLUMNS)}.")
+            raise MoshiTTTError(f"data.columns names the role {role!r}; the roles are {', '.join(COLUMNS)}.")
 
 
 def _check(run: RunConfig) -> None:
     if "lora" in run.mode and run.lora is None:
-        raise ValueError(f"mode is {run.mode!r} but there are no lora settings; add `lora: {{rank: 128, scaling: 2.0}}`.")
+        raise MoshiTTTError(f"mode is {run.mode!r} but there are no lora settings; add `lora: {{rank: 128, scaling: 2.0}}`.")
     if "lora" not in run.mode and run.lora is not None:
-        raise ValueError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
+        raise MoshiTTTError(f"mode is {run.mode!r} but lora settings are given; remove them, or choose the mode 'lora' or 'lora+ttt'.")
     share = (0, 1)
     check_numbers(run, evaluate_every=0, seed=SEEDS)
     check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
@@ -238,30 +239,30 @@ def _check(run: RunConfig) -> None:
     if run.lora is not None:
         check_numbers(run.lora, "lora.", rank=1, dropout=(0, 1 - 1e-9), scaling=ABOVE_ZERO)
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):
-        raise ValueError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
+        raise MoshiTTTError(f"optim.betas is {run.optim.betas!r}, it must be two numbers in [0, 1).")
     if run.optim.schedule == "onecycle" and run.optim.betas[0] != BETA1:
-        raise ValueError(
+        raise MoshiTTTError(
             f"optim.betas is {run.optim.betas!r}, but under optim.schedule 'onecycle' beta1 goes from 0.95 to 0.85 and back; "
             f"leave it at {BETA1}, or choose the schedule cosine or constant."
         )
     check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
-        raise ValueError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
+        raise MoshiTTTError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
     _check_made(run)
     if run.evaluate_every and run.data.evaluation is None:
-        raise ValueError("evaluate_every is set but data.evaluation is missing; name a manifest there or set evaluate_every: 0.")
+        raise MoshiTTTError("evaluate_every is set but data.evaluation is missing; name a manifest there or set evaluate_every: 0.")
 
 
 def _check_made(run: RunConfig) -> None:
     made = run.data.train == MADE
     if made != (run.dialogues is not None):
         cure = "give `dialogues: {}`" if made else f"set data.train: {MADE}, or remove them"
-        raise ValueError(f"data.train is {run.data.train!r} and there are {'no' if made else 'some'} dialogues settings; {cure}.")
+        raise MoshiTTTError(f"data.train is {run.data.train!r} and there are {'no' if made else 'some'} dialogues settings; {cure}.")
     if made and (run.data.carry != "none" or run.data.workers):
-        raise ValueError(
+        raise MoshiTTTError(
             f"data.train is {MADE!r}, with which data.carry={run.data.carry!r} must be none and data.workers={run.data.workers} 0."
         )
     if run.curriculum is not None:
         if not made:
-            raise ValueError(f"a curriculum is given, but only made dialogues can grow; set data.train: {MADE}, or remove it.")
+            raise MoshiTTTError(f"a curriculum is given, but only made dialogues can grow; set data.train: {MADE}, or remove it.")
         check_numbers(run.curriculum, "curriculum.", threshold=(0, 1), steps=1)

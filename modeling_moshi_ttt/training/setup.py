@@ -17,6 +17,7 @@ from ..common.files import read_json
 from ..common.hub import check_place
 from ..common.packaged import resolve
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
@@ -34,7 +35,7 @@ def read_processor(source: str, setting: str) -> Any:
     except Exception as error:  # transformers and tokenizers have one of its own for every kind of damage
         bare = Path(source).is_dir() and not (Path(source) / "processor_config.json").is_file()
         reason = "it holds no processor_config.json" if bare else f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{setting} is {source}, where no processor can be loaded ({reason})") from error
+        raise MoshiTTTError(f"{setting} is {source}, where no processor can be loaded ({reason})") from error
 
 
 def load_processor(settings: ModelSettings) -> Any:
@@ -42,7 +43,9 @@ def load_processor(settings: ModelSettings) -> Any:
     if settings.processor:
         return read_processor(settings.processor, "model.processor")
     if resolve("model", settings.path).endswith(".json"):
-        raise ValueError("model.processor is missing: with a config.json as model.path, name a folder or Hub name that holds a processor.")
+        raise MoshiTTTError(
+            "model.processor is missing: with a config.json as model.path, name a folder or Hub name that holds a processor."
+        )
     return read_processor(settings.path, "model.processor is not given, model.path")
 
 
@@ -52,17 +55,17 @@ def check_start(path: str) -> None:
     place = Path(path)
     if path.endswith(".json"):
         if not place.is_file():
-            raise FileNotFoundError(f"model.path: there is no file {path}.")
+            raise MoshiTTTOSError(f"model.path: there is no file {path}.")
         check_loadable(read_json(place), f"model.path: {path}")
         return
     if is_adapter(place):
         base = named_base(place)[0]
-        raise ValueError(
+        raise MoshiTTTError(
             f"model.path is {path}, an adapter: start from its base{base and f' ({base})'}, or make the two one model with "
             f"`moshi-ttt push {path} USER/NAME --merged` and start from that."
         )
     if (place / "final").is_dir() and not (place / "config.json").is_file():
-        raise ValueError(f"model.path: {path} is a run folder; did you mean {place / 'final'}?")
+        raise MoshiTTTError(f"model.path: {path} is a run folder; did you mean {place / 'final'}?")
     check_place(path, "model.path")
     raw_config(path, "model.path")
 
@@ -75,7 +78,7 @@ def model_config(settings: ModelSettings) -> MoshiTTTConfig:
     """
     unknown = [name for name in settings.ttt if not str(name).startswith("ttt_") or name not in MoshiTTTConfig.__dataclass_fields__]
     if unknown:
-        raise ValueError(f"model.ttt holds {unknown[0]!r}, which is no TTT setting of MoshiTTTConfig; they begin with 'ttt_'.")
+        raise MoshiTTTError(f"model.ttt holds {unknown[0]!r}, which is no TTT setting of MoshiTTTConfig; they begin with 'ttt_'.")
     check_start(settings.path)
     path = resolve("model", settings.path)
     if path.endswith(".json"):
@@ -100,7 +103,7 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
             model = MoshiTTTForConditionalGeneration.from_pretrained(path, dtype=dtype, **settings.config_changes)
         except (SafetensorError, RuntimeError) as error:
             reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
-            raise ValueError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
+            raise MoshiTTTError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model
@@ -118,7 +121,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     check_trackers(run.trackers)
     precision = "bf16" if run.model.dtype == "bfloat16" else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
-        raise ValueError(
+        raise MoshiTTTError(
             f"the launcher's mixed_precision is {precision!r}; it must be no or bf16 (accelerate launch --mixed_precision bf16)."
         )
     accelerator = Accelerator(
@@ -131,7 +134,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
-        raise ValueError(
+        raise MoshiTTTError(
             f"{launched} processes were launched and accelerate sees {accelerator.num_processes}, so each would train alone into {run.run_dir}; "
             "without GPUs set ACCELERATE_USE_CPU=true before `accelerate launch`."
         )

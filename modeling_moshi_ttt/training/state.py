@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..errors_moshi_ttt import MoshiTTTError
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -41,7 +43,7 @@ def load_weights_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer,
     parameters = trainable(model)
     if set(parameters) != set(weights):
         odd = sorted(set(parameters) ^ set(weights))[:3]
-        raise ValueError(
+        raise MoshiTTTError(
             f"The checkpoint's trainable weights are not this model's (for example {', '.join(odd)}); use the run's own settings."
         )
     for name, parameter in parameters.items():
@@ -83,7 +85,7 @@ def _like(target: torch.Tensor, value: torch.Tensor, name: str, sharded: bool) -
     """`value` placed as `target` is."""
     if not isinstance(target, DTensor):
         if value.shape != target.shape:
-            raise ValueError(f"{name} has the shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model.")
+            raise MoshiTTTError(f"{name} has the shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in the model.")
         return value.to(target.device)
     if sharded:
         return DTensor.from_local(

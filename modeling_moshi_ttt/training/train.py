@@ -14,6 +14,7 @@ from ..adapters.bases import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
 from ..common.packaged import known, names, resolve
 from ..common.settings import describe
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .run_config import RunConfig, load_run_config
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         train(config)
     except FloatingPointError as error:
-        raise ValueError(str(error)) from None
+        raise MoshiTTTError(str(error)) from None
     return 0
 
 
@@ -45,7 +46,7 @@ def launch(launch_file: str, arguments: list[str]) -> int:
     path = resolve("accelerate", launch_file)
     if not Path(path).is_file():
         hint = known("accelerate", launch_file)
-        raise FileNotFoundError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
+        raise MoshiTTTOSError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], check=False).returncode
 
@@ -64,7 +65,7 @@ def train(config: RunConfig) -> Path:
     from .report import start_trackers
 
     if config.mode == "frozen":
-        raise ValueError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
+        raise MoshiTTTError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
@@ -127,7 +128,7 @@ def _check_finite(state: dict[str, Any], run_dir: Path) -> None:
     """ValueError where the training diverged: such a model is no result."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{name} holds values that are not finite, so {run_dir / 'final'} was not written: the training diverged; "
                 "start anew with lower rates (optim.lr, optim.ttt_lr), or use an earlier checkpoint of this run."
             )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..common.files import atomic_write, read_json, tensors_written
 from ..data.spoken_dialogues import Phrasebook
+from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from ..version import __version__
 from . import modes
@@ -269,7 +270,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float | None]:
         """Losses and text accuracy over all held-out recordings, each divided once by the weight of them all; None where that is 0."""
         if self.held_out is None:
-            raise ValueError("There is nothing to evaluate on: set data.evaluation to a manifest.")
+            raise MoshiTTTError("There is nothing to evaluate on: set data.evaluation to a manifest.")
         self.model.eval()
         data, device = self.run.data, self.accelerator.device
         rows = data.batch_size * self.accelerator.num_processes
@@ -358,13 +359,13 @@ class Trainer:
         }
         for reason, holds in reasons.items():
             if holds:
-                raise ValueError(f"The checkpoint was written by {saved} processes and there are {now}: {reason}. Resume with {saved}.")
+                raise MoshiTTTError(f"The checkpoint was written by {saved} processes and there are {now}: {reason}. Resume with {saved}.")
 
     def _check_data(self, path: Path, state: dict[str, Any]) -> None:
         """A place in the data is a few numbers of recordings, which mean others once one was added, removed or exchanged."""
         before = state.get("data", self.data_mark)  # older checkpoints do not say
         if before != self.data_mark:
-            raise ValueError(
+            raise MoshiTTTError(
                 f"{path} was trained on other recordings: data.train={self.run.data.train} gave {before} and now gives {self.data_mark}. "
                 "Give the same recordings in the same order, or start with a new run_dir."
             )
@@ -379,14 +380,14 @@ class Trainer:
         if path.exists():
             before = read_json(path).get("fixed")
             if not isinstance(before, dict):
-                raise ValueError(f"{path} was not written by a training run here; use another run_dir.")
+                raise MoshiTTTError(f"{path} was not written by a training run here; use another run_dir.")
             # settings that came with a later version were at their defaults
             unset = _fixed(RunConfig("", ModelSettings(""), DataSettings(""), mode="full").to_dict())
             before = {key: value for key, value in unset.items() if key in now} | before
             keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
             if keys:
                 changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
-                raise ValueError(f"{self.run_dir} belongs to another configuration: {changes}. Use its settings, or another run_dir.")
+                raise MoshiTTTError(f"{self.run_dir} belongs to another configuration: {changes}. Use its settings, or another run_dir.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))

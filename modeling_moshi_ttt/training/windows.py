@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.codes import CodesCache, code_frames, read_codes, recording_text
 from ..data.recordings import Recording
 from ..data.sources import read_sources
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..tokens_moshi_ttt import IGNORED, ZERO
 from .lanes import EMPTY, Lanes, Plan, ShuffledWindows, WeightedOrder, Window
 from .run_config import DataSettings
@@ -105,10 +106,10 @@ def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progres
         sizes.append(len(prepared) - before)
     report = "\n".join(f"  {problem}" for problem in problems)
     if problems and settings.on_bad_files == "stop":
-        raise ValueError(f"{len(problems)} bad files (data.on_bad_files: skip goes on without them):\n{report}")
+        raise MoshiTTTError(f"{len(problems)} bad files (data.on_bad_files: skip goes on without them):\n{report}")
     empty = [source.name for source, size in zip(found, sizes) if size == 0]
     if empty:
-        raise ValueError(f"Nothing can be used in {', '.join(empty)}.\n{report}".rstrip())
+        raise MoshiTTTError(f"Nothing can be used in {', '.join(empty)}.\n{report}".rstrip())
     if problems:
         print(f"{len(problems)} bad files are left out:\n{report}", flush=True)
     return PreparedSet(prepared, sizes, [source.weight for source in found])
@@ -238,7 +239,7 @@ def worker_errors() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise OSError(
+        raise MoshiTTTOSError(
             f"A data worker died ({error}). The same command goes on from the last checkpoint; data.workers=0 does without them."
         ) from None
 
