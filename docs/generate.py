@@ -97,38 +97,17 @@ def settings_page() -> str:
 
 def group_table(group: Group) -> str:
     """A group of settings: what it says of itself, and a row for each."""
-    said, meanings = meanings_of(group)
-    rows = [
-        [f"`{key}`", kind, f"`{default}`" if default else "", meanings.get(key.rpartition(".")[2], "")] for key, kind, default in group.rows
-    ]
+    rows = [[f"`{row.key}`", row.type, f"`{row.default}`" if row.default else "", row.meaning] for row in group.rows]
     table = [
         "| setting | type | default | meaning |",
         "| --- | --- | --- | --- |",
         *("| " + " | ".join(map(cell, row)) + " |" for row in rows),
     ]
-    return "\n\n".join([f"### {group.name or 'The whole'}", said, "\n".join(table)])
+    return "\n\n".join([f"### {group.name or 'The whole'}", group.said, "\n".join(table)])
 
 
 def cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
-
-
-def meanings_of(group: Group) -> tuple[str, dict[str, str]]:
-    """A group's docstring apart: what is said of the whole, and of each field in its `name, name: …` lines."""
-    fields = {key.rpartition(".")[2] for key, _, _ in group.rows}
-    whole, meanings, names = [], {}, []
-    for line in group.said.splitlines():
-        found = re.match(r"([\w, ]+): (.*)", line)
-        begun = found.group(1).split(", ") if found else []
-        if begun and fields.issuperset(begun):
-            names = begun
-            meanings |= dict.fromkeys(names, found.group(2))
-        elif names and line.startswith(" "):
-            meanings |= {name: f"{meanings[name]} {line.strip()}" for name in names}
-        else:
-            names = []
-            whole.append(line)
-    return "\n".join(whole).strip(), meanings
 
 
 def recipes_page() -> str:

@@ -146,9 +146,9 @@ def test_a_phrasebook_is_encoded_once(tmp_path, processor, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kinds": ["name", "color"]}, "kinds holds 'color'; the kinds of facts are name, number, place, like"),
+        ({"kinds": ["name", "color"]}, "kinds.*'color'"),
         ({"kinds": ["name"], "facts": [1, 2]}, "facts"),
-        ({"distance": [9, 3]}, r"distance is \[9, 3\], it must be a lowest and a highest"),
+        ({"distance": [9, 3]}, r"distance\n.*must be a lowest and a highest"),
         ({"digits": [1, 5]}, "digits"),
         ({"voices": 99}, "voices"),
         ({"echo": 1.5}, "echo"),

@@ -16,7 +16,7 @@ from tree import ROOT
 import modeling_moshi_ttt
 from modeling_moshi_ttt.cli import COMMANDS, main
 from modeling_moshi_ttt.common import packaged
-from modeling_moshi_ttt.common.settings import Group, groups
+from modeling_moshi_ttt.common.settings import groups
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.training.run_config import OptimSettings, RunConfig
 
@@ -121,19 +121,12 @@ def generate(monkeypatch):
 def test_every_setting_has_a_meaning_and_every_recipe_and_command_its_place(generate, tmp_path):
     generate.write_pages(tmp_path / "pages")
     settings, recipes, said = ((tmp_path / "pages" / f"{name}.md").read_text() for name in ("settings", "recipes", "commands"))
-    for key, _, _ in (row for cls in (RunConfig, EvaluateSettings) for group in groups(cls) for row in group.rows):
+    for key in (row.key for cls in (RunConfig, EvaluateSettings) for group in groups(cls) for row in group.rows):
         assert re.search(rf"^\| `{re.escape(key)}` \|.*\| [^|]{{4,}} \|$", settings, flags=re.MULTILINE), key
     assert f"| `optim.lr` | float | `{OptimSettings().lr}` |" in settings
     for kind in ("train", "evaluate", "accelerate"):
         assert [name for name in packaged.names(kind) if f"### {name}\n" not in recipes] == []
     assert [name for name in COMMANDS if f"usage: moshi-ttt {name} " not in said] == []
-
-
-def test_meanings_are_read_from_a_docstring(generate):
-    rows = [(name, "int", "0") for name in ("one", "two", "three")]
-    said, meanings = generate.meanings_of(Group("", "A group.\n\none, two: what both are,\n    at length.\nNot a field: at all.", rows))
-    assert said == "A group.\n\nNot a field: at all."
-    assert meanings == {"one": "what both are, at length.", "two": "what both are, at length."}
 
 
 def test_commands_are_split_from_their_comments():

@@ -115,7 +115,7 @@ def test_full_mode_gives_a_model_for_automodel(tmp_path, recipe):
     ("overrides", "message"),
     [
         (["mode=frozen", "lora=null"], "mode is 'frozen': nothing is trained"),
-        (["mode=ttt"], "mode is 'ttt' but lora settings are given"),
+        (["mode=ttt"], "`lora` must not be given with `mode=ttt`"),
         (["optim.stps=3"], "unknown key 'optim.stps'; did you mean 'optim.steps'"),
         (["data.train=nowhere.jsonl"], "nowhere.jsonl: there is no such manifest"),
         (["data.carry=state", "data.batch_size=4"], "3 recordings for 4 lanes"),

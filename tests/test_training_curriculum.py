@@ -113,12 +113,12 @@ def test_the_log_tells_accuracy_and_level(tmp_path, book):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.train=other"], "data.train is 'other' and there are some dialogues settings; set data.train: made, or remove them"),
-        (["dialogues=null", "curriculum=null"], "data.train is 'made' and there are no dialogues settings"),
-        (["data.workers=2"], "data.workers=2 0"),
-        (["data.carry=state"], "data.carry='state' must be none"),
+        (["data.train=other"], "`dialogues` must not be given with `data.train=other`"),
+        (["dialogues=null", "curriculum=null"], "`dialogues` must be given with `data.train=made`"),
+        (["data.workers=2"], "`data.workers=2`"),
+        (["data.carry=state"], "`data.carry=state`"),
         (["curriculum.steps=0"], "curriculum.steps"),
-        (["dialogues.kinds=[name, hobby]", "dialogues.facts=[1, 2]"], "kinds holds 'hobby'"),
+        (["dialogues.kinds=[name, hobby]", "dialogues.facts=[1, 2]"], "kinds.*'hobby'"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, message):
@@ -127,7 +127,7 @@ def test_settings_that_cannot_be_are_named(settings, message):
 
 
 def test_a_curriculum_needs_made_dialogues():
-    with pytest.raises(ValueError, match="only made dialogues can grow"):
+    with pytest.raises(ValueError, match="`curriculum` must not be given"):
         load_run_config("demo", ["curriculum={steps: 3}"])
 
 

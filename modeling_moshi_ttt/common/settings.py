@@ -1,30 +1,85 @@
-"""Strict settings: a dataclass filled from YAML and key=value overrides; what is not understood is refused by name."""
+"""Strict settings: pydantic dataclasses filled from YAML and key=value overrides; what is not understood is refused by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
-import math
 import os
 import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from . import packaged
 from .files import read_text
 
 T = TypeVar("T")
-ABOVE_ZERO = 1e-30  # as a lowest value: more than 0
-SEEDS = (0, 2**32 - 1)  # that numpy and torch both take
+_FIELDS = "__pydantic_fields__"  # where pydantic keeps what stands below a field
 NEEDED = "needed"  # in place of a default
+
+
+def _whole(value: Any) -> Any:
+    """YAML writes a whole number as 1e4 too."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _wrong_entries(entries: Sequence[Any]) -> str | None:
+    if not entries:
+        return "must hold an entry; name at least one."
+    twice = next((entry for number, entry in enumerate(entries) if entry in entries[:number]), None)
+    return None if twice is None else f"must not hold {twice!r} twice; name it once."
+
+
+def check_entries(name: str, entries: Sequence[Any]) -> None:
+    """MoshiTTTError for a list that is empty or names something twice."""
+    if wrong := _wrong_entries(entries):
+        raise MoshiTTTError(f"`{name}={entries!r}` {wrong}")
+
+
+def _distinct(entries: list[Any]) -> list[Any]:
+    if wrong := _wrong_entries(entries):
+        raise MoshiTTTError(wrong)
+    return entries
+
+
+def _ascending(bounds: list[Any]) -> list[Any]:
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise MoshiTTTError("must be a lowest and a highest, as in [2, 12].")
+    return bounds
+
+
+# Types of fields, with their limits; none takes another type in silence. Text is `str`, a choice `Literal`, a file or folder `Path`.
+Flag = Annotated[bool, Field(strict=True)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrZero = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]  # that numpy and torch both take
+Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Bounds = Annotated[list[CountOrZero], AfterValidator(_ascending)]  # lowest and highest
+DISTINCT = AfterValidator(_distinct)  # of a list: an entry at least, and none twice
+
+
+@typing.dataclass_transform(field_specifiers=(dataclasses.field, Field))
+def settings_group(cls: type[T]) -> type[T]:
+    """Decorator of a group of settings: a field's type says what it takes, the docstring below it what it means."""
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    return cast("type[T]", dataclass(config=config)(cls))
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,64 +90,142 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+
 
 
 def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] = (), kind: packaged.Kind | None = None) -> T:
-    """Fill the dataclass `cls` from the YAML file `path` (None: defaults alone) and overrides such as "optim.lr=1e-4".
+    """Fill `cls` from the YAML file `path` (None: defaults alone) and overrides such as "optim.lr=1e-4".
 
     `path` may be the bare name of a packaged file of this `kind`.
 
-    Raises ValueError naming the key (with the nearest known one) or the wrong type; FileNotFoundError when the file is missing.
+    Raises MoshiTTTError naming the key (with the nearest known one), the value and what it must be, and FileNotFoundError when the file is
+    missing.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        data = _read(Path(path), kind)
+    data: dict[str, Any] = _read(Path(path), kind) if path is not None else {}
     for override in overrides:
         _override(data, override)
-    where = str(path) if path is not None else cls.__name__
-    return _fill(cls, data, where, "")
+    try:
+        return TypeAdapter(cls).validate_python(_with_groups(cls, data))
+    except ValidationError as errors:
+        others = errors.error_count() - 1
+        more = f" (and {others} more {'is' if others == 1 else 'are'} wrong)" if others else ""
+        raise MoshiTTTError(f"{path or cls.__name__}: {_problem(cls, errors.errors()[0])}{more}") from None
+
+
+def _with_groups(cls: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The data with an empty group, which YAML gives as null, as a group of all its defaults."""
+    hints = typing.get_type_hints(cls)
+    filled = {key: {} if value is None and _is_group(hints.get(key)) else value for key, value in data.items()}
+    return {
+        key: _with_groups(hints[key], value) if isinstance(value, dict) and _is_group(hints.get(key)) else value
+        for key, value in filled.items()
+    }
+
+
+# What a value must be, by pydantic's name of the error.
+_MUST_BE = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "finite",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "dataclass_type": "a group of settings",
+    "path_type": "a text",
+    "string_type": "a text",
+    "greater_than": "more than {gt:.10g}",
+    "greater_than_equal": "at least {ge:.10g}",
+    "less_than": "less than {lt:.10g}",
+    "less_than_equal": "at most {le:.10g}",
+    "literal_error": "{expected}",
+}
+
+
+def _problem(cls: type[Any], error: ErrorDetails) -> str:
+    """One thing that pydantic found, in our words."""
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key {name!r}; {_nearest(cls, error['loc'])}"
+    if kind == "missing":
+        return f"missing {name!r}; add it to the file or give {name}=value."
+    if kind == "value_error":  # of a check of ours, on a field or on a group
+        own = str(context["error"])
+        if own.startswith("must"):  # of a field's validator, which does not know its name
+            return f"`{name}={error['input']!r}` {own}"
+        return f"`{_above(error['loc'])}{own[1:]}" if own.startswith("`") else own
+    wanted = _MUST_BE[kind].format(**context) if kind in _MUST_BE else error["msg"]
+    of = f", it is of type {type(error['input']).__name__}" if kind.endswith("_type") else ""
+    return f"`{name}={error['input']!r}` must be {wanted}{of}."
+
+
+def _above(where: tuple[int | str, ...]) -> str:
+    """The names of the groups above the field of an error, with a dot behind each: an error of a group ends with the group itself."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in where]
+    return "".join(parts).removeprefix(".") + "." if parts else ""
+
+
+def _nearest(cls: type[Any], where: tuple[int | str, ...]) -> str:
+    """The known key nearest to an unknown one."""
+    names = [row.key for group in groups(cls) for row in group.rows]
+    prefix, key = _above(where[:-1]), str(where[-1])
+    inside = re.sub(r"\[\d+\]", "[]", prefix)
+    beside = [name.removeprefix(inside) for name in names if name.startswith(inside) and "." not in name.removeprefix(inside)]
+    near = difflib.get_close_matches(key, beside, n=1, cutoff=0.0)
+    return f"did you mean {prefix + near[0]!r}?" if near else "there are no settings here."
+
+
+class Row(NamedTuple):
+    """One setting, as help and documentation show it."""
+
+    key: str
+    type: str
+    default: str  # as JSON; "" where its own group says it, "needed" where there is none
+    meaning: str
 
 
 class Group(NamedTuple):
-    """A dataclass of settings, as help and documentation show it."""
+    """A group of settings, as help and documentation show it."""
 
     name: str  # as in "zero_shot.tasks[]"; "" is the whole
-    said: str  # the docstrings of the class and of those that it extends
-    rows: list[tuple[str, str, str]]  # key, type, default as JSON ("" where its own group says it, "needed" where there is none)
+    said: str  # the docstring of the class
+    rows: list[Row]
 
 
 def groups(cls: type[Any], prefix: str = "") -> list[Group]:
-    """Every setting of a dataclass and of the groups in it."""
+    """Every setting of a class and of the groups in it."""
     hints = typing.get_type_hints(cls)
-    said = "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in cls.__mro__ if dataclasses.is_dataclass(part))
-    rows: list[tuple[str, str, str]] = []
+    meanings = {
+        name: field.description for part in reversed(cls.__mro__) for name, field in getattr(part, _FIELDS, {}).items() if field.description
+    }
+    rows: list[Row] = []
     below: list[Group] = []
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], prefix + field.name
-        rows.append((key, _type_name(hint), _default(field)))
+        rows.append(Row(key, _type_name(hint), _default(field), " ".join(meanings.get(field.name, "").split())))
         for part in (hint, *get_args(hint)):
-            if isinstance(part, type) and dataclasses.is_dataclass(part):
+            if _is_group(part):
                 below += groups(part, f"{key}[]." if get_origin(hint) is list else f"{key}.")
-    return [Group(prefix.rstrip("."), said, rows), *below]
+    return [Group(prefix.rstrip("."), " ".join((cls.__doc__ or "").split()), rows), *below]
 
 
 def describe(cls: type[Any]) -> str:
-    """Every setting for a command's help: what a group says of itself, then key, type and default."""
-    return "\n\n".join(
-        "\n".join([f"{group.name or 'settings'}: {group.said}", *(_line(*row) for row in group.rows)]) for group in groups(cls)
-    )
+    """Every setting for a command's help: what a group says of itself, then key, type, default and meaning."""
+    return "\n\n".join("\n".join([f"{group.name or 'settings'}: {group.said}", *map(_line, group.rows)]) for group in groups(cls))
 
 
-def _line(key: str, kind: str, default: str) -> str:
-    return f"  {key}: {kind}" + (", needed" if default == NEEDED else f" = {default}" if default else "")
+def _line(row: Row) -> str:
+    default = ", needed" if row.default == NEEDED else f" = {row.default}" if row.default else ""
+    return f"  {row.key}: {row.type}{default}" + (f"\n      {row.meaning}" if row.meaning else "")
 
 
 def _type_name(hint: Any) -> str:
     args = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return _type_name(args[0])
     if get_origin(hint) is Literal:
         return " | ".join(map(str, args))
     if get_origin(hint) in (Union, types.UnionType):
         return " | ".join(map(_type_name, args))
     if get_origin(hint) is list:
         return f"list of {_type_name(args[0])}"
-    if dataclasses.is_dataclass(hint):
+    if _is_group(hint):
         return "group"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint)).lower()  # Any has a name from Python 3.11 on
 
@@ -112,32 +245,6 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def to_dict(settings: Any) -> dict[str, Any]:
     """The settings as plain dicts and lists, ready for YAML or JSON."""
     return dataclasses.asdict(settings)
-
-
-def check_numbers(settings: Any, group: str = "", **limits: float | tuple[float, float]) -> None:
-    """Raise a ValueError for a field, or an entry of its list, that is below its lowest value, above a highest one or not finite.
-
-    None may stand. `group` goes before the names in the message, for a caller that checks a group of its settings.
-    """
-    for name, limit in limits.items():
-        value = getattr(settings, name)
-        low, high = limit if isinstance(limit, tuple) else (limit, math.inf)
-        entries = [(f"{name}[{i}]", entry) for i, entry in enumerate(value)] if isinstance(value, list) else [(name, value)]
-        for label, entry in [(label, entry) for label, entry in entries if entry is not None]:
-            finite = abs(entry) < math.inf  # of whole numbers of any length, too
-            if not (finite and low <= entry <= high):
-                least = ("more than 0" if low == ABOVE_ZERO else f"at least {low:g}") + ("" if finite else " and finite")
-                bound = least if high == math.inf else f"between {low:g} and {high:.10g}"
-                raise MoshiTTTError(f"{group}{label} is {entry!r}, it must be {bound}.")
-
-
-def check_entries(name: str, entries: Sequence[Any]) -> None:
-    """Raise a ValueError for a list that is empty or names something twice."""
-    if not entries:
-        raise MoshiTTTError(f"{name} is empty; name at least one.")
-    for number, entry in enumerate(entries):
-        if entry in entries[:number]:
-            raise MoshiTTTError(f"{name} holds {entry!r} twice; name it once.")
 
 
 def _read(path: Path, kind: packaged.Kind | None) -> dict[str, Any]:
@@ -183,83 +290,3 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise MoshiTTTError(f"The override {override!r} goes below {part!r}, which holds a plain value.")
     data[parts[-1]] = value
-
-
-def _fill(cls: type[T], data: dict[Any, Any], where: str, prefix: str) -> T:
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else "there are no settings here."
-            raise MoshiTTTError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
-    missing = [
-        prefix + name
-        for name, field in fields.items()
-        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise MoshiTTTError(f"{where}: missing {', '.join(map(repr, missing))}; add it to the file or give {missing[0]}=value.")
-    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:  # of the class's own checks, which begin with a field's name
-        raise MoshiTTTError(f"{where}: {prefix}{error}") from None
-
-
-def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
-    """`value` as type `hint`, or ValueError; numbers never become strings or the other way round in silence."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(args, value, where, name)
-    if origin is Literal:
-        if value in args and any(type(value) is type(a) for a in args if a == value):
-            return value
-        raise MoshiTTTError(f"{where}: {name} is {value!r}, it must be one of {', '.join(map(repr, args))}.")
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if value is None:
-            value = {}
-        if isinstance(value, dict):
-            return _fill(hint, value, where, name + ".")
-        raise _wrong(where, name, value, "a group of settings")
-    if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            raise _wrong(where, name, value, "a list")
-        return origin(_convert(args[0] if args else Any, item, where, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise _wrong(where, name, value, "a mapping")
-        return {key: _convert(args[1] if args else Any, item, where, f"{name}.{key}") for key, item in value.items()}
-    return _convert_plain(hint, value, where, name)
-
-
-def _convert_union(args: tuple[Any, ...], value: Any, where: str, name: str) -> Any:
-    if value is None and type(None) in args:
-        return None
-    errors = []
-    for arg in args:
-        if arg is not type(None):
-            try:
-                return _convert(arg, value, where, name)
-            except ValueError as error:
-                errors.append(error)
-    raise errors[0]
-
-
-def _convert_plain(hint: Any, value: Any, where: str, name: str) -> Any:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is int and type(value) is float and value.is_integer():
-        return int(value)
-    if hint in names and type(value) is hint:
-        return value
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    raise _wrong(where, name, value, names.get(hint, str(hint)))
-
-
-def _wrong(where: str, name: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{where}: {name} is {value!r} ({type(value).__name__}), it must be {wanted}.")

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from ..common.settings import SEEDS, check_entries, check_numbers
+from pydantic import Field
+
+from ..common.settings import DISTINCT, Bounds, Count, Seed, Share, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
 
 NUMBER = "number"
@@ -51,51 +54,45 @@ _DOES = (
 ).split("; ")
 
 
-@dataclass
+@settings_group
 class ScriptSettings:
     """What dialogues are made of. Lengths are frames (12.5 a second), lowest and highest. All of it holds at level 1 of a curriculum; at
     level 0 the distance is `start`, every fact is repeated, there is no talk before the facts and nothing is corrected.
-
-    kinds: of facts that are told: name, number, place and like.
-    facts: how many are told in a dialogue.
-    digits: of a number.
-    lead: talk before the facts, in half of the dialogues where its lowest is 0.
-    start: talk between telling and asking at level 0.
-    distance: talk between telling and asking at level 1.
-    echo: share of the dialogues in which Moshi repeats what it is told.
-    corrections: share of the dialogues in which a fact is told anew and asked again.
-    voices: how many speak.
-    renderings: of a fact's phrases by each voice.
-    talk_renderings: of a sentence of talk by each voice.
-    seed: of the phrases' renderings.
     """
 
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    facts: list[int] = field(default_factory=lambda: [1, 2])
-    digits: list[int] = field(default_factory=lambda: [1, 1])
-    lead: list[int] = field(default_factory=lambda: [0, 80])
-    start: list[int] = field(default_factory=lambda: [2, 12])
-    distance: list[int] = field(default_factory=lambda: [60, 90])
-    echo: float = 0.5
-    corrections: float = 0.3
-    voices: int = 16
-    renderings: int = 3
-    talk_renderings: int = 1
-    seed: int = 0
+    kinds: Annotated[list[str], DISTINCT] = field(default_factory=lambda: list(KINDS))
+    """Kinds of facts that are told: name, number, place and like."""
+    facts: Bounds = field(default_factory=lambda: [1, 2])
+    """How many are told in a dialogue."""
+    digits: Bounds = field(default_factory=lambda: [1, 1])
+    """How many a number has."""
+    lead: Bounds = field(default_factory=lambda: [0, 80])
+    """Talk before the facts, in half of the dialogues where its lowest is 0."""
+    start: Bounds = field(default_factory=lambda: [2, 12])
+    """Talk between telling and asking at level 0."""
+    distance: Bounds = field(default_factory=lambda: [60, 90])
+    """Talk between telling and asking at level 1."""
+    echo: Share = 0.5
+    """Share of the dialogues in which Moshi repeats what it is told."""
+    corrections: Share = 0.3
+    """Share of the dialogues in which a fact is told anew and asked again."""
+    voices: Annotated[Count, Field(le=len(VOICES))] = 16
+    """How many speak."""
+    renderings: Count = 3
+    """Renderings of a fact's phrases by each voice."""
+    talk_renderings: Count = 1
+    """Renderings of a sentence of talk by each voice."""
+    seed: Seed = 0
+    """Seed of the renderings."""
 
     def __post_init__(self) -> None:
-        check_entries("kinds", self.kinds)
-        check_numbers(
-            self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS
-        )
-        check_numbers(self, voices=(1, len(VOICES)), renderings=1, talk_renderings=1)
         for kind in self.kinds:
             if kind not in KINDS:
-                raise MoshiTTTError(f"kinds holds {kind!r}; the kinds of facts are {', '.join(KINDS)}.")
-        for name in ("facts", "digits", "lead", "start", "distance"):
+                raise MoshiTTTError(f"`kinds={self.kinds}` must hold kinds of facts, {', '.join(KINDS)}; {kind!r} is none.")
+        for name, most in (("facts", len(self.kinds)), ("digits", 4)):
             bounds = getattr(self, name)
-            if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise MoshiTTTError(f"{name} is {bounds}, it must be a lowest and a highest.")
+            if not 1 <= bounds[0] <= bounds[1] <= most:
+                raise MoshiTTTError(f"`{name}={bounds}` must lie between 1 and {most}.")
 
 
 @dataclass(frozen=True)
