@@ -20,6 +20,7 @@ FORMER = {
     "evaluation.conversations": "evaluation.dialogue",
     "evaluation.kept": "evaluation.kept_numbers",
     "evaluation.plot": "evaluation.plots",
+    "evaluation.voice": "data.voice",
     "tools": "hub",
     "tools.adapter": "adapters.checks",
     "tools.card": "hub.card",

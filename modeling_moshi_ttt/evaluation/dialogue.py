@@ -19,11 +19,11 @@ from ..common.results import Part
 from ..common.settings import ABOVE_ZERO, check_numbers
 from ..data.audio import read_audio
 from ..data.recordings import MAIN_SPEAKER, Recording, read_manifest
+from ..data.voice import IndistinctVoice, Segment, voice_activity
 from ..errors_moshi_ttt import MoshiTTTError
 from .formatting import number
 from .kept_numbers import recording_line
 from .task import Context, Measure, Table, Task
-from .voice import IndistinctVoice, Segment, voice_activity
 
 LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
 WITHHELD = "withheld"  # why numbers of a conversation are not given

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from ..common.files import atomic_write, of_shape
+from ..common.progress import progress_bar
 from ..common.results import MORE, Part
 from ..common.settings import check_entries, check_numbers
 from ..delay_pattern import delay, undelay
@@ -328,7 +328,7 @@ class LongContext(Task):
         check_books(found, model.config.sliding_window)
         total = sum(book.moshi.shape[-1] for book in found.values()) * len(section.conditions)
         digests = {name: codes_digest(book) for name, book in found.items()}
-        with tqdm(total=total, desc="long context", unit="frames", disable=not context.show_progress) as bar:
+        with progress_bar(total=total, desc="long context", unit="frames", disable=not context.show_progress) as bar:
 
             def losses(name: str, book: CodeSequence, condition: str) -> np.ndarray:
                 # of the codes, not of the name: another set of data may use the same names

@@ -17,10 +17,10 @@ from typing import Any, Literal, NotRequired
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from ..common.files import atomic_write, read_json
+from ..common.progress import progress_bar
 from ..common.results import MORE, Part, checked
 from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
 from ..errors_moshi_ttt import MoshiTTTError
@@ -198,7 +198,7 @@ def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progre
         corrections=(settings.train_corrections[0], settings.train_corrections[1]),
         seed=settings.seed,
     )
-    with tqdm(total=settings.steps, desc=variant.name, disable=not show_progress) as bar:
+    with progress_bar(total=settings.steps, desc=variant.name, disable=not show_progress) as bar:
 
         def report(step: int, loss: float, accuracy: float) -> None:
             bar.update(step - bar.n)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tqdm import tqdm
+from ..common.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ class Context:
 
     def bar(self, name: str) -> Callable[[Any], Any]:
         """Wraps an iterable in a progress bar."""
-        return lambda items: tqdm(items, desc=name, disable=not self.show_progress)
+        return lambda items: progress_bar(items, desc=name, disable=not self.show_progress)
 
 
 @dataclass(frozen=True)

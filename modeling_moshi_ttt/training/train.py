@@ -98,9 +98,9 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     from tqdm import tqdm
 
     from ..data.codes import CodesCache
+    from ..data.prepared import prepare_set
     from ..data.spoken_dialogues import phrasebook
     from . import setup
-    from .windows import prepare_set
 
     processor = setup.load_processor(config.model)
     processor.check_model(model_config)
