@@ -20,7 +20,7 @@ COMMANDS = {
     "respond": ("modeling_moshi_ttt.live.respond", "answer a recording, or a folder of them, with the sound and words of a model"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
-    "plot": ("modeling_moshi_ttt.evaluation.plot", "draw the curves of a run or of an evaluation"),
+    "plot": ("modeling_moshi_ttt.evaluation.plots", "draw the curves of a run or of an evaluation"),
     "convert": ("modeling_moshi_ttt.conversion.convert", "convert checkpoints from and to Kyutai's and transformers' layouts"),
     "verify": ("modeling_moshi_ttt.hub.verify", "check a checkpoint: files, weights, shapes, numbers, and its loss on the probe"),
     "push": ("modeling_moshi_ttt.hub.push", "put a checkpoint on the Hugging Face Hub, with its card and its code"),

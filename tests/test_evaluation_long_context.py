@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.evaluation import inner_loss
 from modeling_moshi_ttt.evaluation import long_context as lc
 from modeling_moshi_ttt.evaluation.scoring import CodeSequence, token_log_probs
 
@@ -94,8 +96,6 @@ def test_conditions_leave_the_model_alone():
     for condition in lc.CONDITIONS:
         lc.stream_losses(model, sequence, condition)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="'off' is unknown"):
-        lc.condition_parameters(model, "off")
 
 
 def test_shuffling_moves_whole_windows():
@@ -142,18 +142,23 @@ def test_one_run_holds_all_conditions():
     assert first["loss"][0] == pytest.approx(np.mean([row[0] for row in ttt]), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("books", "conditions", "message"),
-    [
-        ({}, lc.CONDITIONS, "no recordings"),
-        ({"short": make_sequence(8)}, lc.CONDITIONS, "short: 8 frames, no more than the attention window of 8"),
-        ({"a": make_sequence(20)}, (lc.FROZEN,), "must hold 'TTT'"),
-        ({"a": make_sequence(20)}, (lc.TTT, "frozen"), "holds 'frozen'"),
-    ],
-)
-def test_what_cannot_be_measured_is_named(books, conditions, message):
-    with pytest.raises(ValueError, match=message):
-        lc.measure(lc.losses_of(make_model()), books, WINDOW, conditions)
+def test_a_recording_within_the_window_is_named():
+    with pytest.raises(ValueError, match="short: 8 frames"):
+        lc.measure(lc.losses_of(make_model()), {"short": make_sequence(8)}, WINDOW)
+
+
+@pytest.mark.parametrize("conditions", [[lc.FROZEN], [lc.TTT, "frozen"], [], [lc.TTT, lc.TTT]])
+def test_conditions_that_cannot_be_are_named(conditions):
+    with pytest.raises(ValueError, match="conditions"):
+        lc.LongContextSettings(folder="books", conditions=conditions)
+
+
+def test_a_model_that_cannot_be_measured_is_named():
+    subject = SimpleNamespace(config={"sliding_window": None, "ttt_layers": []}, ttt={"ttt_layers": []})
+    with pytest.raises(ValueError, match="sliding_window=null"):
+        lc.TASK.check(None, subject)
+    with pytest.raises(ValueError, match="ttt_layers"):
+        inner_loss.TASK.check(None, subject)
 
 
 MEMORY = """

@@ -112,7 +112,7 @@ def test_batches_are_of_one_length_where_half_a_batch_is():
     assert sorted(sum(batches, [])) == list(range(len(lengths)))
     assert [[lengths[i] for i in batch] for batch in batches] == [[3] * 4, [3] * 4, [3, 4], [5] * 2, [7] * 4, [7, 20]]
     assert [len(batch) for batch in batches_of_like_length([1, 2, 3], 1)] == [1, 1, 1]
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size=0"):
         batches_of_like_length([1], 0)
 
 

@@ -6,20 +6,52 @@ Users lose the greeting and the pace when they fine-tune; these numbers, taken b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ..common.results import Part
+from ..common.settings import ABOVE_ZERO, check_numbers
+from ..data.audio import read_audio
+from ..data.recordings import MAIN_SPEAKER, Recording, read_manifest
 from ..data.voice import IndistinctVoice, Segment, voice_activity
 from ..errors_moshi_ttt import MoshiTTTError
+from .formatting import number
+from .kept_numbers import recording_line
+from .task import Context, Measure, Table, Task
 
 LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
+WITHHELD = "withheld"  # why numbers of a conversation are not given
+
+
+@dataclass
+class DialogueSettings:
+    """The model listens to the user's side of each recording and answers.
+
+    manifest: stereo dialogues, a .jsonl.
+    before: the model before fine-tuning (a folder or a Hub name), to stand beside this one.
+    max_recordings, max_seconds: how many dialogues (null: all), and of each how much.
+    temperature, text_temperature: of the codes and of the text.
+    """
+
+    manifest: Path
+    before: str | None = None
+    max_recordings: int | None = None
+    max_seconds: float = 120.0
+    temperature: float = 0.8
+    text_temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_numbers(self, max_recordings=1, max_seconds=ABOVE_ZERO, temperature=ABOVE_ZERO, text_temperature=ABOVE_ZERO)
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """One conversation. Numbers are None where nothing was said to measure them by, and where `withheld` says why they cannot be known."""
 
     duration: float  # seconds
@@ -61,7 +93,7 @@ def shares(moshi: Sequence[Segment], user: Sequence[Segment], duration: float) -
     return both / duration, 1.0 - spoken / duration
 
 
-def normalise_words(text: str) -> list[str]:
+def normalize_words(text: str) -> list[str]:
     """Lower case, letters, digits and apostrophes of any script; what is left counts as words."""
     return re.findall(r"[\w']+", text.lower().replace("’", "'"))
 
@@ -78,10 +110,8 @@ def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
     return int(row[-1])
 
 
-def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, reference: str | None = None) -> Behaviour:
-    """Behaviour of a stereo recording `samples` [2, N] (Moshi left, user right), with what its text stream said and should have said."""
-    if samples.ndim != 2 or samples.shape[0] != 2:
-        raise MoshiTTTError(f"measure: samples must be stereo [2, N] with Moshi on the left, their shape is {samples.shape}")
+def behavior_of(samples: np.ndarray, sample_rate: int, text: str | None = None, reference: str | None = None) -> Behavior:
+    """Behavior of a stereo recording `samples` [2, N] (Moshi left, user right), with what its text stream said and should have said."""
     duration = samples.shape[1] / sample_rate
     turns: dict[str, Any] = {"reply_delays": [], "unanswered": 0, "greeting": None, "overlap": None, "silence": None}
     try:
@@ -93,9 +123,9 @@ def measure(samples: np.ndarray, sample_rate: int, text: str | None = None, refe
         overlap, silence = shares(moshi, user, duration)
         greeting = moshi[0][0] if moshi else None
         turns = {"reply_delays": delays, "unanswered": unanswered, "greeting": greeting, "overlap": overlap, "silence": silence}
-    said = None if text is None else normalise_words(text)
-    wanted = None if reference is None else normalise_words(reference)
-    return Behaviour(
+    said = None if text is None else normalize_words(text)
+    wanted = None if reference is None else normalize_words(reference)
+    return Behavior(
         duration=duration,
         **turns,
         words_per_minute=None if said is None else 60.0 * len(said) / duration,
@@ -111,29 +141,27 @@ def _voice(name: str, channel: np.ndarray, sample_rate: int) -> list[Segment]:
         raise IndistinctVoice(f"{name}'s channel: {reason}") from None
 
 
-def summarise(behaviours: Sequence[Behaviour]) -> dict[str, float | str | None]:
+def summarize(behaviors: Sequence[Behavior]) -> dict[str, float | str | None]:
     """One row of a table: times weigh by duration, word errors by words, delays each alike; None over nothing.
 
     Conversations of which nothing is known of who spoke when count in the words alone; "withheld" says how many, and why the first.
     """
-    if not behaviours:
-        raise MoshiTTTError("summarise: no recordings; check the manifest")
-    known = [b for b in behaviours if b.withheld is None]
+    known = [b for b in behaviors if b.withheld is None]
     delays = [delay for b in known for delay in b.reply_delays]
     turns = len(delays) + sum(b.unanswered for b in known)
     greetings = [b.greeting for b in known if b.greeting is not None]
-    worded = [b for b in behaviours if b.word_errors is not None and b.reference_words]
+    worded = [b for b in behaviors if b.word_errors is not None and b.reference_words]
     words = sum(b.reference_words or 0 for b in worded)
-    reasons = [b.withheld for b in behaviours if b.withheld is not None]
+    reasons = [b.withheld for b in behaviors if b.withheld is not None]
     return {
         "reply delay, median s": float(np.median(delays)) if delays else None,
         "turns answered, share": len(delays) / turns if turns else None,
         "first sound, median s": float(np.median(greetings)) if greetings else None,
         "overlap, share": _over_time([(b.overlap, b.duration) for b in known]),
         "silence, share": _over_time([(b.silence, b.duration) for b in known]),
-        "words a minute": _over_time([(b.words_per_minute, b.duration) for b in behaviours]),
+        "words a minute": _over_time([(b.words_per_minute, b.duration) for b in behaviors]),
         "word error rate": sum(b.word_errors or 0 for b in worded) / words if words else None,
-        "withheld": f"{len(reasons)} of {len(behaviours)} recordings: {reasons[0]}" if reasons else None,
+        WITHHELD: f"{len(reasons)} of {len(behaviors)} recordings: {reasons[0]}" if reasons else None,
     }
 
 
@@ -142,3 +170,121 @@ def _over_time(values: Sequence[tuple[float | None, float]]) -> float | None:
     known = [(value, seconds) for value, seconds in values if value is not None]
     total = sum(seconds for _, seconds in known)
     return sum(value * seconds for value, seconds in known) / total if total else None
+
+
+# ---------------------------------------------------------------- the model answers
+
+
+def answer(model: Any, user_codes: Tensor, **sampling: Any) -> tuple[Tensor, Tensor]:
+    """What the model says while it hears `user_codes` [K, T]: text [T] and audio codes [K, T]; `sampling` as in its `hear`."""
+    text, codes = model.hear(user_codes[None].to(model.device), **sampling)
+    return text[0].cpu(), codes[0].cpu()
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    recordings: Sequence[Recording],
+    max_seconds: float = 120.0,
+    seed: int = 0,
+    sampling: Mapping[str, float] | None = None,
+    progress: Callable[[Sequence[Recording]], Iterable[Recording]] = lambda items: items,
+    before: Any = None,
+) -> dict[str, Any]:
+    """How the recordings themselves behave ("reference"), of the model over the same user ("model"), and of the model `before`."""
+    speakers = {name: one for name, one in (("before", before), ("model", model)) if one is not None}
+    found: dict[str, list[Behavior]] = {name: [] for name in ("reference", *speakers)}
+    rate = processor.sampling_rate
+    for index, recording in enumerate(progress(recordings)):
+        samples = read_audio(recording.path, rate, 0.0, max_seconds)
+        if len(samples) != 2:
+            raise MoshiTTTError(f"{recording.path}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right")
+        words = " ".join(word for word, (start, _), who in recording.words or () if who == MAIN_SPEAKER and start < max_seconds)
+        transcript = words if recording.words is not None else None
+        found["reference"].append(behavior_of(samples, rate, transcript, transcript))
+        user_codes = processor.encode_audio(torch.from_numpy(samples[1:]))[0]
+        for name, speaker in speakers.items():
+            generator = torch.Generator(speaker.device).manual_seed(seed + index)
+            text, codes = answer(speaker, user_codes, generator=generator, **(sampling or {}))
+            voice = processor.decode_audio(codes[None])[0, : samples.shape[1]].float().numpy()  # the last frame may go on past the sound
+            both = np.stack([voice, samples[1]])
+            found[name].append(behavior_of(both, rate, processor.decode_text(text), transcript))
+    each = {side: {one.path.stem: summarize([b]) for one, b in zip(recordings, behaviors)} for side, behaviors in found.items()}
+    hours = sum(behavior.duration for behavior in found["reference"]) / 3600
+    about = {"kind": "dialogue", "recordings": len(recordings), "hours": hours, "each": each}
+    return about | {side: summarize(behaviors) for side, behaviors in found.items()}
+
+
+def dialogues(section: DialogueSettings) -> list[Recording]:
+    """The recordings of a section."""
+    return read_manifest(section.manifest, allow_outside=True)[: section.max_recordings]
+
+
+# ---------------------------------------------------------------- the evaluation
+
+Row = dict[str, float | str | None]
+BETTER = {"turns answered, share": True, "reply delay, median s": False, "overlap, share": False, "word error rate": False}
+
+
+class DialoguePart(Part):
+    """How each side behaves: the recorded answer, the model before fine-tuning, this model. each: side -> recording -> numbers."""
+
+    recordings: int
+    reference: Row
+    model: Row
+    before: NotRequired[Row]
+    each: NotRequired[dict[str, dict[str, Row]]]
+
+
+def sides(part: DialoguePart) -> dict[str, Row]:
+    """Name of each side in tables -> its numbers."""
+    heads = {"reference": "recorded answer", "before": "before fine-tuning", "model": "this model"}
+    return {head: part[side] for side, head in heads.items() if side in part}  # type: ignore[literal-required]
+
+
+class Dialogue(Task):
+    name, settings, shape = "dialogue", DialogueSettings, DialoguePart
+    question = "Does it behave in a conversation?"
+    reading = "It hears the user's side of each recording and answers; beside it stands the recorded answer."
+
+    def inputs(self, section: DialogueSettings) -> Iterable[str]:
+        found = dialogues(section)
+        return (recording_line(one) for one in found)
+
+    def models(self, section: DialogueSettings) -> dict[str, str]:
+        return {"before": section.before} if section.before else {}
+
+    def run(self, subject: Any, section: DialogueSettings, context: Context) -> dict[str, Any]:
+        model, processor = subject.load()
+        sampling = {"temperature": section.temperature, "text_temperature": section.text_temperature}
+        before = context.others["before"].model if section.before else None
+        found = dialogues(section)
+        return measure(model, processor, found, section.max_seconds, context.seed, sampling, context.bar("dialogue"), before)
+
+    def table(self, part: DialoguePart) -> Table:
+        """The recordings beside what the model, and the one before fine-tuning, said over the same user."""
+        columns = sides(part)
+        names = [name for name in part["reference"] if name != WITHHELD]
+        rows = [[name, *[number(one.get(name)) for one in columns.values()]] for name in names]  # type: ignore[arg-type]
+        why = [f"Who spoke when is not known of {one[WITHHELD]} ({head})." for head, one in columns.items() if one.get(WITHHELD)]
+        return Table(["", *columns], rows, " ".join([f"{part['recordings']} recordings.", *why]))
+
+    def finding(self, part: DialoguePart) -> str:
+        share, delay = "turns answered, share", "reply delay, median s"
+        said = [
+            f"{head}: {number(one.get(share))} of the user's turns answered, after {number(one.get(delay))} s"  # type: ignore[arg-type]
+            for head, one in sides(part).items()
+        ]
+        return "; ".join(said) + "."
+
+    def measures(self, part: DialoguePart) -> list[Measure]:
+        found = []
+        for name, value in part["model"].items():
+            if isinstance(value, float):
+                rows = part.get("each", {}).get("model", {})
+                each = {recording: row[name] for recording, row in rows.items() if isinstance(row.get(name), float)}
+                found.append(Measure(name, "this model", None, value, name.rpartition(" ")[2], each, BETTER.get(name)))  # type: ignore[arg-type]
+        return found
+
+
+TASK = Dialogue()

@@ -1,19 +1,39 @@
-"""What a section of an evaluation reads, and a fingerprint of it: kept numbers belong to their data, not to names that may hold others."""
+"""Long recordings that an evaluation reads: books in Libri-Light's layout, or what a manifest names."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.settings import check_numbers
 from ..data import long_recordings as books
-from ..data.audio import READING
 from ..data.recordings import Recording, read_manifest
 from ..errors_moshi_ttt import MoshiTTTError
-from . import spoken_recall, zero_shot
-from .contents import content
-from .evaluate import RecordingsSettings
+from .kept_numbers import content, recording_line
+from .scoring import CodeSequence
+
+
+@dataclass
+class RecordingsSettings:
+    """Where long recordings come from.
+
+    folder: in Libri-Light's layout; or
+    manifest: a .jsonl, as for training.
+    max_recordings: how many of them; null: all.
+    max_frames: of each recording, 750 a minute; null: all.
+    """
+
+    folder: Path | None = None
+    manifest: Path | None = None
+    max_recordings: int | None = None
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.manifest is None):
+            raise MoshiTTTError(f"folder is {self.folder} and manifest {self.manifest}; recordings come from one of them: give one.")
+        check_numbers(self, max_recordings=1, max_frames=1)
 
 
 def long_recordings(section: RecordingsSettings) -> dict[str, list[Path] | Recording]:
@@ -29,37 +49,19 @@ def long_recordings(section: RecordingsSettings) -> dict[str, list[Path] | Recor
     return dict(list(found.items())[: section.max_recordings])
 
 
-def dialogues(section: Any) -> list[Recording]:
-    """The recordings of the dialogue section."""
-    return read_manifest(section.manifest, allow_outside=True)[: section.max_recordings]
+def content_lines(section: RecordingsSettings) -> Iterable[str]:
+    """Lines over the contents of a section's recordings, hashed as they are asked for; what cannot be read is named at once."""
+    return (f"{name} {_line(one)}" for name, one in long_recordings(section).items())
 
 
-def fingerprint(name: str, section: Any) -> str | None:
-    """SHA-256 over all that a section reads, sounds, words and pairs; None for one that reads nothing."""
-    if name == "zero_shot":
-        return _digest(line for task in section.tasks for line in _pairs(task))
-    if name in ("long_context", "inner_loss"):
-        return _digest(f"{key} {_recording(one)}" for key, one in long_recordings(section).items())
-    if name == "dialogue":
-        return _digest(map(_recording, dialogues(section)))
-    if name == "spoken_recall":
-        return spoken_recall.fingerprint(section, content)
-    return None
+def _line(one: Sequence[Path] | Recording) -> str:
+    return recording_line(one) if isinstance(one, Recording) else repr([content(path) for path in one])
 
 
-def _pairs(task: Any) -> Iterable[str]:
-    for pair in zero_shot.read_task(task.task, task.folder, task.split, task.parts):
-        yield repr((task.task, pair.item, pair.voice, pair.group, content(pair.positive), content(pair.negative)))
-
-
-def _recording(one: Sequence[Path] | Recording) -> str:
-    if isinstance(one, Recording):
-        return repr((content(one.path), one.words))
-    return repr([content(path) for path in one])
-
-
-def _digest(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256(READING.encode())
-    for line in lines:
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()
+def encoded(processor: Any, section: RecordingsSettings, progress: Callable[[Any], Any]) -> dict[str, CodeSequence]:
+    """The recordings of a section as codes."""
+    found = {}
+    for name, source in progress(long_recordings(section).items()):
+        encode = books.encode_recording if isinstance(source, Recording) else books.encode_book
+        found[name] = encode(processor, source, section.max_frames)  # type: ignore[arg-type]
+    return found

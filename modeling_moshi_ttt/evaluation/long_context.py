@@ -8,28 +8,62 @@ Shapes: S = 1 + K streams (text, Moshi's codebooks), T frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from ..common.files import atomic_write, of_shape
+from ..common.progress import progress_bar
+from ..common.results import MORE, Part
+from ..common.settings import check_entries, check_numbers
 from ..delay_pattern import delay, undelay
 from ..errors_moshi_ttt import MoshiTTTError
-from ..tokens_moshi_ttt import ZERO
+from ..tokens_moshi_ttt import FRAME_RATE, ZERO
+from . import drawing
+from .formatting import interval, p_value
+from .inputs import RecordingsSettings, content_lines, encoded
+from .kept_numbers import CURE, codes_digest
 from .scoring import CodeSequence, check_sequences, collate, gather_log_probs
 from .statistics import bootstrap_interval, paired_test
+from .task import Context, Measure, Table, Task
 
 TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED = "TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"
 CONDITIONS = (TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED)
 STREAMS = ("text", "semantic", "acoustic")
 
 
+@dataclass
+class LongContextSettings(RecordingsSettings):
+    """Loss against position under each condition.
+
+    conditions: the memory as it is, and what is taken from it.
+    chunk: frames in one forward pass; null: a window.
+    """
+
+    conditions: list[str] = field(default_factory=lambda: list(CONDITIONS))
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_entries("conditions", self.conditions)
+        if TTT not in self.conditions:
+            raise MoshiTTTError(f"conditions={self.conditions} must hold {TTT!r}, which the others are compared with.")
+        for condition in self.conditions:
+            if condition not in CONDITIONS:
+                raise MoshiTTTError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}.")
+        check_numbers(self, chunk=1)
+
+
 def condition_parameters(model: Any, condition: str) -> dict[str, Tensor]:
     """The parameters that stand in for the model's own under a condition; the model itself is not touched."""
-    if condition not in CONDITIONS:
-        raise MoshiTTTError(f"condition {condition!r} is unknown; choose from {', '.join(CONDITIONS)}")
     changed: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if condition == GATE_ZERO and name.endswith("gating_alpha") or condition == FROZEN and name.endswith("learnable_ttt_lr_weight"):
@@ -87,8 +121,6 @@ def stream_losses(
 
 def _chunks(frames: int, chunk: int, stop: int) -> list[tuple[int, int]]:
     """Pieces of at most `chunk` frames that also end at every multiple of `stop`."""
-    if chunk < 1:
-        raise MoshiTTTError(f"chunk is {chunk}; it must be at least 1 frame")
     ends = sorted({*range(chunk, frames, chunk), *range(stop, frames, stop), frames})
     return list(zip([0, *ends[:-1]], ends))
 
@@ -172,7 +204,7 @@ def measure(
 
     `losses` gives the losses of one book under one condition, as `losses_of(model)` does.
     """
-    check_books(books, window, conditions)
+    check_books(books, window)
     found = {condition: [by_stream(losses(name, book, condition)) for name, book in books.items()] for condition in conditions}
     lengths = [book.moshi.shape[-1] for book in books.values()]
     streams = [name for name in STREAMS if all(name in rows for rows in found[TTT])]
@@ -181,27 +213,36 @@ def measure(
         condition: {stream: curve([row[stream] for row in rows], edges, seed=seed) for stream in streams}
         for condition, rows in found.items()
     }
-    gains: dict[str, dict[str, Any]] = {}
-    differences: dict[str, dict[str, Any]] = {}
-    for condition in conditions:
-        if condition == TTT:
-            continue
-        pairs = {stream: _paired(found, condition, stream, lengths, window, seed) for stream in streams}
-        gains[condition] = {stream: gain(control, ttt, window, beyond, seed) for stream, (control, ttt, beyond) in pairs.items()}
-        if condition != SHUFFLED:  # there a position has another history in each order
-            differences[condition] = {
-                stream: curve([a - b for a, b in zip(control, ttt)], edges, seed=seed) for stream, (control, ttt, _) in pairs.items()
-            }
+    controls = [condition for condition in conditions if condition != TTT]
+    pairs = {condition: {stream: _paired(found, condition, stream, lengths, window, seed) for stream in streams} for condition in controls}
     return {
         "kind": "long_context",
         "window": window,
         "frames": dict(zip(books, lengths)),
+        "hours": sum(lengths) / FRAME_RATE / 3600,
         "unit": "recordings",
         "streams": streams,
         "conditions": curves,
-        "differences": differences,
-        "gains": gains,
+        "differences": {
+            condition: {s: curve([a - b for a, b in zip(*both[:2])], edges, seed=seed) for s, both in streams_of.items()}
+            for condition, streams_of in pairs.items()
+            if condition != SHUFFLED  # there a position has another history in each order
+        },
+        "gains": {
+            condition: {stream: gain(*both[:2], window, both[2], seed) for stream, both in streams_of.items()}
+            for condition, streams_of in pairs.items()
+        },
+        "each": {
+            condition: {stream: {name: beyond(row[stream], window) for name, row in zip(books, rows)} for stream in streams}
+            for condition, rows in found.items()
+        },
     }
+
+
+def beyond(losses: np.ndarray, window: int) -> float | None:
+    """Mean loss of one recording beyond the window; None where nothing was predicted there."""
+    there = losses[window:][np.isfinite(losses[window:])]
+    return float(there.mean()) if there.size else None
 
 
 def _paired(
@@ -222,24 +263,149 @@ def _paired(
     return back, ttt, beyond
 
 
-def check_conditions(conditions: Sequence[str]) -> None:
-    """Raise a ValueError for a condition that is unknown, or where TTT is missing."""
-    if TTT not in conditions:
-        raise MoshiTTTError(f"conditions is {list(conditions)}; it must hold {TTT!r}, which the others are compared with")
-    for condition in conditions:
-        if condition not in CONDITIONS:
-            raise MoshiTTTError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}")
-
-
-def check_books(books: Mapping[str, CodeSequence], window: int | None, conditions: Sequence[str]) -> None:
-    """Raise a ValueError where the protocol could say nothing."""
-    if window is None:
-        raise MoshiTTTError("long context: the model's attention has no window (`sliding_window` is null), so nothing lies beyond it")
-    if not books:
-        raise MoshiTTTError("long context: no recordings; check the folder or the manifest")
-    check_conditions(conditions)
+def check_books(books: Mapping[str, CodeSequence], window: int) -> None:
+    """Raise a MoshiTTTError that names a recording beyond whose window nothing lies."""
     for name, book in books.items():
         if book.moshi.shape[-1] <= window:
             raise MoshiTTTError(
                 f"{name}: {book.moshi.shape[-1]} frames, no more than the attention window of {window}; leave it out or give a longer one"
             )
+
+
+# ---------------------------------------------------------------- the evaluation
+
+
+class Curve(TypedDict):
+    """Mean loss in each bucket of positions, with its interval where there is one."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    position: list[float]
+    loss: list[float]
+    low: list[float | None]
+    high: list[float | None]
+
+
+class Gain(TypedDict):
+    """A paired test of control minus TTT."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    mean: float
+    interval: list[float] | None
+    p: float | None
+    pairs: int
+
+
+class LongContextPart(Part):
+    """window: of attention, frames. frames: recording -> length. unit: of the pairs. conditions, differences: condition -> stream -> curve.
+    gains: condition -> stream -> test. each: condition -> stream -> recording -> mean loss beyond the window."""
+
+    window: int
+    unit: str
+    streams: list[str]
+    conditions: dict[str, dict[str, Curve]]
+    differences: dict[str, dict[str, Curve]]
+    gains: dict[str, dict[str, Gain]]
+    each: NotRequired[dict[str, dict[str, dict[str, float | None]]]]
+
+
+class LongContext(Task):
+    name, settings, shape = "long_context", LongContextSettings, LongContextPart
+    question = "Does it use what left the attention window?"
+    reading = "The same recording with TTT and with each part of it switched off."
+
+    def inputs(self, section: LongContextSettings) -> Iterable[str]:
+        return content_lines(section)
+
+    def check(self, section: LongContextSettings, subject: Any) -> None:
+        if subject.config.get("sliding_window", 1) is None:
+            raise MoshiTTTError(
+                "long_context: the model's `sliding_window=null` must be a number of frames; nothing lies beyond no window."
+            )
+
+    def run(self, subject: Any, section: LongContextSettings, context: Context) -> dict[str, Any]:
+        model, processor = subject.load()
+        found = encoded(processor, section, context.bar("encoding"))
+        check_books(found, model.config.sliding_window)
+        total = sum(book.moshi.shape[-1] for book in found.values()) * len(section.conditions)
+        digests = {name: codes_digest(book) for name, book in found.items()}
+        with progress_bar(total=total, desc="long context", unit="frames", disable=not context.show_progress) as bar:
+
+            def losses(name: str, book: CodeSequence, condition: str) -> np.ndarray:
+                # of the codes, not of the name: another set of data may use the same names
+                key = f"{subject.fingerprint} {digests[name]} {condition} {context.seed}"
+                path = context.output / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+                if path.is_file():
+                    bar.update(book.moshi.shape[-1])
+                    with of_shape(str(path), CURE):
+                        return np.load(path, allow_pickle=False)
+                measured = stream_losses(model, book, condition, section.chunk, context.seed, bar.update)
+                buffer = io.BytesIO()
+                np.save(buffer, measured, allow_pickle=False)
+                atomic_write(path, buffer.getvalue())
+                return measured
+
+            return measure(losses, found, model.config.sliding_window, section.conditions, context.seed)
+
+    def figure(self, part: LongContextPart) -> Figure:
+        """Above: loss against position (log scale) for each stream and condition, with intervals and the attention window marked. Below: how
+        much higher the loss of each control in the same order is than TTT's."""
+        streams = part["streams"]
+        figure = drawing.new_figure(max(3.6 * len(streams), 5.6), 5.2)
+        grid = figure.subplots(2, len(streams), squeeze=False, sharex=True)
+        for (above, below), stream in zip(grid.T, streams):
+            for index, name in enumerate(part["conditions"]):
+                for axes, curves in ((above, part["conditions"]), (below, part["differences"])):
+                    if name in curves:
+                        one = curves[name][stream]
+                        drawing.curve(axes, one["position"], one["loss"], index, name, list(zip(one["low"], one["high"])))
+            below.axhline(0, color=drawing.GREY, linewidth=0.8)
+            for axes in (above, below):
+                axes.axvline(part["window"], color=drawing.GREY, linestyle="--", linewidth=1)
+            above.text(part["window"], 1.0, " window", color=drawing.GREY, fontsize=7, transform=above.get_xaxis_transform(), va="top")
+            below.set_xscale("log")
+            below.xaxis.set_major_formatter("{x:,.0f}")
+            below.set_xlabel("position, frames (750 a minute)")
+            above.set_title(stream, fontsize=9)
+        grid[0, 0].set_ylabel("loss, nats a token")
+        grid[1, 0].set_ylabel("loss − loss with TTT, nats a token")
+        drawing.legend_below(figure, grid[0, 0])
+        return figure
+
+    def table(self, part: LongContextPart) -> Table:
+        """What TTT gains beyond the window over each control: mean difference of the losses, interval, p value."""
+        rows = [
+            [f"{condition} − TTT, {stream}", f"{test['mean']:.4f}", interval(test["interval"], digits=4), p_value(test["p"]), test["pairs"]]
+            for condition, streams in part["gains"].items()
+            for stream, test in streams.items()
+        ]
+        note = (
+            f"Loss beyond the window of {part['window']} frames, in nats a token; positive: TTT is better. "
+            f"Paired over {part['unit']}; one alone has no interval."
+        )
+        return Table(["", "difference", "95% interval", "p", "pairs"], rows, note)
+
+    def finding(self, part: LongContextPart) -> str:
+        tests = {f"{control}, {stream}": test for control, streams in part["gains"].items() for stream, test in streams.items()}
+        known = {name: test for name, test in tests.items() if test["interval"] is not None}
+        better = [name for name, test in known.items() if test["interval"][0] > 0]  # type: ignore[index]
+        worse = [name for name, test in known.items() if test["interval"][1] < 0]  # type: ignore[index]
+        if not known:
+            return "One recording says nothing of others: give more for an interval."
+        return f"Beyond the window TTT lowers the loss in {len(better)} of {len(known)} comparisons and raises it in {len(worse)}."
+
+    def measures(self, part: LongContextPart) -> list[Measure]:
+        found = []
+        for condition, streams in part["conditions"].items():
+            for stream, one in streams.items():
+                for x, loss in zip(one["position"], one["loss"]):
+                    found.append(Measure(f"loss, {stream}", condition, x, loss, "nats a token", {}, False))
+        for condition, values in part.get("each", {}).items():
+            for stream, losses in values.items():
+                each = {name: loss for name, loss in losses.items() if loss is not None}
+                if each:
+                    mean = sum(each.values()) / len(each)
+                    found.append(Measure("loss beyond the window", f"{condition}, {stream}", None, mean, "nats a token", each, False))
+        return found
+
+
+TASK = LongContext()

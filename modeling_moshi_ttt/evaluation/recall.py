@@ -4,35 +4,33 @@ a CPU, without data. Writes recall.json (resumed where it stopped) and the pictu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
-from ..common.files import atomic_write
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from typing_extensions import TypedDict
+
+from ..common.files import atomic_write, read_json
+from ..common.progress import progress_bar
+from ..common.results import MORE, Part, checked
 from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
 from ..errors_moshi_ttt import MoshiTTTError
+from . import drawing
+from .formatting import percent
+from .plots import draw
+from .recall_task import CHANCE, KEYS, LAYERS, TrainSettings, Variant, make_model, measure_all, reach, share_within_reach, train
+from .task import Context, Measure, Table, Task
 
-KEYS = 50  # that there are, and so the most pairs
-LAYERS = 2  # of every model that is trained
-
-
-def reach(window: int) -> int:
-    """Frames that window attention sees through all layers together, the newest among them: layers × (window − 1) + 1."""
-    return LAYERS * (window - 1) + 1
-
-
-def share_within_reach(pairs: int, distance: int, window: int) -> float:
-    """Share of the answers whose value, `distance` frames of noise before the first question, attention can still reach at the question.
-
-    Every pair is asked at every place alike. The value of pair i is 2 (pairs − i) − 1 + `distance` + j frames older than question j.
-    """
-    ages = [2 * (pairs - i) - 1 + distance + j for i in range(pairs) for j in range(pairs)]
-    return sum(age < reach(window) for age in ages) / len(ages)
+UNKEPT = ("output", "variants", "threads", "seconds")  # settings that may change while a recall.json goes on
 
 
 @dataclass
@@ -73,6 +71,8 @@ class RecallSettings:
     train_distances: lowest and highest in training.
     told_after: frames of noise before the pairs, measured.
     train_told_after: lowest and highest in training.
+    corrections: pairs that are told anew with other values, measured; the newest value is right.
+    train_corrections: lowest and highest in training.
     sequences: measured for each number of pairs and distance.
     steps, batch_size, learning_rate: of training; it stops early once the task is learned.
     seconds: of training for each model, at the most.
@@ -88,6 +88,8 @@ class RecallSettings:
     train_distances: list[int] = field(default_factory=lambda: [24, 40])
     told_after: list[int] = field(default_factory=lambda: [0])
     train_told_after: list[int] = field(default_factory=lambda: [0, 0])
+    corrections: list[int] = field(default_factory=lambda: [0])
+    train_corrections: list[int] = field(default_factory=lambda: [0, 0])
     sequences: int = 512
     steps: int = 1500
     batch_size: int = 64
@@ -106,6 +108,8 @@ class RecallSettings:
             train_distances=0,
             told_after=0,
             train_told_after=0,
+            corrections=(0, min(self.pairs, default=0)),
+            train_corrections=(0, min(self.pairs, default=0)),
             sequences=1,
             steps=1,
             batch_size=1,
@@ -114,8 +118,9 @@ class RecallSettings:
         check_entries("pairs", self.pairs)
         check_entries("distances", self.distances)
         check_entries("told_after", self.told_after)
+        check_entries("corrections", self.corrections)
         check_entries("variants", [variant.name for variant in self.variants])
-        for name in ("train_distances", "train_told_after"):
+        for name in ("train_distances", "train_told_after", "train_corrections"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise MoshiTTTError(f"{name} is {bounds}, it must be a lowest and a highest.")
@@ -135,11 +140,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str, Any]:
+def run_recall(settings: RecallSettings, show_progress: bool = True) -> Any:
     """Train and measure every variant that recall.json does not hold yet; the file is whole after each."""
-    from .kept import kept_shape
-    from .plots import draw, save
-
     target = settings.output / "recall.json"
     settings.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is found out before hours of training
     results = resume(settings)
@@ -150,47 +152,37 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> dict[str
             results["runs"] = [run for run in results["runs"] if run not in earlier] + [new]
             results["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
             atomic_write(target, json.dumps(results, indent=1) + "\n")
-    with kept_shape(target):
-        save(draw(results), settings.output / "recall")
+    drawing.save(draw(results), settings.output / "recall")
     return results
 
 
-def resume(settings: RecallSettings) -> dict[str, Any]:
+def resume(settings: RecallSettings) -> Any:
     """What is there of a run with these very settings, or an empty result."""
-    from .kept import kept_shape, read_kept
-
     target = settings.output / "recall.json"
-    kept = {key: value for key, value in asdict(settings).items() if key not in ("output", "variants", "threads", "seconds")}
+    kept = {name: value for name, value in asdict(settings).items() if name not in UNKEPT}
     if not target.is_file():
-        from .recall_task import CHANCE
-
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         about = {"hardware": f"CPU, {os.cpu_count()} cores", "command": command, "settings": kept}
         facts = {"kind": "recall", "window": settings.window, "reach": reach(settings.window), "chance": CHANCE}
         return {**facts, "runs": [], **about}
-    results = read_kept(target)
-    if {"told_after": [0], "train_told_after": [0, 0]} | (results.get("settings") or {}) != kept:
-        raise MoshiTTTError(f"{target}: holds results of other settings; choose another output folder, or remove the file to start anew")
-    with kept_shape(target):
-        summary(results)  # reads most of it
+    results = checked(RecallPart, read_json(target), target)
+    # a setting that there was not yet had its default of today
+    defaults = {one.name: one.default_factory() for one in fields(settings) if one.default_factory is not MISSING}
+    if {name: defaults.get(name) for name in kept} | results["settings"] != kept:
+        raise MoshiTTTError(f"{target}: holds results of other settings; choose another `output`, or remove the file to start anew.")
     return results
 
 
-def _out_of_time(run: dict[str, Any]) -> bool:
+def _out_of_time(run: Run) -> bool:
     return bool(run["training"].get("out_of_time"))
 
 
-def _stands(run: dict[str, Any], seconds: float) -> bool:
+def _stands(run: Run, seconds: float) -> bool:
     """What ran out of time is trained again where it now has more."""
     return not _out_of_time(run) or bool(run["training"]["seconds"] >= seconds)
 
 
 def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progress: bool) -> dict[str, Any]:
-    import torch
-    from tqdm import tqdm
-
-    from .recall_task import TrainSettings, Variant, make_model, measure_all, train
-
     if settings.threads:
         torch.set_num_threads(settings.threads)
     chosen = Variant(None if variant.mixer == "none" else variant.mixer, variant.mini_batch_size, variant.base_lr)
@@ -203,48 +195,153 @@ def _run_variant(variant: VariantSettings, settings: RecallSettings, show_progre
         pairs=tuple(settings.pairs),
         distances=(settings.train_distances[0], settings.train_distances[1]),
         told_after=(settings.train_told_after[0], settings.train_told_after[1]),
+        corrections=(settings.train_corrections[0], settings.train_corrections[1]),
         seed=settings.seed,
     )
-    with tqdm(total=settings.steps, desc=variant.name, disable=not show_progress) as bar:
+    with progress_bar(total=settings.steps, desc=variant.name, disable=not show_progress) as bar:
 
         def report(step: int, loss: float, accuracy: float) -> None:
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", recall=f"{100 * accuracy:.1f}%", refresh=False)
 
         trained = train(model, training, report)
-    cells = measure_all(model, settings.pairs, settings.distances, settings.sequences, settings.told_after)
+    cells = measure_all(model, settings.pairs, settings.distances, settings.sequences, settings.told_after, settings.corrections)
     return {"name": variant.name, "variant": asdict(variant), "training": trained, "results": cells}
 
 
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each model, number of pairs and time of telling; then the reach, and what the numbers are of."""
-    lines = []
-    for (name, pairs, told_after), cells in panels(results).items():
-        shown = "  ".join(f"{label(results, cell)}: {100 * cell['accuracy']:5.1f}%" for cell in cells)
-        lines.append(f"{name:<24} {pairs} pairs told after {told_after:>3}   {shown}")
-    lines += [f"{done['name']} ran out of time; give more seconds" for done in results["runs"] if _out_of_time(done)]
-    return [*lines, note(results)]
+class Cell(TypedDict):
+    """Share of the answers that are right, for one number of pairs, time of telling and distance; rights: of each sequence, how many."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    pairs: int
+    distance: int
+    accuracy: float
+    told_after: NotRequired[int]
+    corrections: NotRequired[int]
+    interval: NotRequired[list[float]]
+    rights: NotRequired[str]
 
 
-def panels(results: dict[str, Any]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
-    """(model, pairs, told after) -> its cells, one for each distance."""
-    found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for done in results["runs"]:
-        for cell in done["results"]:  # earlier files have no `told_after`: pairs were told first
-            found.setdefault((done["name"], cell["pairs"], cell.get("told_after", 0)), []).append(cell)
+class Run(TypedDict):
+    """One model."""
+
+    __pydantic_config__ = MORE  # type: ignore[misc]
+    name: str
+    variant: dict[str, Any]
+    training: dict[str, Any]
+    results: list[Cell]
+
+
+class RecallPart(Part):
+    """window: frames that attention sees in a layer. chance: share of right answers of who knows nothing."""
+
+    window: int
+    chance: float
+    runs: list[Run]
+
+
+Panel = tuple[int, int, int]  # pairs, told after, corrections
+
+
+def panels(part: RecallPart) -> dict[tuple[str, Panel], list[Cell]]:
+    """(model, panel) -> its cells, one for each distance."""
+    found: dict[tuple[str, Panel], list[Cell]] = {}
+    for done in part["runs"]:
+        for cell in done["results"]:  # earlier files have no `told_after` and no `corrections`: there were none
+            key = (cell["pairs"], cell.get("told_after", 0), cell.get("corrections", 0))
+            found.setdefault((done["name"], key), []).append(cell)
     return found
 
 
-def label(results: dict[str, Any], cell: dict[str, Any]) -> str:
+def panel_name(panel: Panel) -> str:
+    pairs, told_after, corrections = panel
+    return f"{pairs} pairs told after {told_after:>3} frames" + (f", {corrections} corrected" if corrections else "")
+
+
+def summary(part: RecallPart) -> list[str]:
+    """A line for each model, number of pairs and time of telling; then the reach, and what the numbers are of."""
+    lines = []
+    for (name, panel), cells in panels(part).items():
+        shown = "  ".join(f"{label(part, cell)}: {100 * cell['accuracy']:5.1f}%" for cell in cells)
+        lines.append(f"{name:<24} {panel_name(panel)}   {shown}")
+    lines += [f"{done['name']} ran out of time; give more seconds" for done in part["runs"] if _out_of_time(done)]
+    return [*lines, note(part)]
+
+
+def label(part: RecallPart, cell: Cell) -> str:
     """The distance, with a star where attention reaches some of the pairs itself."""
-    within = share_within_reach(cell["pairs"], cell["distance"], results["window"])
+    within = share_within_reach(cell["pairs"], cell["distance"], part["window"], cell.get("corrections", 0))
     return f"{cell['distance']}{'*' if within else ''}"
 
 
-def note(results: dict[str, Any]) -> str:
+def note(part: RecallPart) -> str:
     """What the star and the numbers mean."""
-    frames = reach(results["window"])
     return (
-        f"{LAYERS} layers of window {results['window']} reach {frames} frames: {LAYERS} × ({results['window']} − 1) + 1. * some pairs lie "
-        "within that reach, so window attention could know them. Accuracy over fresh sequences, 95% intervals over these; one model each."
+        f"{LAYERS} layers of window {part['window']} reach {reach(part['window'])} frames: {LAYERS} × ({part['window']} − 1) + 1. * some pairs "
+        "lie within that reach, so window attention could know them. Accuracy over fresh sequences, 95% intervals over these; one model each."
     )
+
+
+class Recall(Task):
+    name, settings, shape = "recall", RecallSettings, RecallPart
+    question = "Can it recall symbols?"
+    reading = "Pairs are heard, then noise, then the keys again: small models trained for this alone, not the model above."
+    needs_model = False
+
+    def inputs(self, section: RecallSettings) -> tuple[()]:
+        resume(section)
+        return ()
+
+    def run(self, subject: Any, section: RecallSettings, context: Context) -> dict[str, Any]:
+        return run_recall(section, context.show_progress)
+
+    def figure(self, part: RecallPart) -> Figure:
+        """Heat maps: a column of panels for each number of pairs, a row of them for each time of telling and number of corrections; in each
+        a row for each model, a column for each distance; accuracy in percent. A star marks distances at which attention reaches some."""
+        found = panels(part)
+        names = list(dict.fromkeys(name for name, _ in found))
+        counts = sorted({panel[0] for _, panel in found})
+        kinds = sorted({panel[1:] for _, panel in found})
+        figure = drawing.new_figure(2.4 + 2.6 * len(counts), 0.4 + len(kinds) * (0.8 + 0.36 * len(names)))
+        grid = figure.subplots(len(kinds), len(counts), sharey=True, squeeze=False)
+        for axes, (kind, pairs) in zip(grid.flat, itertools.product(kinds, counts)):
+            rows = [{label(part, cell): cell["accuracy"] for cell in found.get((name, (pairs, *kind)), [])} for name in names]
+            labels = sorted({one for row in rows for one in row}, key=lambda one: int(one.rstrip("*")))
+            values = np.array([[100.0 * row.get(one, np.nan) for one in labels] for row in rows])
+            image = drawing.heat_map(axes, values, labels, names)
+            axes.set_title(panel_name((pairs, *kind)), fontsize=9)
+        for axes in grid[-1]:
+            axes.set_xlabel("frames between hearing and asking (12.5 a second)")
+        reached = f"attention reaches {reach(part['window'])} frames: {LAYERS} layers of window {part['window']}   * partly within that"
+        figure.supxlabel(reached, fontsize=8)
+        figure.colorbar(image, ax=figure.axes, label=f"recall, % (chance {100 * part['chance']:.0f})")
+        return figure
+
+    def table(self, part: RecallPart) -> Table:
+        """Accuracy of every model at every distance, with what attention reaches by itself in the note."""
+        found = panels(part)
+        labels = list(dict.fromkeys(label(part, cell) for cells in found.values() for cell in cells))
+        rows = []
+        for (name, panel), cells in found.items():
+            shown = {label(part, cell): percent(cell["accuracy"]) for cell in cells}
+            rows.append([name, *panel, *[shown.get(one, "") for one in labels]])
+        return Table(["", "pairs", "told after", "corrected", *labels], rows, note(part))
+
+    def finding(self, part: RecallPart) -> str:
+        shares: dict[str, list[float]] = {}
+        for (name, _), cells in panels(part).items():
+            shares.setdefault(name, []).extend(cell["accuracy"] for cell in cells if not label(part, cell).endswith("*"))
+        said = [f"{name} {percent(sum(one) / len(one), 0)}%" for name, one in shares.items() if one]
+        return f"Beyond the reach of attention, recalled on average: {', '.join(said) or 'nothing was asked'} (chance {percent(part['chance'], 0)}%)."
+
+    def measures(self, part: RecallPart) -> list[Measure]:
+        found = []
+        for (name, panel), cells in panels(part).items():
+            for cell in cells:
+                rights = [100 * int(count) / cell["pairs"] for count in cell.get("rights", "").split()]
+                each = {f"sequence {number}": right for number, right in enumerate(rights)}
+                found.append(Measure(panel_name(panel), name, cell["distance"], 100 * cell["accuracy"], "%", each))
+        return found
+
+
+TASK = Recall()

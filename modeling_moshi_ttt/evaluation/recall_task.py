@@ -1,7 +1,7 @@
 """Recall beyond the attention window: what was heard longer ago than the window must come back as text.
 
-A sequence holds N frames of noise, P key-value pairs as user audio codes (a frame for the key, a frame for its value), D frames of noise,
-then the keys again in another order. One frame after each key the text stream must give its value. Where D is beyond the reach of all
+A sequence holds N frames of noise, P key-value pairs as user audio codes (a frame for the key, a frame for its value), C of the pairs again
+with other values, D frames of noise, then the keys again in another order. One frame after each key the text stream must give its value. Where D is beyond the reach of all
 attention windows together, window attention alone cannot know it.
 
 Shapes: B rows, P pairs, T frames.
@@ -18,15 +18,31 @@ import torch
 from torch import Tensor
 
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..tokens_moshi_ttt import IGNORED, ZERO
-from .recall import KEYS, LAYERS, share_within_reach
 from .statistics import bootstrap_interval
 
+KEYS = 50  # that there are, and so the most pairs
+LAYERS = 2  # of every model that is trained
 VALUES, NOISE = 50, 28
 FIRST_TEXT = 4  # text ids 0 to 3 keep Moshi's meanings: padding, end of padding, ...
 CHANCE = 1 / VALUES
+
+
+def reach(window: int) -> int:
+    """Frames that window attention sees through all layers together, the newest among them: layers × (window − 1) + 1."""
+    return LAYERS * (window - 1) + 1
+
+
+def share_within_reach(pairs: int, distance: int, window: int, corrections: int = 0) -> float:
+    """Share of the answers whose value, `distance` frames of noise before the first question, attention can still reach at the question.
+
+    Every pair is asked at every place alike. The value that is told k-th from last is 2 k − 1 + `distance` + j frames older than question j;
+    the first `corrections` pairs are told again after the last.
+    """
+    last = [corrections - i if i < corrections else corrections + pairs - i for i in range(pairs)]
+    ages = [2 * k - 1 + distance + j for k in last for j in range(pairs)]
+    return sum(age < reach(window) for age in ages) / len(ages)
 
 
 @dataclass(frozen=True)
@@ -37,17 +53,18 @@ class Batch:
     text_labels: Tensor
 
 
-def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator, told_after: int = 0) -> Batch:
+def make_batch(rows: int, pairs: int, distance: int, generator: torch.Generator, told_after: int = 0, corrections: int = 0) -> Batch:
     """`rows` fresh sequences: `told_after` frames of noise before the first key, `distance` between the last value and the first repeated
-    key.
+    key; the first `corrections` of the pairs are told anew, with other values, after all were told.
     """
-    if not 1 <= pairs <= KEYS or distance < 0 or told_after < 0:
-        raise MoshiTTTError(
-            f"pairs is {pairs}, distance {distance} and told_after {told_after}; pairs must be 1 to {KEYS}, the others at least 0"
-        )
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :pairs]  # [B, P], no key twice
     values = torch.randint(VALUES, (rows, pairs), generator=generator)
     told = torch.stack([keys, KEYS + values], dim=-1).flatten(1)  # [B, 2 P]
+    if corrections:
+        values = values.clone()
+        values[:, :corrections] += torch.randint(1, VALUES, (rows, corrections), generator=generator)
+        values %= VALUES
+        told = torch.cat([told, torch.stack([keys, KEYS + values], dim=-1)[:, :corrections].flatten(1)], dim=1)  # [B, 2 (P + C)]
     noise = KEYS + VALUES + torch.randint(NOISE, (rows, distance + told_after), generator=generator)
     order = torch.rand(rows, pairs, generator=generator).argsort(1)
     silence = torch.full((rows, 1), ZERO)  # the frame in which the last answer is given
@@ -107,6 +124,7 @@ class TrainSettings:
     pairs: tuple[int, ...] = (4, 8)
     distances: tuple[int, int] = (24, 40)  # lowest and highest; longer ones are never trained
     told_after: tuple[int, int] = (0, 0)  # lowest and highest
+    corrections: tuple[int, int] = (0, 0)  # lowest and highest
     seed: int = 0
 
 
@@ -122,8 +140,9 @@ def train(model: Any, settings: TrainSettings, report: Callable[[int, float, flo
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min((step + 1) / settings.warm_up, (last - step) / settings.cool_down, 1.0)
         pairs = settings.pairs[int(torch.randint(len(settings.pairs), (), generator=generator))]
-        distance, told_after = (_between(bounds, generator) for bounds in (settings.distances, settings.told_after))
-        loss, accuracy = _answers(model, make_batch(settings.batch_size, pairs, distance, generator, told_after))
+        axes = (settings.distances, settings.told_after, settings.corrections)
+        distance, told_after, corrections = (_between(bounds, generator) for bounds in axes)
+        loss, accuracy = _answers(model, make_batch(settings.batch_size, pairs, distance, generator, told_after, corrections))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,28 +175,39 @@ def _answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def measure(model: Any, pairs: int, distance: int, rows: int = 512, seed: int = 1234, told_after: int = 0) -> dict[str, Any]:
+def measure(
+    model: Any, pairs: int, distance: int, rows: int = 512, seed: int = 1234, told_after: int = 0, corrections: int = 0
+) -> dict[str, Any]:
     """Accuracy on fresh sequences, the same for every model, with a bootstrap interval over sequences, which are independent."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     rights = []
     for start in range(0, rows, 128):
-        batch = make_batch(min(128, rows - start), pairs, distance, generator, told_after)
-        rights.append(_answers(model, batch)[1].double().mean(1))
-    accuracy = torch.cat(rights)
-    interval = list(bootstrap_interval(accuracy.numpy(), seed))
+        batch = make_batch(min(128, rows - start), pairs, distance, generator, told_after, corrections)
+        rights.append(_answers(model, batch)[1].sum(1))
+    counts = torch.cat(rights)
+    accuracy = counts.double() / pairs
     return {
         "pairs": pairs,
         "told_after": told_after,
+        "corrections": corrections,
         "distance": distance,
-        "within_reach": share_within_reach(pairs, distance, model.config.sliding_window),
+        "within_reach": share_within_reach(pairs, distance, model.config.sliding_window, corrections),
         "accuracy": float(accuracy.mean()),
-        "interval": interval,
+        "interval": list(bootstrap_interval(accuracy.numpy(), seed)),
         "sequences": rows,
+        "rights": " ".join(map(str, counts.tolist())),  # on one line of the file
     }
 
 
 def measure_all(
-    model: Any, pairs: Sequence[int], distances: Sequence[int], rows: int = 512, told_after: Sequence[int] = (0,)
+    model: Any,
+    pairs: Sequence[int],
+    distances: Sequence[int],
+    rows: int = 512,
+    told_after: Sequence[int] = (0,),
+    corrections: Sequence[int] = (0,),
 ) -> list[dict[str, Any]]:
-    return [measure(model, p, d, rows, told_after=n) for p in pairs for n in told_after for d in distances]
+    return [
+        measure(model, p, d, rows, told_after=n, corrections=c) for p in pairs for n in told_after for c in corrections for d in distances
+    ]

@@ -124,16 +124,14 @@ def collate(config: Any, batch: Sequence[CodeSequence], device: torch.device | s
 
 
 def check_sequences(config: Any, batch: Sequence[CodeSequence]) -> None:
-    """Raise a ValueError that names the recording and what does not fit."""
-    if not batch:
-        raise MoshiTTTError("no sequences to score")
+    """Raise a MoshiTTTError that names the recording and what does not fit."""
     for number, sequence in enumerate(batch):
         frames = sequence.moshi.shape[-1]
         shapes = {"moshi": (config.num_codebooks, frames), "user": (config.num_user_codebooks, frames), "text": (frames,)}
         for name, shape in shapes.items():
             stream = getattr(sequence, name)
             if stream is not None and tuple(stream.shape) != shape:
-                raise MoshiTTTError(f"sequence {number}: {name} has shape {tuple(stream.shape)}, it must be {shape}")
+                raise MoshiTTTError(f"sequence {number}: `{name}` of shape {tuple(stream.shape)} must be {shape}.")
         if frames == 0:
             raise MoshiTTTError(f"sequence {number}: holds no frames; the audio is shorter than one frame of 80 ms")
 
@@ -145,7 +143,7 @@ def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list
         quicker.
     """
     if batch_size < 1:
-        raise MoshiTTTError(f"batch_size is {batch_size}; it must be at least 1")
+        raise MoshiTTTError(f"`batch_size={batch_size}` must be 1 or more.")
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         last = batches[-1] if batches else []
@@ -195,9 +193,9 @@ class SpeechScorer:
         sample_rate: int = 24000,
     ) -> None:
         if user not in ("absent", "silence"):
-            raise MoshiTTTError(f"user is {user!r}; it must be 'absent' or 'silence'")
+            raise MoshiTTTError(f"`user={user!r}` must be 'absent' or 'silence'.")
         if text != "absent" and not (isinstance(text, int) and 0 <= text < model.config.vocab_size):
-            raise MoshiTTTError(f"text is {text!r}; it must be 'absent' or a text id below {model.config.vocab_size}")
+            raise MoshiTTTError(f"`text={text!r}` must be 'absent' or a text id below {model.config.vocab_size}.")
         self.model, self.encode, self.weights, self.user, self.text = model, encode, weights, user, text
         self.batch_size, self.sample_rate = batch_size, sample_rate
 
@@ -244,7 +242,7 @@ class SpeechScorer:
             ValueError: shapes or lengths that do not fit, or another modality.
         """
         if used_token_modality not in (None, "SPEECH"):
-            raise MoshiTTTError(f"used_token_modality is {used_token_modality!r}; speech alone is scored: leave it out or say 'SPEECH'")
+            raise MoshiTTTError(f"`used_token_modality={used_token_modality!r}` must be 'SPEECH', which alone is scored; leave it out.")
         waves = [resample(wave.float().cpu(), self.sample_rate, 24000).numpy() for wave in _unpadded(wavs, lens)]
         scores = [found.score(self.weights, mean_nll) for found in self.score_waves(waves)]
         return torch.tensor(scores, device=self.device)
@@ -260,8 +258,8 @@ def _unpadded(wavs: Tensor | Sequence[Tensor], lens: Tensor | None) -> list[Tens
             )
         return [wave.reshape(-1) for wave in wavs]
     if wavs.dim() != 2:
-        raise MoshiTTTError(f"wavs has shape {tuple(wavs.shape)}; it must be [B, N]")
+        raise MoshiTTTError(f"`wavs` of shape {tuple(wavs.shape)} must be [B, N].")
     ends = [wavs.shape[1]] * len(wavs) if lens is None else [int(end) for end in lens]
     if len(ends) != len(wavs) or not all(0 < end <= wavs.shape[1] for end in ends):
-        raise MoshiTTTError(f"lens is {ends}; it must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}")
+        raise MoshiTTTError(f"`lens={ends}` must hold {len(wavs)} lengths from 1 to {wavs.shape[1]}.")
     return [wave[:end] for wave, end in zip(wavs, ends)]

@@ -16,13 +16,11 @@ LEVEL = 0.95
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of independent `values` [N]; the same seed gives the same interval.
+    """Percentile bootstrap interval of the mean of independent `values` [N], N of 1 or more; the same seed gives the same interval.
 
     Values that depend on one another, as windows of one recording do, are averaged first: one value for each independent unit.
     """
     sample = np.asarray(values, dtype=np.float64)  # [N]
-    if sample.size == 0:
-        raise MoshiTTTError("bootstrap_interval: values is empty; there is nothing to average")
     if sample.size == 1:  # which scipy refuses
         return float(sample[0]), float(sample[0])
     # as many resamples at a time as fit in a few megabytes: N may be 40,000 pairs
@@ -34,14 +32,14 @@ def bootstrap_interval(
 def paired_test(
     differences: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 20000
 ) -> dict[str, float | int | list[float] | None]:
-    """Mean of independent paired `differences` [N], its bootstrap interval, and the two-sided p value of a sign-flip test.
+    """Mean of independent paired `differences` [N], finite, its bootstrap interval, and the two-sided p value of a sign-flip test.
 
     Every sign pattern is tried when there are no more than `resamples`, else that many random ones, with p never 0. With fewer than 2
     pairs there is no test: p and the interval are None.
     """
     sample = np.asarray(differences, dtype=np.float64)  # [N]
     if sample.size == 0 or not np.isfinite(sample).all():
-        raise MoshiTTTError(f"paired_test: differences must be finite and not empty, got {sample.tolist()[:5]}")
+        raise MoshiTTTError(f"`differences={sample.tolist()[:5]}` must be finite and not empty.")
     mean, pairs = float(sample.mean()), int(sample.size)
     if pairs < 2:
         return {"mean": mean, "interval": None, "p": None, "pairs": pairs}

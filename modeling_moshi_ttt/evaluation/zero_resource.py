@@ -149,7 +149,7 @@ def pair_score(positive: float, negative: float) -> float:
 
 
 def accuracy(pairs: Sequence[Pair], scores: Mapping[Path, float], seed: int = 0) -> dict[str, Any]:
-    """Accuracy over items with a bootstrap interval, and the same by group.
+    """Accuracy over items with a bootstrap interval, the same by group, and of each item.
 
     A file without a score, or with one that is not finite, is an error of the run: it never decides a pair.
     """
@@ -163,6 +163,7 @@ def accuracy(pairs: Sequence[Pair], scores: Mapping[Path, float], seed: int = 0)
         if pair.group:
             groups[pair.group][pair.item].append(outcome)
     result = _summary(outcomes, seed) | {"pairs": len(pairs), "chance": CHANCE}
+    result["each"] = {" ".join(item): math.fsum(voices) / len(voices) for item, voices in sorted(outcomes.items())}
     result["groups"] = {name: _summary(items, seed) for name, items in sorted(groups.items())}
     return result
 
