@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.results import Part
-from ..common.settings import ABOVE_ZERO, check_numbers
+from ..common.settings import Count, Positive, settings_group
 from ..data.audio import read_audio
 from ..data.recordings import MAIN_SPEAKER, Recording, read_manifest
 from ..data.voice import IndistinctVoice, Segment, voice_activity
@@ -29,25 +29,22 @@ LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
 WITHHELD = "withheld"  # why numbers of a conversation are not given
 
 
-@dataclass
+@settings_group
 class DialogueSettings:
-    """The model listens to the user's side of each recording and answers.
-
-    manifest: stereo dialogues, a .jsonl.
-    before: the model before fine-tuning (a folder or a Hub name), to stand beside this one.
-    max_recordings, max_seconds: how many dialogues (null: all), and of each how much.
-    temperature, text_temperature: of the codes and of the text.
-    """
+    """The model listens to the user's side of each recording and answers."""
 
     manifest: Path
+    """Stereo dialogues, a .jsonl."""
     before: str | None = None
-    max_recordings: int | None = None
-    max_seconds: float = 120.0
-    temperature: float = 0.8
-    text_temperature: float = 0.7
-
-    def __post_init__(self) -> None:
-        check_numbers(self, max_recordings=1, max_seconds=ABOVE_ZERO, temperature=ABOVE_ZERO, text_temperature=ABOVE_ZERO)
+    """The model before fine-tuning (a folder or a Hub name), to stand beside this one."""
+    max_recordings: Count | None = None
+    """How many dialogues; null: all."""
+    max_seconds: Positive = 120.0
+    """How much of each dialogue."""
+    temperature: Positive = 0.8
+    """Temperature of the codes."""
+    text_temperature: Positive = 0.7
+    """Temperature of the text."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ heads and smoothed. Learning shows as first > second > third, with a growing gap
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NotRequired
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from typing_extensions import TypedDict
 
 from ..common.results import MORE, Part
-from ..common.settings import check_numbers
+from ..common.settings import Count, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from . import drawing
@@ -28,18 +27,12 @@ CURVES = ("initial", "before", "after")
 CHUNK = 1024  # frames at once where attention has no window
 
 
-@dataclass
+@settings_group
 class InnerLossSettings(RecordingsSettings):
-    """The inner losses of every TTT layer.
+    """The inner losses of every TTT layer."""
 
-    smooth: points of the running mean.
-    """
-
-    smooth: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers(self, smooth=1)
+    smooth: Count = 10
+    """Points of the running mean."""
 
 
 @torch.no_grad()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.settings import check_numbers
+from ..common.settings import Count, settings_group
 from ..data import long_recordings as books
 from ..data.recordings import Recording, read_manifest
 from ..errors_moshi_ttt import MoshiTTTError
@@ -15,25 +14,24 @@ from .kept_numbers import content, recording_line
 from .scoring import CodeSequence
 
 
-@dataclass
+@settings_group
 class RecordingsSettings:
-    """Where long recordings come from.
-
-    folder: in Libri-Light's layout; or
-    manifest: a .jsonl, as for training.
-    max_recordings: how many of them; null: all.
-    max_frames: of each recording, 750 a minute; null: all.
-    """
+    """Where long recordings come from."""
 
     folder: Path | None = None
+    """A folder in Libri-Light's layout, or"""
     manifest: Path | None = None
-    max_recordings: int | None = None
-    max_frames: int | None = None
+    """a .jsonl, as for training."""
+    max_recordings: Count | None = None
+    """How many recordings; null: all."""
+    max_frames: Count | None = None
+    """Frames of each recording, 750 a minute; null: all."""
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.manifest is None):
-            raise MoshiTTTError(f"folder is {self.folder} and manifest {self.manifest}; recordings come from one of them: give one.")
-        check_numbers(self, max_recordings=1, max_frames=1)
+            raise MoshiTTTError(
+                f"`folder={self.folder}` and `manifest={self.manifest}` must be one of the two; give a folder or a manifest."
+            )
 
 
 def long_recordings(section: RecordingsSettings) -> dict[str, list[Path] | Recording]:

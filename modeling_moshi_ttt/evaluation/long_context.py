@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NotRequired
+from dataclasses import field
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from ..common.files import atomic_write, of_shape
 from ..common.progress import progress_bar
 from ..common.results import MORE, Part
-from ..common.settings import check_entries, check_numbers
+from ..common.settings import DISTINCT, Count, settings_group
 from ..delay_pattern import delay, undelay
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE, ZERO
@@ -40,26 +40,22 @@ CONDITIONS = (TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED)
 STREAMS = ("text", "semantic", "acoustic")
 
 
-@dataclass
+@settings_group
 class LongContextSettings(RecordingsSettings):
-    """Loss against position under each condition.
+    """Loss against position under each condition."""
 
-    conditions: the memory as it is, and what is taken from it.
-    chunk: frames in one forward pass; null: a window.
-    """
-
-    conditions: list[str] = field(default_factory=lambda: list(CONDITIONS))
-    chunk: int | None = None
+    conditions: Annotated[list[str], DISTINCT] = field(default_factory=lambda: list(CONDITIONS))
+    """The memory as it is, and what is taken from it."""
+    chunk: Count | None = None
+    """Frames in one forward pass; null: a window."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_entries("conditions", self.conditions)
         if TTT not in self.conditions:
-            raise MoshiTTTError(f"conditions={self.conditions} must hold {TTT!r}, which the others are compared with.")
+            raise MoshiTTTError(f"`conditions={self.conditions}` must hold {TTT!r}, which the others are compared with; add it.")
         for condition in self.conditions:
             if condition not in CONDITIONS:
-                raise MoshiTTTError(f"conditions holds {condition!r}; choose from {', '.join(CONDITIONS)}.")
-        check_numbers(self, chunk=1)
+                raise MoshiTTTError(f"`conditions={self.conditions}` must be of {', '.join(CONDITIONS)}; {condition!r} is none.")
 
 
 def condition_parameters(model: Any, condition: str) -> dict[str, Tensor]:

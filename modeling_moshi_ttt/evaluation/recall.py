@@ -9,20 +9,21 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ..common.files import atomic_write, read_json
 from ..common.progress import progress_bar
 from ..common.results import MORE, Part, checked
-from ..common.settings import ABOVE_ZERO, SEEDS, check_entries, check_numbers, describe, load_settings
+from ..common.settings import DISTINCT, Bounds, Count, CountOrZero, Positive, Seed, check_entries, describe, load_settings, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
 from . import drawing
 from .formatting import percent
@@ -33,21 +34,16 @@ from .task import Context, Measure, Table, Task
 UNKEPT = ("output", "variants", "threads", "seconds")  # settings that may change while a recall.json goes on
 
 
-@dataclass
+@settings_group
 class VariantSettings:
-    """One model.
-
-    mixer: of its TTT layers; none is window attention alone.
-    mini_batch_size: frames of an inner mini-batch.
-    base_lr: inner learning rate; null: the default of the task.
-    """
+    """One model."""
 
     mixer: Literal["none", "linear", "mlp"] = "linear"
-    mini_batch_size: int = 16
-    base_lr: float | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, mini_batch_size=1, base_lr=ABOVE_ZERO)
+    """Inner model of its TTT layers; none is window attention alone."""
+    mini_batch_size: Count = 16
+    """Frames of an inner mini-batch."""
+    base_lr: Positive | None = None
+    """Inner learning rate; null: the default of the task."""
 
     @property
     def name(self) -> str:
@@ -61,69 +57,50 @@ def _variants() -> list[VariantSettings]:
     return [VariantSettings("none"), VariantSettings("mlp"), VariantSettings("linear")]
 
 
-@dataclass
+@settings_group
 class RecallSettings:
-    """What `moshi-ttt recall` runs; every field can be given as key=value.
-
-    output: folder of recall.json and of the picture.
-    window: frames that attention sees in each of two layers.
-    pairs, distances: pairs of key and value, and frames of noise before they are asked for, that are measured.
-    train_distances: lowest and highest in training.
-    told_after: frames of noise before the pairs, measured.
-    train_told_after: lowest and highest in training.
-    corrections: pairs that are told anew with other values, measured; the newest value is right.
-    train_corrections: lowest and highest in training.
-    sequences: measured for each number of pairs and distance.
-    steps, batch_size, learning_rate: of training; it stops early once the task is learned.
-    seconds: of training for each model, at the most.
-    seed: of weights and sequences.
-    threads: 0: as many as torch takes by itself.
-    variants: the models.
-    """
+    """What `moshi-ttt recall` runs; every field can be given as key=value."""
 
     output: Path = Path("runs/recall")
-    window: int = 16
-    pairs: list[int] = field(default_factory=lambda: [4, 8])
-    distances: list[int] = field(default_factory=lambda: [24, 32, 48, 64, 96])
-    train_distances: list[int] = field(default_factory=lambda: [24, 40])
-    told_after: list[int] = field(default_factory=lambda: [0])
-    train_told_after: list[int] = field(default_factory=lambda: [0, 0])
-    corrections: list[int] = field(default_factory=lambda: [0])
-    train_corrections: list[int] = field(default_factory=lambda: [0, 0])
-    sequences: int = 512
-    steps: int = 1500
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    seconds: float = 600.0
-    seed: int = 0
-    threads: int = 0
+    """Folder of recall.json and of the picture."""
+    window: Count = 16
+    """Frames that attention sees in each of two layers."""
+    pairs: Annotated[list[Annotated[Count, Field(le=KEYS)]], DISTINCT] = field(default_factory=lambda: [4, 8])
+    """Numbers of pairs of key and value that are measured."""
+    distances: Annotated[list[CountOrZero], DISTINCT] = field(default_factory=lambda: [24, 32, 48, 64, 96])
+    """Frames of noise before the pairs are asked for, measured."""
+    train_distances: Bounds = field(default_factory=lambda: [24, 40])
+    """Lowest and highest distance in training."""
+    told_after: Annotated[list[CountOrZero], DISTINCT] = field(default_factory=lambda: [0])
+    """Frames of noise before the pairs, measured."""
+    train_told_after: Bounds = field(default_factory=lambda: [0, 0])
+    """Lowest and highest in training."""
+    corrections: Annotated[list[CountOrZero], DISTINCT] = field(default_factory=lambda: [0])
+    """Pairs that are told anew with other values, measured; the newest value is right."""
+    train_corrections: Bounds = field(default_factory=lambda: [0, 0])
+    """Lowest and highest in training."""
+    sequences: Count = 512
+    """Sequences measured for each number of pairs and distance."""
+    steps: Count = 1500
+    """Steps of training at the most; it stops early once the task is learned."""
+    batch_size: Count = 64
+    """Sequences of a step."""
+    learning_rate: Positive = 3e-3
+    """Learning rate of training."""
+    seconds: Positive = 600.0
+    """Seconds of training for each model, at the most."""
+    seed: Seed = 0
+    """Seed of weights and sequences."""
+    threads: CountOrZero = 0
+    """Threads; 0: as many as torch takes by itself."""
     variants: list[VariantSettings] = field(default_factory=_variants)
+    """The models."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            window=1,
-            pairs=(1, KEYS),
-            distances=0,
-            train_distances=0,
-            told_after=0,
-            train_told_after=0,
-            corrections=(0, min(self.pairs, default=0)),
-            train_corrections=(0, min(self.pairs, default=0)),
-            sequences=1,
-            steps=1,
-            batch_size=1,
-        )
-        check_numbers(self, learning_rate=ABOVE_ZERO, seconds=ABOVE_ZERO, seed=SEEDS, threads=0)
-        check_entries("pairs", self.pairs)
-        check_entries("distances", self.distances)
-        check_entries("told_after", self.told_after)
-        check_entries("corrections", self.corrections)
         check_entries("variants", [variant.name for variant in self.variants])
-        for name in ("train_distances", "train_told_after", "train_corrections"):
-            bounds = getattr(self, name)
-            if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise MoshiTTTError(f"{name} is {bounds}, it must be a lowest and a highest.")
+        for name in ("corrections", "train_corrections"):
+            if max(getattr(self, name)) > min(self.pairs):
+                raise MoshiTTTError(f"`{name}={getattr(self, name)}` must be at most the fewest pairs, {min(self.pairs)}.")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

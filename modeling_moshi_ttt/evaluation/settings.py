@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.settings import SEEDS, check_numbers
+from pydantic import Field
+
+from ..common.settings import Count, Seed, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
 from .task import task, tasks
 
 
-@dataclass
+@settings_group
 class ModelSettings:
-    """The model, and what holds for every section.
-
-    output: folder of the report, of results.json and of the pictures.
-    model: a folder or a Hub name.
-    adapter: a PEFT folder or Hub name, to be put into the model.
-    device: auto (a GPU where there is one), cpu, cuda, or one of several by its number, as in cuda:1.
-    dtype: of the weights.
-    batch_size: recordings that are scored at once.
-    seed: of what is drawn: answers, shuffled windows, resamples for the intervals.
-    """
+    """The model, and what holds for every section."""
 
     output: Path = Path("runs/evaluate")
+    """Folder of the report, of results.json and of the pictures."""
     model: str | None = None
+    """Folder or Hub name of the model."""
     adapter: str | None = None
+    """A PEFT folder or Hub name, to be put into the model."""
     device: str = "auto"
+    """A device: auto (a GPU where there is one), cpu, cuda, or one of several by its number, as in cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_size: int = 16
-    seed: int = 0
+    """Dtype of the weights."""
+    batch_size: Count = 16
+    """Recordings that are scored at once."""
+    seed: Seed = 0
+    """Seed of what is drawn: answers, shuffled windows, resamples for the intervals."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=1, seed=SEEDS)
         if not self.sections:
             raise MoshiTTTError(
                 f"no section is given, so nothing would run; give some of {', '.join(tasks())} (recall={{}} needs no more)."
@@ -47,13 +45,13 @@ class ModelSettings:
         return {name: section for name in tasks() if (section := getattr(self, name)) is not None}
 
 
-def _settings() -> type[Any]:
+def _settings() -> Any:
     """The settings with a section for each evaluation, which means what the evaluation asks."""
     known = tasks()
-    meanings = "".join(f"\n{name}: {one.question}" for name, one in known.items())
-    about = {"__doc__": f"What `moshi-ttt evaluate` runs: every section that is given.\n{meanings}", "__module__": __name__}
-    fields = [(name, one.settings | None, field(default=None)) for name, one in known.items()]
-    return make_dataclass("EvaluateSettings", fields, bases=(ModelSettings,), namespace=about)
+    fields: dict[str, Any] = {name: Field(default=None, description=one.question) for name, one in known.items()}
+    hints = {name: one.settings | None for name, one in known.items()}
+    about = {"__doc__": "What `moshi-ttt evaluate` runs: every section that is given.", "__module__": __name__, "__annotations__": hints}
+    return settings_group(type("EvaluateSettings", (ModelSettings,), fields | about))
 
 
 EvaluateSettings: Any = _settings()

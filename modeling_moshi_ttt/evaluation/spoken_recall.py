@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from ..common.files import read_json
 from ..common.results import MORE, Part
-from ..common.settings import SEEDS, check_entries, check_numbers
+from ..common.settings import DISTINCT, Count, CountOrZero, Flag, NotNegative, Seed, Whole, check_entries, settings_group
 from ..data.espeak import Espeak
 from ..data.facts import DIGITS, HELD_OUT_VOICES, KINDS, VALUES, VOICES, Fact, ScriptSettings
 from ..data.long_recordings import encode_recording
@@ -38,53 +38,52 @@ TIMES = (0, 8, 35, 120, 480, 1620, 3600)  # seconds at which the columns begin
 PIECE = 125  # frames that are encoded at once
 
 
-@dataclass
+@settings_group
 class SpokenRecallSettings:
-    """Where the dialogues come from, and under which conditions they are heard.
-
-    manifest: a data.jsonl of ours, each recording's .json with "questions"; null makes dialogues.
-    dialogues: how many are made of each kind below, of facts together, sentences of talk and renderings that are held out from training.
-    seconds: of talk between telling and asking.
-    told_after: seconds of talk before the facts.
-    corrected: also dialogues in which facts are told anew.
-    voices: those that training heard, or others.
-    ways: of telling and asking a fact, those that training heard, or others.
-    kinds, facts, digits: as in training.
-    conditions: of the model: TTT as it is; its memory frozen at W0; its gate 0; "window only", with no more of the dialogue before a
-        question than attention reaches through all layers; "full attention", of all that came before.
-    beside: other models, by the name they are shown with.
-    modes: free, led.
-    seeds: of the dialogues that are made; none: the run's seed.
-    memory: dialogues whose memory is looked into as it goes: drift, steps, gate, false writes.
-    """
+    """Where the dialogues come from, and under which conditions they are heard."""
 
     manifest: Path | None = None
-    dialogues: int = 24
-    seconds: list[float] = field(default_factory=lambda: [8.0, 35.0])
-    told_after: list[float] = field(default_factory=lambda: [0.0])
-    corrected: bool = True
+    """A data.jsonl of ours, each recording's .json with "questions"; null makes dialogues."""
+    dialogues: Count = 24
+    """How many are made of each kind below, of facts together, sentences of talk and renderings that are held out from training."""
+    seconds: Annotated[list[NotNegative], DISTINCT] = field(default_factory=lambda: [8.0, 35.0])
+    """Seconds of talk between telling and asking."""
+    told_after: Annotated[list[NotNegative], DISTINCT] = field(default_factory=lambda: [0.0])
+    """Seconds of talk before the facts."""
+    corrected: Flag = True
+    """Also dialogues in which facts are told anew."""
     voices: Literal["trained", "held_out"] = "trained"
+    """Voices that training heard, or others."""
     ways: Literal["trained", "held_out"] = "trained"
+    """Ways of telling and asking a fact: those that training heard, or others."""
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    facts: list[int] = field(default_factory=lambda: [1, 2])
-    digits: list[int] = field(default_factory=lambda: [1, 1])
-    conditions: list[str] = field(default_factory=lambda: ["TTT", "gate 0"])
+    """Kinds of facts, as in training."""
+    facts: list[Whole] = field(default_factory=lambda: [1, 2])
+    """Lowest and highest number of facts in a dialogue."""
+    digits: list[Whole] = field(default_factory=lambda: [1, 1])
+    """Lowest and highest number of digits of a number."""
+    conditions: Annotated[list[str], DISTINCT] = field(default_factory=lambda: ["TTT", "gate 0"])
+    """Conditions of the model: TTT as it is; its memory frozen at W0; its gate 0; "window only", with no more of the dialogue before a question than
+    attention reaches through all layers; "full attention", of all that came before."""
     beside: dict[str, str] = field(default_factory=dict)
-    modes: list[str] = field(default_factory=lambda: ["free"])
-    seeds: list[int] = field(default_factory=list)
-    memory: int = 0
+    """Other models, by the name they are shown with."""
+    modes: Annotated[list[str], DISTINCT] = field(default_factory=lambda: ["free"])
+    """How it hears dialogues: free (it hears its own answers) or led (it hears the right ones)."""
+    seeds: list[Seed] = field(default_factory=list)
+    """Seeds of the dialogues that are made; none: the run's seed."""
+    memory: CountOrZero = 0
+    """Dialogues whose memory is looked into as it goes: drift, steps, gate, false writes."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, dialogues=1, seconds=0, told_after=0, seeds=SEEDS, memory=0)
-        for name in ("seconds", "told_after", "conditions", "modes", *(("seeds",) if self.seeds else ())):
-            check_entries(name, getattr(self, name))
+        if self.seeds:
+            check_entries("seeds", self.seeds)
         for name, known in (("conditions", CONDITIONS), ("modes", tuple(LISTENING))):
             for entry in getattr(self, name):
                 if entry not in known:
-                    raise MoshiTTTError(f"{name} holds {entry!r}; choose from {', '.join(known)}.")
+                    raise MoshiTTTError(f"`{name}={getattr(self, name)}` must be of {', '.join(known)}; {entry!r} is none.")
         twice = [name for name in self.beside if name in self.conditions]
         if twice:
-            raise MoshiTTTError(f"beside holds {twice[0]!r}, the name of a condition; give the model another name.")
+            raise MoshiTTTError(f"`beside.{twice[0]}` must not have the name of a condition; give the model another name.")
         ScriptSettings(kinds=self.kinds, facts=self.facts, digits=self.digits)  # checks them
 
 

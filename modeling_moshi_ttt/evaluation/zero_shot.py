@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
@@ -15,7 +14,7 @@ from typing_extensions import TypedDict
 
 from ..common.files import atomic_write, of_shape, read_json
 from ..common.results import MORE, Part
-from ..common.settings import check_entries, check_numbers
+from ..common.settings import Flag, NotNegative, check_entries, settings_group
 from ..data.audio import READING, read_audio
 from ..errors_moshi_ttt import MoshiTTTError
 from .drawing import GREY, MARKS, PALETTE, SKY, new_figure
@@ -44,57 +43,55 @@ SUBMISSION_FOLDERS = {"swuggy": "lexical", "sblimp": "syntactic"}
 SAVE_EVERY = 20  # batches between two saves of the scores
 
 
-@dataclass
+@settings_group
 class ZeroShotTask:
-    """One benchmark.
-
-    task: its name.
-    folder: the unpacked download.
-    split: of sWUGGY and sBLIMP.
-    parts: of SALMon; null: all eight.
-    """
+    """One benchmark."""
 
     task: Literal["swuggy", "sblimp", "sstorycloze", "tstorycloze", "salmon"]
+    """Name of the benchmark."""
     folder: Path
+    """The unpacked download."""
     split: str = "dev"
+    """Split of sWUGGY and sBLIMP."""
     parts: list[str] | None = None
+    """Parts of SALMon; null: all eight."""
 
     def __post_init__(self) -> None:
         if self.task not in SPLITS and self.split != "dev":
-            raise MoshiTTTError(f"split is {self.split!r}, but {self.task} has none (only {' and '.join(SPLITS)} have); leave it out.")
+            raise MoshiTTTError(f"`split={self.split}` must be left out: of the tasks only {' and '.join(SPLITS)} have splits.")
         if self.parts is not None:
             if self.task != "salmon":
-                raise MoshiTTTError(f"parts is {self.parts!r}, but {self.task} has none (only salmon has); leave it out.")
+                raise MoshiTTTError(f"`parts={self.parts}` must be left out: of the tasks only salmon has parts.")
             check_entries("parts", self.parts)
 
 
-@dataclass
+@settings_group
 class ZeroShotSettings:
-    """How recordings are scored (the recording is Moshi's voice) and on which tasks.
-
-    tasks: the benchmarks.
-    user: the other side of the conversation: absent, or silence (encoded).
-    text: the text stream, which is never scored: absent, or padding in every frame.
-    semantic_weight, acoustic_weight: of a token of the first codebook, and of the others, in a recording's score.
-    reduction: log-likelihood per token, or its sum; the other one is reported beside it.
-    submission: also write ZeroSpeech's submission files.
-    published: set the published rows beside this model's; false for sets of your own in these layouts.
-    """
+    """How recordings are scored (the recording is Moshi's voice) and on which tasks."""
 
     tasks: list[ZeroShotTask]
+    """The benchmarks."""
     user: Literal["absent", "silence"] = "absent"
+    """The other side of the conversation: absent, or silence (encoded)."""
     text: Literal["absent", "padding"] = "absent"
-    semantic_weight: float = 100.0
-    acoustic_weight: float = 1.0
+    """The text stream, which is never scored: absent, or padding in every frame."""
+    semantic_weight: NotNegative = 100.0
+    """Weight of a token of the first codebook in a recording's score."""
+    acoustic_weight: NotNegative = 1.0
+    """Weight of a token of the other codebooks."""
     reduction: Literal["mean", "sum"] = "mean"
-    submission: bool = False
-    published: bool = True
+    """Log-likelihood per token, or its sum; the other one is reported beside it."""
+    submission: Flag = False
+    """Also write ZeroSpeech's submission files."""
+    published: Flag = True
+    """Set the published rows beside this model's; false for sets of your own in these layouts."""
 
     def __post_init__(self) -> None:
         check_entries("tasks", [task.task for task in self.tasks])
-        check_numbers(self, semantic_weight=0, acoustic_weight=0)
         if self.semantic_weight == self.acoustic_weight == 0:
-            raise MoshiTTTError("semantic_weight and acoustic_weight are both 0, so nothing would be scored; give one of them a weight.")
+            raise MoshiTTTError(
+                "`semantic_weight=0` must not stand with `acoustic_weight=0`: nothing would be scored; give one of them a weight."
+            )
 
 
 def read_task(task: str, folder: Path, split: str = "dev", parts: Sequence[str] | None = None) -> list[Pair]:
