@@ -32,7 +32,7 @@ PARTS = {
         "kind": "zero_shot", "published": {"TWIST-7B": {"swuggy": 73.5}}, "tasks": {"swuggy": TASK | {"groups": {"oov": TASK}, "variants": {"weighted sum": 0.55}}},
         "scoring": {"reduction": "mean", "text": "absent", "user": "absent", "semantic_weight": 100.0, "acoustic_weight": 1.0},
     },
-    "talk": {"kind": "dialogue", "recordings": 1, "reference": {"overlap, share": 0.1}, "model": {"overlap, share": None}},
+    "talk": {"kind": "dialogue", "recordings": 1, "reference": {"overlap, share": 0.1, "turns answered, share": 1.0}, "model": {"overlap, share": None, "turns answered, share": 0.5}},
 }  # fmt: skip
 RESULTS = {"model": {"name": "<b>tiny</b>", "fingerprint": "f" * 64, "ttt": {"ttt_layers": [1]}}, "written": "today", "tasks": PARTS}
 
