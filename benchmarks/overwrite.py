@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeling_moshi_ttt.configuration_moshi_ttt import INNER_NORMS, MIXERS, default_base_lr
-from modeling_moshi_ttt.evaluation.plots import save
+from modeling_moshi_ttt.evaluation.drawing import save
 from modeling_moshi_ttt.ttt_layer import TTTMLP, TTTLinear
 from modeling_moshi_ttt.ttt_ops import TTTState, ttt_linear, ttt_mlp
 

@@ -13,7 +13,7 @@ import modeling_moshi_ttt
 from modeling_moshi_ttt.cli import COMMANDS, main
 from modeling_moshi_ttt.common import packaged
 from modeling_moshi_ttt.common.settings import Group, groups
-from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
+from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
 from modeling_moshi_ttt.training.run_config import RunConfig
 
 PACKAGE = modeling_moshi_ttt.__name__

@@ -3,6 +3,7 @@
 python examples/remember.py [key=value …] passes settings on to `moshi-ttt evaluate spoken_recall`, as in model=runs/spoken_recall/final.
 """
 
+import math
 import random
 import sys
 import time
@@ -19,10 +20,12 @@ from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.data.espeak import Espeak
 from modeling_moshi_ttt.data.facts import HELD_OUT_VOICES, ScriptSettings
 from modeling_moshi_ttt.data.spoken_dialogues import Script, speak
-from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
-from modeling_moshi_ttt.evaluation.runner import Subject, run_evaluation
-from modeling_moshi_ttt.evaluation.spoken_recall import answer_to, chance, columns_of
-from modeling_moshi_ttt.tokens_moshi_ttt import USER_SPEAKER
+from modeling_moshi_ttt.evaluation.runner import run_evaluation
+from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
+from modeling_moshi_ttt.evaluation.spoken_listening import answer_to, reach
+from modeling_moshi_ttt.evaluation.spoken_recall import chance
+from modeling_moshi_ttt.evaluation.subject import Subject
+from modeling_moshi_ttt.tokens_moshi_ttt import FRAME_RATE, USER_SPEAKER
 
 DEFAULTS = [
     *("output=runs/remember", "model=remembering", "spoken_recall.voices=held_out", "spoken_recall.dialogues=16"),
@@ -32,24 +35,24 @@ DEFAULTS = [
 
 def table(part: dict[str, Any]) -> None:
     """Print the share of right answers of every condition."""
-    columns = columns_of(part)
+    columns = sorted({(cell["corrected"], cell["from"]) for run in part["runs"].values() for cell in run["cells"]})
     print("\n" + " " * 16 + "".join(f"{'corrected' if corrected else 'told once'}, {low} s on".rjust(24) for corrected, low in columns))
     for label, run in part["runs"].items():
         shares = {(cell["corrected"], cell["from"]): f"{cell['accuracy']:.0%} of {cell['questions']}" for cell in run["cells"]}
         print(label.ljust(16) + "".join(shares.get(column, "–").rjust(24) for column in columns))
 
 
-def verdict(part: dict[str, Any], reach: float) -> None:
+def verdict(part: dict[str, Any], seconds: float) -> None:
     """Say in words what the table shows."""
     for corrected, what in ((False, "what it was told"), (True, "what it was told last")):
         shares = {}
         for label, run in part["runs"].items():
-            there = [cell for cell in run["cells"] if cell["corrected"] == corrected and cell["from"] >= reach]
+            there = [cell for cell in run["cells"] if cell["corrected"] == corrected and cell["from"] >= seconds]
             asked = sum(cell["questions"] for cell in there)
             shares[label] = sum(cell["accuracy"] * cell["questions"] for cell in there) / asked if asked else float("nan")
         others = "; ".join(f"{label}: {share:.0%}" for label, share in shares.items() if label != "TTT")
         print(
-            f"Longer ago than attention reaches ({reach:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}; chance {chance():.0%})."
+            f"Longer ago than attention reaches ({seconds:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}; chance {chance():.0%})."
         )
 
 
@@ -68,7 +71,7 @@ def converse(model: Any, processor: Any, output: Path, seed: int) -> None:
     (output / "dialogue.txt").write_text(transcript + "\n", encoding="utf-8")
     print(f"\nOne dialogue, a voice that it never heard:\n{transcript}")
     for question in spoken.questions:
-        said = " ".join(answer_to(text[0], question, processor)) or "nothing"
+        said = " ".join(answer_to(text[0], math.ceil(question.asked * FRAME_RATE), question, processor)) or "nothing"
         print(f"asked for {' '.join(question.fact.value)} after {question.asked - question.told:.0f} s, it said {said}")
     print(f"its sound is in {output / 'dialogue.wav'} (Moshi left, the user right)")
 
@@ -80,8 +83,7 @@ def main() -> int:
     part = read_json(settings.output / "results.json")["tasks"]["spoken_recall"]
     model, processor = Subject(settings).load()
     table(part)
-    config = model.config
-    verdict(part, (config.num_hidden_layers * (config.sliding_window - 1) + 1) / processor.frame_rate)
+    verdict(part, reach(model.config) / processor.frame_rate)
     converse(model, processor, settings.output, settings.seed)
     print(f"picture: {settings.output / 'pictures' / 'spoken_recall.png'}; report: {report}")
     print(f"the demonstration took {(time.perf_counter() - begin) / 60:.1f} minutes")

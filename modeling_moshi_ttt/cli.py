@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
     "plot": ("modeling_moshi_ttt.evaluation.plots", "draw the curves of a run or of an evaluation"),
+    "compare": ("modeling_moshi_ttt.evaluation.compare", "compare two results: paired differences, a verdict, overlaid curves"),
     "convert": ("modeling_moshi_ttt.conversion.convert", "convert checkpoints from and to Kyutai's and transformers' layouts"),
     "verify": ("modeling_moshi_ttt.hub.verify", "check a checkpoint: files, weights, shapes, numbers, and its loss on the probe"),
     "push": ("modeling_moshi_ttt.hub.push", "put a checkpoint on the Hugging Face Hub, with its card and its code"),

@@ -104,7 +104,7 @@ def test_a_fresh_start_needs_a_processor_by_either_name():
         ),
         ("train some/where/full-8gpu.yaml", "did you mean 'full_8gpu'?"),
         ("train recall", "recall: there is no such settings file"),
-        ("evaluate recal", "did you mean 'recall'? The package holds dialogue, long_context, recall, spoken_recall, zero_shot."),
+        ("evaluate recal", "did you mean 'recall'? The package holds dialogue, hour, long_context, recall, spoken_recall, zero_shot."),
         ("evaluate recall dialog model=x", "did you mean 'dialogue'?"),
         (
             "train demo --launch onegpu",

@@ -3,18 +3,20 @@
 import argparse
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from modeling_moshi_ttt.cli import main
-from modeling_moshi_ttt.evaluation import plot, plots, report
+from modeling_moshi_ttt.evaluation import drawing, plots, report
+from modeling_moshi_ttt.evaluation.task import task, tasks
 
 CURVE = {"position": [16.0, 64.0, 256.0], "loss": [5.0, 4.0, 3.5], "low": [4.8, 3.9, 3.4], "high": [5.2, 4.1, 3.6], "frames": [16, 64, 256]}
 TASK = {"accuracy": 0.6, "interval": [0.5, 0.7], "items": 5, "pairs": 10, "chance": 0.5}
 PARTS = {
     "remembers": {
         "kind": "recall", "window": 16, "chance": 0.02,
-        "runs": [{"name": name, "results": [{"pairs": p, "distance": d, "accuracy": 0.5} for p in (4, 8) for d in (24, 96)]} for name in ("none", "linear")],
+        "runs": [{"name": name, "variant": {}, "training": {}, "results": [{"pairs": p, "distance": d, "accuracy": 0.5} for p in (4, 8) for d in (24, 96)]} for name in ("none", "linear")],
     },
     "books": {
         "kind": "long_context", "window": 64, "streams": ["text", "semantic"], "unit": "recordings",
@@ -30,30 +32,29 @@ PARTS = {
         "kind": "zero_shot", "published": {"TWIST-7B": {"swuggy": 73.5}}, "tasks": {"swuggy": TASK | {"groups": {"oov": TASK}, "variants": {"weighted sum": 0.55}}},
         "scoring": {"reduction": "mean", "text": "absent", "user": "absent", "semantic_weight": 100.0, "acoustic_weight": 1.0},
     },
-    "talk": {"kind": "dialogue", "recordings": 1, "reference": {"overlap, share": 0.1}, "model": {"overlap, share": None}},
+    "talk": {"kind": "dialogue", "recordings": 1, "reference": {"overlap, share": 0.1, "turns answered, share": 1.0}, "model": {"overlap, share": None, "turns answered, share": 0.5}},
 }  # fmt: skip
 RESULTS = {"model": {"name": "<b>tiny</b>", "fingerprint": "f" * 64, "ttt": {"ttt_layers": [1]}}, "written": "today", "tasks": PARTS}
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "talk"])
 def test_every_kind_is_drawn_as_png_and_svg(name, tmp_path):
-    png, svg = plots.save(plots.draw(PARTS[name]), tmp_path / name)
+    png, svg = drawing.save(plots.draw(PARTS[name]), tmp_path / name)
     assert png.read_bytes().startswith(b"\x89PNG")
     text = svg.read_text()
     assert "<svg" in text
 
 
 def test_the_same_numbers_give_the_same_picture(tmp_path):
-    first, second = (plots.save(plots.draw(PARTS["remembers"]), tmp_path / name) for name in ("first", "second"))
+    first, second = (drawing.save(plots.draw(PARTS["remembers"]), tmp_path / name) for name in ("first", "second"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_the_window_is_marked_and_intervals_are_optional():
-    figure = plots.draw(PARTS["books"])
-    left, right, *below = figure.axes
-    assert all(any(list(line.get_xdata()) == [64, 64] for line in axes.lines) for axes in figure.axes)
-    assert (len(left.collections), len(right.collections)) == (2, 1)
-    assert [len(axes.collections) for axes in below] == [1, 1]  # TTT has no difference to itself
+def test_the_window_is_marked_and_intervals_are_drawn_where_they_are_known():
+    left, right, *_ = panels = plots.draw(PARTS["books"]).axes
+    assert all(any(list(line.get_xdata()) == [64, 64] for line in axes.lines) for axes in panels)
+    bands = [[band for band in axes.collections if band.get_paths()] for axes in (left, right)]
+    assert len(bands[0]) > len(bands[1]) > 0
 
 
 def test_the_heat_map_holds_the_numbers():
@@ -70,17 +71,17 @@ def test_the_heat_map_marks_what_attention_reaches_and_has_a_row_for_each_time_o
     ]
     figure = plots.draw({**part, "runs": late})
     panels = figure.axes[:4]
-    assert [axes.get_title() for axes in panels] == [f"{pairs} pairs told after {told} frames" for told in (0, 9) for pairs in (4, 8)]
+    assert [axes.get_title().split() for axes in panels] == [f"{p} pairs told after {n} frames".split() for n in (0, 9) for p in (4, 8)]
     assert [axes.images[0].get_array().max() for axes in panels] == [50.0, 50.0, 25.0, 25.0]
     assert [[label.get_text() for label in axes.get_xticklabels()] for axes in panels] == [["24*", "96"]] * 4
-    assert "attention reaches 31 frames: 2 layers of window 16" in figure.texts[0].get_text()
+    assert "31 frames" in figure.get_supxlabel()
 
 
 def test_the_report_names_the_reach():
-    section = report.recall_section(PARTS["remembers"])
-    assert section["head"] == ["", "pairs", "told after", "24*", "96"]
-    assert section["rows"][0] == ["none", 4, 0, "50.0", "50.0"]
-    assert "reach 31 frames" in section["note"]
+    table = task("recall").table(PARTS["remembers"])
+    assert table.head == ["", "pairs", "told after", "corrected", "24*", "96"]
+    assert table.rows[0] == ["none", 4, 0, 0, "50.0", "50.0"]
+    assert "reach 31 frames" in table.note
 
 
 def test_the_bars_stand_beside_chance_and_the_published_rows():
@@ -99,33 +100,73 @@ def test_every_layer_shows_its_three_inner_losses():
         assert [list(line.get_ydata()) for line in panel.lines] == [[2.0, 2.0], [1.5, 1.0], [1.2, 0.8]]
 
 
-def test_the_colours_are_those_of_okabe_and_ito_and_never_alone():
-    """Eight colours that colour-blind readers tell apart; here without black and yellow, each with a mark of its own."""
-    assert set(plots.PALETTE) - {plots.GREY} == {"#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"}
+def test_lines_are_told_apart_without_color_too():
+    """Eight colors that color-blind readers tell apart, here without black and yellow; each line has a mark and a dash besides."""
+    assert set(drawing.PALETTE) - {drawing.GREY} == {"#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"}
+    looks = [drawing.line_style(index) for index in range(40)]
+    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in looks}) == 40
     drawn = [line for line in plots.draw(PARTS["books"]).axes[0].lines if not line.get_label().startswith("_")]
-    assert len({line.get_color() for line in drawn}) == len({line.get_marker() for line in drawn}) == 2
+    for look in ("get_color", "get_marker", "get_linestyle"):
+        assert len({getattr(line, look)() for line in drawn}) == len(drawn) == 2
 
 
-def test_what_cannot_be_drawn_is_named():
-    with pytest.raises(ValueError, match=r"'recal' cannot be drawn; did you mean 'recall'"):
-        plots.draw({"kind": "recal"})
+def test_a_picture_says_what_it_was_measured_on():
+    about = {
+        "settings": {"manifest": "/far/away/talk.jsonl", "seed": 7},
+        "hours": 1.5,
+        "version": "9.8.7",
+        "date": "2026-01-02",
+        "seconds": 1800.0,
+    }
+    said = [text.get_text() for text in plots.draw(PARTS["books"] | about).texts]
+    assert said == ["data: talk.jsonl; 1.50 hours of recordings; seed 7; moshi-ttt 9.8.7, 2026-01-02; measured in 0.50 hours"]
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_every_part_says_what_was_found(name):
+    said = task(PARTS[name]["kind"]).finding(PARTS[name])
+    assert re.search(r"\d", said)
+    assert said.endswith(".")
+
+
+def test_axes_name_their_units():
+    wanted = {"remembers": "frames", "books": "nats a token", "inside": "mean square", "zero": "%"}
+    for name, unit in wanted.items():
+        figure = plots.draw(PARTS[name])
+        assert unit in " ".join(axes.get_xlabel() + axes.get_ylabel() for axes in figure.axes)
+
+
+@pytest.mark.parametrize("how", ["plot", "report"])
+def test_a_fault_of_drawing_keeps_its_trace_and_blames_no_file(tmp_path, monkeypatch, how):
+    def broken(self, part):
+        return None + 1
+
+    monkeypatch.setattr(type(tasks()["zero_shot"]), "figure", broken)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS | {"tasks": {"zero": PARTS["zero"]}}))
+    with pytest.raises(TypeError) as raised:
+        main(["plot", str(path)]) if how == "plot" else report.write_report(json.loads(path.read_text()), tmp_path)
+    assert "broken" in [entry.name for entry in raised.traceback]
+    assert "remove" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", {"kind": "long_context"}, "a.json, a lacks 'streams'; it cannot be drawn"),
-        ("a.json", {"kind": "recall", "runs": []}, "a.json, a is not as it should be"),
-        ("a.json", {"kind": "inner_loss", "layers": {}}, "a.json, a is not as it should be"),
-        ("a.json", {"kind": "training", "panels": {"x": {"x": {"step": [1], "value": [None, "y"]}}}}, "a.json, a is not as it should be"),
-        ("a.json", PARTS["remembers"] | {"chance": "x"}, "a.json, a is not as it should be"),
-        ("a.json", {"tasks": {"first": PARTS["zero"] | {"published": []}}}, "a.json, first is not as it should be"),
-        ("a.json", {"tasks": []}, "a.json is not as it should be"),
-        ("a.json", {"kind": []}, "a.json is not as it should be"),
-        ("a.json", {"tasks": {"../x": PARTS["zero"]}}, "leaves its folder"),
-        ("a.json", [], "a.json holds no JSON object"),
-        ("a.json", {}, "a.json: holds nothing that can be drawn"),
-        ("a.jsonl", {"loss": 3.0}, "a.jsonl: the log holds no numbers with a step"),
+        ("a.json", {"kind": "recal"}, "`kind='recal'`"),
+        ("a.json", {"kind": "long_context"}, "`window`"),
+        ("a.json", {"kind": "recall", "window": 16, "chance": 0.1}, "`runs`"),
+        ("a.json", {"kind": "inner_loss", "layers": []}, "`mini_batch_size`"),
+        ("a.json", PARTS["remembers"] | {"chance": "x"}, "`chance=x`"),
+        ("a.json", PARTS["books"] | {"conditions": {"TTT": {"text": CURVE | {"loss": [None]}}}}, "`conditions.TTT.text.loss.0=None`"),
+        ("a.json", RESULTS | {"tasks": {"first": PARTS["zero"] | {"published": []}}}, "`tasks.first.published=[]`"),
+        ("a.json", RESULTS | {"tasks": []}, "`tasks=[]`"),
+        ("a.json", RESULTS | {"format": 99}, "`format=99`"),
+        ("a.json", {"kind": []}, "`kind=[]`"),
+        ("a.json", RESULTS | {"tasks": {"../x": PARTS["zero"]}}, "../x"),
+        ("a.json", [], "a.json"),
+        ("a.json", {}, "`model`"),
+        ("a.jsonl", {"loss": 3.0}, "a.jsonl"),
     ],
 )
 def test_a_file_of_another_shape_is_one_line_that_names_it(tmp_path, capsys, name, content, message):
@@ -144,19 +185,19 @@ def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
         "\n".join(json.dumps({"step": i, "train/loss": 3 - i / 10, "train/text_loss": 1.0, "lr": 1e-4}) for i in range(5))
     )
     parser = argparse.ArgumentParser()
-    plot.configure(parser)
+    plots.configure(parser)
     assert (
-        plot.run(parser.parse_args([str(tmp_path / "results.json"), str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "out")])) == 0
+        plots.run(parser.parse_args([str(tmp_path / "results.json"), str(tmp_path / "log.jsonl"), "--output", str(tmp_path / "out")])) == 0
     )
     written = capsys.readouterr().out.split()
-    assert len(written) == 2 * 2 + 2  # dialogue has a table and no picture
+    assert {Path(name).name for name in written} == {f"{name}.{kind}" for name in ("zero", "remembers", "log") for kind in ("png", "svg")}
     assert (tmp_path / "out" / "log.svg").is_file()
     for name, message in (("gone.json", "gone.json is missing"), (".", "is a folder")):
         with pytest.raises((ValueError, OSError), match=message):
-            plot.run(parser.parse_args([str(tmp_path / name)]))
+            plots.run(parser.parse_args([str(tmp_path / name)]))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json is no JSON"):
-        plot.run(parser.parse_args([str(tmp_path / "broken.json")]))
+        plots.run(parser.parse_args([str(tmp_path / "broken.json")]))
 
 
 def test_the_report_stands_alone_and_escapes_names(tmp_path, monkeypatch):

@@ -174,10 +174,10 @@ def test_a_failing_model_stops_the_run():
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
-        (CodeSequence(torch.zeros(2, 4, dtype=torch.long)), r"moshi has shape \(2, 4\)"),
+        (CodeSequence(torch.zeros(2, 4, dtype=torch.long)), r"`moshi` of shape \(2, 4\)"),
         (CodeSequence(torch.zeros(3, 0, dtype=torch.long)), "no frames"),
-        (CodeSequence(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)), "user has shape"),
-        (CodeSequence(torch.zeros(3, 4, dtype=torch.long), None, torch.zeros(5, dtype=torch.long)), "text has shape"),
+        (CodeSequence(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)), "`user` of shape"),
+        (CodeSequence(torch.zeros(3, 4, dtype=torch.long), None, torch.zeros(5, dtype=torch.long)), "`text` of shape"),
     ],
 )
 def test_sequences_that_do_not_fit_are_named(sequence, message):
@@ -212,9 +212,9 @@ def test_slamkits_contract():
     assert scorer.device == torch.device("cpu")
     named = scorer.log_likelihood(wavs, lens, used_token_modality="SPEECH", mean_nll=False)  # as its metrics call it
     assert torch.equal(named, total)
-    with pytest.raises(ValueError, match="used_token_modality is 'TEXT'"):
+    with pytest.raises(ValueError, match="used_token_modality='TEXT'"):
         scorer.log_likelihood(wavs, lens, used_token_modality="TEXT")
-    with pytest.raises(ValueError, match="lens is"):
+    with pytest.raises(ValueError, match="`lens="):
         scorer.log_likelihood(wavs, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"must be \[B, N\]"):
         scorer.log_likelihood(wavs[0])
@@ -241,9 +241,9 @@ def test_what_stands_beside_the_voice_is_chosen_in_words():
     }
     assert len(set(scores.values())) == 4
     assert SpeechScorer(model, encode, text=3).score_waves(wave)[0].tokens[0] == 0
-    with pytest.raises(ValueError, match="user is 'none'"):
+    with pytest.raises(ValueError, match="user='none'"):
         SpeechScorer(model, encode, user="none")
-    with pytest.raises(ValueError, match="text is 48"):
+    with pytest.raises(ValueError, match="text=48"):
         SpeechScorer(model, encode, text=48)
 
 

@@ -1,6 +1,8 @@
 """Spoken recall: what is asked is judged as it was said, times and corrections are kept apart, and inputs that cannot be are named."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,17 @@ from made_phrases import tiny_processor
 from matplotlib.figure import Figure
 from tiny import tiny_model
 
+from modeling_moshi_ttt.common.results import checked_part
 from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.data.facts import Fact
 from modeling_moshi_ttt.data.spoken_dialogues import Question
 from modeling_moshi_ttt.evaluation import spoken_recall
-from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings, SpokenRecallSettings
+from modeling_moshi_ttt.evaluation.memory_probe import probe, rates, steps
 from modeling_moshi_ttt.evaluation.plots import draw
-from modeling_moshi_ttt.evaluation.spoken_recall import Heard, answer_to, answers, cells, measure, recordings, section, under
+from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
+from modeling_moshi_ttt.evaluation.spoken_listening import Heard, answer_to, answers, under, within_reach
+from modeling_moshi_ttt.evaluation.spoken_recall import TASK, SpokenRecallSettings, cells, measure, recordings
+from modeling_moshi_ttt.evaluation.task import shapes
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,7 @@ class Parrot(torch.nn.Module):
     def __init__(self, text):
         super().__init__()
         self.text, self.device = text, "cpu"
+        self.config = SimpleNamespace(sliding_window=8, num_hidden_layers=2)
 
     def hear(self, user, do_sample):
         return self.text[None].expand(len(user), -1), None
@@ -46,18 +53,19 @@ class Parrot(torch.nn.Module):
 def test_answers_are_right_old_or_wrong(processor):
     truth = heard("a", processor, ("Nora",), before=(("Omar",),))
     for said, right, old in ((("Nora",), True, False), (("Omar",), False, True), (("Lena",), False, False)):
-        found = answers(Parrot(heard("b", processor, said).text), processor, [truth], "free", 4)
+        found = answers(Parrot(heard("b", processor, said).text), processor, [truth], "TTT", "free", 4)
         assert [(one["right"], one["old"], one["corrected"], one["since"]) for one in found] == [(right, old, 1, 3.0)]
 
 
 def test_an_answer_has_its_time_and_all_its_words(processor):
     value = ("four", "seven", "two")
     one = heard("a", processor, value)
-    assert answer_to(one.text, one.questions[0], processor) == value
+    question = one.questions[0]
+    assert answer_to(one.text, one.asked(question), question, processor) == value
     late = one.text.roll(30)  # out of the frames in which an answer counts
-    assert answer_to(late, one.questions[0], processor) == ()
+    assert answer_to(late, one.asked(question), question, processor) == ()
     early = one.text.roll(-10)  # before it was asked
-    assert answer_to(early, one.questions[0], processor) == ()
+    assert answer_to(early, one.asked(question), question, processor) == ()
 
 
 def test_cells_keep_times_and_corrections_apart():
@@ -89,10 +97,119 @@ def test_measure_tables_and_draws(processor):
     parrot.named_parameters = lambda: iter(())
     part = measure({"": (parrot, ["TTT", "gate 0"]), "beside": (parrot, ["TTT"])}, processor, dialogues, ["free"])
     assert list(part["runs"]) == ["TTT", "gate 0", "beside"]
-    table = section(json.loads(json.dumps(part)))
-    assert table["rows"][0] == ["TTT", "100 (100 to 100)", "0 (0 to 0)"]
-    assert table["head"] == ["", "told, from 0 s", "corrected, from 0 s"]
+    part = checked_part(json.loads(json.dumps(part)), shapes(), Path("results.json"))
+    table = TASK.table(part)
+    assert table.rows[0][:3] == ["TTT", "100 (100 to 100)", "0 (0 to 0)"]
+    assert table.head[:3] == ["", "told, from 0 s", "corrected, from 0 s"]
     assert isinstance(draw(part), Figure)
+    assert "TTT 100%" in TASK.finding(part)
+    numbers = {one.name: (one.mean, one.values) for one in TASK.measures(part)}
+    assert numbers["told once, TTT, 1"] == (100.0, dict.fromkeys("012", 100.0))
+
+
+def asked(name, processor, told, since, facts=1, corrected=0, right=True):
+    question = Question(Fact("name", ("Nora",)), (("Omar",),) * corrected, told, told + since)
+    one = heard(name, processor, ("Nora",) if right else ("Lena",), asked=told + since, frames=round((told + since + 4) * 12.5))
+    more = [Question(Fact(kind, ("Nora",)), (), told, told + since) for kind in ("place", "like")[: facts - 1]]
+    return Heard(name, one.user, one.moshi, one.text, [question, *more])
+
+
+class Knowing(Parrot):
+    """Says the text of whichever dialogue it hears, told by its length."""
+
+    def __init__(self, dialogues):
+        super().__init__(dialogues[0].text)
+        self.texts = {len(one.text): one.text for one in dialogues}
+
+    def hear(self, user, do_sample):
+        return self.texts[user.shape[-1]][None].expand(len(user), -1), None
+
+
+def test_every_axis_of_the_hour_has_its_cells(processor):
+    """Time since told, age of the conversation when told, number of facts, corrections, seeds; told-at × asked-at."""
+    dialogues = [
+        asked("a", processor, 1, 9), asked("b", processor, 40, 10), asked("c", processor, 130, 40, right=False),
+        asked("d", processor, 1, 60, facts=2), asked("e", processor, 2, 130, corrected=1),
+    ]  # fmt: skip
+    part = measure({"": (Knowing(dialogues), ["TTT"])}, processor, dialogues, ["free"], batch_size=1)
+    run = part["runs"]["TTT"]
+    assert [(c["corrected"], c["from"], c["accuracy"]) for c in run["cells"]] == [(False, 8, 1.0), (False, 35, 2 / 3), (True, 120, 1.0)]
+    by = {axis: [(cell["value"], cell["questions"]) for cell in rows] for axis, rows in run["by"].items()}
+    assert by == {"facts": [(1, 4), (2, 2)], "corrections": [(0, 5), (1, 1)], "told from s": [(0, 4), (35, 1), (120, 1)], "seed": [(0, 6)]}
+    grid = {(cell["told"], cell["asked"]): cell["accuracy"] for cell in run["grid"]}
+    assert grid == {(0, 8): 1.0, (0, 35): 1.0, (0, 120): 1.0, (35, 35): 1.0, (120, 120): 0.0}
+    assert part["hours"] == pytest.approx(sum(len(one.text) for one in dialogues) / 12.5 / 3600)
+    figure = draw(part)
+    assert {f"told from {time} s" for time in (0, 35, 120)} <= {text.get_text() for axes in figure.axes for text in axes.get_yticklabels()}
+
+
+def test_the_window_alone_hears_no_more_than_its_reach(processor):
+    one = asked("a", processor, 4, 20)
+    (part,) = within_reach(one, 31)
+    assert part.start + 31 == one.asked(one.questions[0])
+    assert part.asked(one.questions[0]) == 31
+    assert part.text.shape[-1] == part.user.shape[-1] == 31 + 8 + 8
+    assert torch.equal(part.text, one.text[part.start :][: len(part.text)])
+    (short,) = within_reach(one, 10_000)
+    assert (short.start, len(short.text)) == (0, len(one.text))
+
+
+def test_full_attention_is_of_all_that_came_before():
+    model = tiny_model(torch.float32)
+    frames = torch.randint(4, 100, (1, model.config.num_user_codebooks, 4 * model.config.sliding_window))
+    other = frames.clone()
+    other[..., 0] = 3
+    with under(model, "gate 0"):
+        heard_of = [model(user_audio_codes=one).logits[0, -1] for one in (frames, other)]
+        with under(model, "full attention"):
+            heard_full = [model(user_audio_codes=one).logits[0, -1] for one in (frames, other)]
+    assert not torch.equal(*heard_full)
+    reach = model.config.num_hidden_layers * (model.config.sliding_window - 1) + 1
+    assert torch.equal(*heard_of) == (reach < 4 * model.config.sliding_window)
+    assert model.config.sliding_window is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "conditions", "named"),
+    [
+        ({"ttt_layers": []}, ["TTT", "frozen at W0"], "frozen at W0"),
+        ({"ttt_layers": []}, ["TTT", "gate 0"], "gate 0"),
+        ({"ttt_layers": [0], "sliding_window": None}, ["TTT", "window only"], "window only"),
+        ({"ttt_layers": [0], "sliding_window": None}, ["TTT", "full attention"], "full attention"),
+    ],
+)
+def test_conditions_that_a_model_cannot_have_are_named(config, conditions, named):
+    subject = SimpleNamespace(config=config, ttt=config)
+    with pytest.raises(ValueError, match=rf"conditions holds '{named}'.*conditions=\[TTT\]"):
+        TASK.check(SpokenRecallSettings(conditions=conditions), subject)
+    TASK.check(SpokenRecallSettings(conditions=["TTT"]), subject)
+
+
+def test_the_memory_is_seen_at_work():
+    """Drift and steps are those of the states, the gate that of the op; frozen weights neither drift nor write."""
+    model = tiny_model(torch.float64)
+    config, size = model.config, model.config.ttt_mini_batch_size
+    frames = 6 * size + 1
+    draw_codes = lambda count: torch.randint(0, config.audio_vocab_size, (count, frames), generator=torch.Generator().manual_seed(0))  # noqa: E731
+    question = Question(Fact("name", ("Nora",)), (), 2 * size / 12.5 - 0.01, (frames - 1) / 12.5)
+    one = Heard("a", draw_codes(config.num_user_codebooks), draw_codes(config.num_codebooks), torch.full((frames,), 3), [question])
+    found = steps(model, one)
+    assert len(found["drift"]) == 6
+    assert found["drift"][0] == pytest.approx(found["step"][0])
+    assert (found["drift"] <= found["step"].cumsum() + 1e-12).all()
+    assert (found["step"] > 0).all()
+    assert found["fact"].any()
+    assert not found["fact"][2:].any()
+    part = probe(model, [one])
+    assert part["minutes"][-1] == pytest.approx(6 * size / 12.5 / 60)
+    assert 0 < part["gate_facts"] < 1
+    assert part["false_writes"] >= 0
+    with under(model, "frozen at W0"):
+        frozen = probe(model, [one])
+    assert max(frozen["drift"]) == max(frozen["step"]) == frozen["gate_talk"] == 0
+    with rates(model) as given:
+        model(user_audio_codes=one.user[None])
+    assert given[0].shape == (1, frames, config.ttt_num_heads)
 
 
 def write_manifest(folder, questions, seconds=6.0):
@@ -130,8 +247,10 @@ def test_manifests_that_ask_nothing_or_the_impossible_are_named(tmp_path, questi
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conditions": ["full attention"]}, "conditions holds 'full attention'; choose from TTT, frozen at W0, gate 0"),
-        ({"modes": ["live"]}, "modes holds 'live'; choose from free, led"),
+        ({"conditions": ["attention"]}, "conditions holds 'attention'"),
+        ({"modes": ["live"]}, "modes holds 'live'"),
+        ({"seeds": [1, 1]}, "seeds holds 1 twice"),
+        ({"memory": -1}, "memory"),
         ({"kinds": ["hobby"], "facts": [1, 1]}, "kinds holds 'hobby'"),
         ({"beside": {"TTT": "folder"}}, "beside holds 'TTT', the name of a condition"),
         ({"seconds": [-1.0]}, "seconds"),
@@ -144,8 +263,12 @@ def test_settings_that_cannot_be_are_named(settings, message):
 
 def test_made_dialogues_are_those_of_the_seed(processor):
     settings = SpokenRecallSettings(dialogues=1, seconds=[1.0], corrected=True, kinds=["name"], facts=[1, 1])
-    first, again, other = (spoken_recall.inputs(settings, processor, seed) for seed in (0, 0, 1))
+    first, again, other = (spoken_recall.encoded(settings, processor, seed) for seed in (0, 0, 1))
     assert [bool(question.before) for one in first for question in one.questions if question is one.questions[-1]] == [False, True]
     # of the voices a second instance of espeak-ng may give other samples, of the same number
     assert all(torch.equal(a.text, b.text) and a.questions == b.questions for a, b in zip(first, again))
     assert [one.questions for one in first] != [one.questions for one in other]
+    settings.seeds = [0, 1]
+    both = spoken_recall.encoded(settings, processor, 5)
+    assert [one.seed for one in both] == [0, 0, 1, 1]
+    assert len({one.name for one in both}) == 4

@@ -21,6 +21,8 @@ def bootstrap_interval(
     Values that depend on one another, as windows of one recording do, are averaged first: one value for each independent unit.
     """
     sample = np.asarray(values, dtype=np.float64)  # [N]
+    if sample.size == 0:
+        raise MoshiTTTError("`values=[]` must not be empty; there is nothing to average.")
     if sample.size == 1:  # which scipy refuses
         return float(sample[0]), float(sample[0])
     # as many resamples at a time as fit in a few megabytes: N may be 40,000 pairs
