@@ -17,8 +17,8 @@ import modeling_moshi_ttt  # noqa: F401 - tells the Auto classes of the model
 from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
-from modeling_moshi_ttt.data.recordings import MAIN_SPEAKER, Recording, read_manifest
-from modeling_moshi_ttt.tokens_moshi_ttt import ZERO
+from modeling_moshi_ttt.data.recordings import Recording, read_manifest
+from modeling_moshi_ttt.tokens_moshi_ttt import MAIN_SPEAKER, ZERO
 
 
 def frames_of(processor, recording: Recording):

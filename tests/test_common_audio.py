@@ -7,7 +7,8 @@ import pytest
 import soundfile
 
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
-from modeling_moshi_ttt.data.recordings import parse_words, read_manifest, read_words
+from modeling_moshi_ttt.data.recordings import read_manifest
+from modeling_moshi_ttt.data.word_files import parse_words, read_words
 
 
 def tone(seconds=1.0, rate=24000, channels=2):
@@ -42,7 +43,7 @@ def test_bad_sounds_are_named(tmp_path):
     for name, message in [("empty", "0 bytes"), ("text", "cannot be read"), ("nan", "NaN"), ("none", "no samples|cannot be read")]:
         with pytest.raises(ValueError, match=rf"{name}\.wav: .*({message})"):
             read_audio(tmp_path / f"{name}.wav")
-    with pytest.raises(FileNotFoundError, match=r"gone\.wav"):
+    with pytest.raises(OSError, match=r"gone\.wav"):
         read_audio(tmp_path / "gone.wav")
     with pytest.raises(ValueError, match="ends at 0.100 s"):
         read_audio(tmp_path / "short.wav", start=0.2)
@@ -71,7 +72,7 @@ def test_manifest_with_words(tmp_path):
 
 def test_other_word_layout(tmp_path):
     (tmp_path / "w.json").write_text(json.dumps([{"speaker": "A", "word": "hai", "start": 1, "end": 2}]))
-    assert read_words(tmp_path / "w.json") == (("hai", (1.0, 2.0), "SPEAKER_MAIN"),)
+    assert read_words(tmp_path / "w.json")[0] == (("hai", (1.0, 2.0), "SPEAKER_MAIN"),)
     many = "[" * 100_000
     huge = f'[["a", [1{"0" * 400}, 2], "x"]]'
     for bad in ("{}", "[[1]]", '[["a", [1], "x"]]', '[["a", [1, NaN], "x"]]', "{", '[["\\ud83d", [1, 2], "x"]]', many, huge):
@@ -110,7 +111,7 @@ def test_unreadable_lines_are_reported_with_the_others(tmp_path):
 
 
 def test_missing_and_empty_manifests(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such manifest"):
+    with pytest.raises(OSError, match="no such manifest"):
         read_manifest(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="empty"):
         read_manifest(manifest(tmp_path, ""))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors_moshi_ttt import MoshiTTTError
+from ..tokens_moshi_ttt import MAIN_SPEAKER
+from .words import Policy
 
 Carry = Literal["none", "state", "state+attention"]
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
@@ -39,6 +41,12 @@ class DataSettings:
     on_bad_files: stop with a list of them, or skip them.
     allow_outside: accept absolute paths and '..' in manifests.
     require_words: a recording without words is a bad file.
+    words: what is done with odd words. "repair" interpolates missing times, clamps times to the recording, splits words with spaces inside and
+        drops what cannot be mended, and counts it; "refuse" takes a file with an odd word for a bad file; "keep" leaves them as they are.
+    words_files: where the words of a sound are, from its folder on, with {stem} for its name, as in "../text/{stem}.json"; "" looks beside
+        the sound, and for a sound below audio/ below text/, for a .json, .ctm or .TextGrid of its name.
+    main_speaker: the label of Moshi's words.
+    mono_is: whose voice a mono recording is, "moshi" or "user", the other being absent; null refuses mono recordings.
     workers: processes that read ahead; 0 reads in the training process.
     """
 
@@ -59,6 +67,10 @@ class DataSettings:
     on_bad_files: Literal["stop", "skip"] = "stop"
     allow_outside: bool = False
     require_words: bool = False
+    words: Policy = "repair"
+    words_files: str = ""
+    main_speaker: str = MAIN_SPEAKER
+    mono_is: Literal["moshi", "user"] | None = None
     workers: int = 0
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..data.audio import read_audio
-from ..data.recordings import MAIN_SPEAKER, Recording
+from ..data.recordings import Recording
 from ..errors_moshi_ttt import MoshiTTTError
+from ..tokens_moshi_ttt import MAIN_SPEAKER
 from .dialogue import Behaviour, summarise
 from .dialogue import measure as measure_behaviour
 
