@@ -43,7 +43,7 @@ def test_bad_sounds_are_named(tmp_path):
     for name, message in [("empty", "0 bytes"), ("text", "cannot be read"), ("nan", "NaN"), ("none", "no samples|cannot be read")]:
         with pytest.raises(ValueError, match=rf"{name}\.wav: .*({message})"):
             read_audio(tmp_path / f"{name}.wav")
-    with pytest.raises(OSError, match=r"gone\.wav"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.wav"):
         read_audio(tmp_path / "gone.wav")
     with pytest.raises(ValueError, match="ends at 0.100 s"):
         read_audio(tmp_path / "short.wav", start=0.2)
@@ -111,7 +111,7 @@ def test_unreadable_lines_are_reported_with_the_others(tmp_path):
 
 
 def test_missing_and_empty_manifests(tmp_path):
-    with pytest.raises(OSError, match="no such manifest"):
+    with pytest.raises(FileNotFoundError, match="no such manifest"):
         read_manifest(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="empty"):
         read_manifest(manifest(tmp_path, ""))

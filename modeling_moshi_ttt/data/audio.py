@@ -18,7 +18,7 @@ import sphn
 import torch
 
 from ..common.files import atomic_write
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..resampling import Resampler, resample, source_window
 from . import limits
 from .containers import SUFFIXES as CONTAINERS
@@ -97,7 +97,7 @@ def _opened(path: str | os.PathLike[str], sample_rate: int) -> Iterator[File]:
     """
     path = Path(path)
     if not path.is_file():  # nor is a pipe or a device, which could keep us waiting for ever
-        raise MoshiTTTOSError(f"{path}: there is no such sound file.")
+        raise MoshiTTTFileNotFoundError(f"{path}: there is no such sound file.")
     if path.stat().st_size == 0:
         raise MoshiTTTError(f"{path}: the sound file is empty (0 bytes); replace it or leave it out.")
     with _open(path) as file:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ..common.files import inside, parse_json
 from ..common.packaged import resolve
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from . import limits
 from .word_files import find_words, read_words
 from .words import Policy, Word, WordReport, seconds_of
@@ -66,7 +66,7 @@ def manifest_units(path: str | os.PathLike[str], allow_outside: bool, policy: Po
     """The lines of a manifest, each to be read by itself."""
     path = Path(resolve("data", path))
     if not path.is_file():
-        raise MoshiTTTOSError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
+        raise MoshiTTTFileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     names: set[str] = set()
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -124,7 +124,7 @@ def _read_line(
             raise MoshiTTTError(f"{name} is listed twice; name a recording once, and weigh sources with path:weight.")
         sound = manifest.parent / name if allow_outside else inside(manifest.parent, name)
         if not sound.is_file():
-            raise MoshiTTTOSError(f"there is no sound file {sound}.")
+            raise MoshiTTTFileNotFoundError(f"there is no sound file {sound}.")
         return [recording(sound, seconds, policy, words_files)]
     except (MoshiTTTError, OSError) as error:
         problems.append(f"{manifest}, line {number}: {error}")

@@ -18,7 +18,7 @@ from ..common.hub import check_place
 from ..common.packaged import resolve
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..data.codec import read_processor
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
@@ -42,7 +42,7 @@ def check_start(path: str) -> None:
     place = Path(path)
     if path.endswith(".json"):
         if not place.is_file():
-            raise MoshiTTTOSError(f"model.path: there is no file {path}.")
+            raise MoshiTTTFileNotFoundError(f"model.path: there is no file {path}.")
         check_loadable(read_json(place), f"model.path: {path}")
         return
     if is_adapter(place):
