@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
+from modeling_moshi_ttt.data.codes import save_codes
 from modeling_moshi_ttt.data.prepared import Prepared, PreparedSet
 from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.tokens_moshi_ttt import FRAME_RATE
@@ -27,8 +27,9 @@ def recordings(folder: Path, count: int, minutes: float) -> list[Prepared]:
     for i in range(count):
         frames = round(minutes * 60 * FRAME_RATE)
         path = folder / f"{i}.safetensors"
-        save_file({"codes": random.integers(2048, size=(2, 8, frames)).astype(np.int16)}, path)
-        found.append(Prepared(str(i), path, frames, random.integers(32000, size=frames).astype(np.int32)))
+        codes, text = random.integers(2048, size=(2, 8, frames)), random.integers(32000, size=frames)
+        save_codes(path, codes.astype(np.int16), text.astype(np.int32))
+        found.append(Prepared(str(i), path, frames))
     return found
 
 

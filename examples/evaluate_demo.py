@@ -25,7 +25,8 @@ from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration,
 from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.files import clear_folder
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
-from modeling_moshi_ttt.data.recordings import MAIN_SPEAKER, Recording, read_manifest
+from modeling_moshi_ttt.data.recordings import Recording, read_manifest
+from modeling_moshi_ttt.tokens_moshi_ttt import MAIN_SPEAKER
 
 ROOT = Path(__file__).resolve().parents[1]
 DIALOGUES = ROOT / "examples" / "data" / "dialogues"

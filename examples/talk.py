@@ -18,8 +18,8 @@ from modeling_moshi_ttt import MoshiTTTError
 from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
-from modeling_moshi_ttt.data.recordings import MAIN_SPEAKER, Recording, read_manifest
-from modeling_moshi_ttt.tokens_moshi_ttt import ZERO
+from modeling_moshi_ttt.data.recordings import Recording, read_manifest
+from modeling_moshi_ttt.tokens_moshi_ttt import MAIN_SPEAKER, ZERO
 
 
 def frames_of(processor, recording: Recording):

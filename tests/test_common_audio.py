@@ -7,7 +7,8 @@ import pytest
 import soundfile
 
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
-from modeling_moshi_ttt.data.recordings import parse_words, read_manifest, read_words
+from modeling_moshi_ttt.data.recordings import read_manifest
+from modeling_moshi_ttt.data.word_files import parse_words, read_words
 
 
 def tone(seconds=1.0, rate=24000, channels=2):
@@ -71,7 +72,7 @@ def test_manifest_with_words(tmp_path):
 
 def test_other_word_layout(tmp_path):
     (tmp_path / "w.json").write_text(json.dumps([{"speaker": "A", "word": "hai", "start": 1, "end": 2}]))
-    assert read_words(tmp_path / "w.json") == (("hai", (1.0, 2.0), "SPEAKER_MAIN"),)
+    assert read_words(tmp_path / "w.json")[0] == (("hai", (1.0, 2.0), "SPEAKER_MAIN"),)
     many = "[" * 100_000
     huge = f'[["a", [1{"0" * 400}, 2], "x"]]'
     for bad in ("{}", "[[1]]", '[["a", [1], "x"]]', '[["a", [1, NaN], "x"]]', "{", '[["\\ud83d", [1, 2], "x"]]', many, huge):

@@ -17,7 +17,6 @@ import modeling_moshi_ttt
 from modeling_moshi_ttt.cli import COMMANDS, main
 from modeling_moshi_ttt.common import packaged
 from modeling_moshi_ttt.common.settings import groups
-from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
 from modeling_moshi_ttt.training.run_config import OptimSettings, RunConfig
 

@@ -10,8 +10,8 @@ from hub_checkpoints import small_model, small_processor
 
 from modeling_moshi_ttt.data import long_recordings as books
 from modeling_moshi_ttt.data.audio import write_audio
-from modeling_moshi_ttt.data.codes import recording_text
 from modeling_moshi_ttt.data.recordings import Recording
+from modeling_moshi_ttt.data.words import recording_text
 from modeling_moshi_ttt.evaluation import dialogue
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +88,7 @@ def test_words_of_one_time_keep_their_order_in_every_path(tmp_path, processor):
     assert spoken == [("are", 2 / 12.5), ("he", 11 / 12.5)]
     samples = _sixteen_bit(noise(2.0, channels=2))
     assert processor(samples, sampling_rate=24000, words=words)["input_ids"][0].tolist() == expected
-    assert recording_text(processor, recording, 25).tolist() == expected
+    assert recording_text(processor, recording.words, 25)[0].tolist() == expected
     assert books.encode_recording(processor, recording).text.tolist() == expected
 
 

@@ -101,7 +101,7 @@ def test_parts_of_a_file_are_the_whole_file(tmp_path, rate, form):
 def test_a_file_of_an_absurd_rate_is_named(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(1000), 15_485_863)
     for read in (read_audio, lambda path: next(audio_pieces(path, 24_000, 1.0))):
-        with pytest.raises(ValueError, match=r"a\.wav: from 15485863 Hz to 24000 Hz a filter would have .* taps"):
+        with pytest.raises(ValueError, match=r"a\.wav: its rate is 15485863 Hz; it must be 4000 to 384000 Hz"):
             read(tmp_path / "a.wav")
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from modeling_moshi_ttt.data import annotate
 from modeling_moshi_ttt.data.audio import write_audio
-from modeling_moshi_ttt.data.recordings import read_words
+from modeling_moshi_ttt.data.word_files import read_words
 
 TASKS = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
 SPECIAL = ["<|startoftranscript|>", "<|en|>", "<|fr|>", *TASKS]
@@ -87,7 +87,7 @@ def test_whisper_hears_words_with_times(tmp_path, capsys, language):
     assert annotate.run(options(annotate, *arguments)) == 0
     assert "2 files annotated" in capsys.readouterr().out
     for name, length, speakers in (("a", 2.0, {"SPEAKER_MAIN", "SPEAKER_USER"}), ("long", 33.0, {"SPEAKER_MAIN"})):
-        words = read_words(tmp_path / f"{name}.json")
+        words, _ = read_words(tmp_path / f"{name}.json")
         assert words
         assert {speaker for _, _, speaker in words} <= speakers
         assert all(0 <= start < end <= length and set(text) <= {"a", "b"} for text, (start, end), _ in words)
@@ -98,7 +98,7 @@ def test_ctc_hears_words_with_times(tmp_path):
     save_ctc(tmp_path / "ctc")
     noise(tmp_path / "a.wav", 1.0)
     assert annotate.run(options(annotate, str(tmp_path), "--model", str(tmp_path / "ctc"))) == 0
-    words = read_words(tmp_path / "a.json")
+    words, _ = read_words(tmp_path / "a.json")
     assert [(text, speaker) for text, _, speaker in words] == [("a", "SPEAKER_MAIN"), ("a", "SPEAKER_USER")]
     for _, (start, end), _ in words:
         assert start < 0.05

@@ -12,11 +12,12 @@ from training_runs import make_recordings
 
 from modeling_moshi_ttt.data import annotate, prepare
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
+from modeling_moshi_ttt.data.cache import CodesCache
 from modeling_moshi_ttt.data.codec import codec_fingerprint
-from modeling_moshi_ttt.data.codes import CodesCache, read_codes, recording_text, says_words
 from modeling_moshi_ttt.data.prepared import PreparedSet, prepare_set
 from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.sources import parse_sources, read_sources
+from modeling_moshi_ttt.data.words import recording_text, says_words
 from modeling_moshi_ttt.training.lanes import EMPTY, Window
 from modeling_moshi_ttt.training.noise import add_noise
 from modeling_moshi_ttt.training.windows import Loader, WindowReader, make_plan
@@ -89,7 +90,7 @@ def test_bad_files_are_reported_together_and_skipped_when_asked(tmp_path, proces
     lines = manifest.read_text().replace('"long.wav", "duration": 1.0', '"long.wav", "duration": 9.0')
     manifest.write_text(lines)
     cache = CodesCache(tmp_path / "cache", processor)
-    settings = DataSettings(train=str(manifest), require_words=True)
+    settings = DataSettings(train=str(manifest), require_words=True, words="refuse")
     with pytest.raises(ValueError, match="5 bad files") as error:
         prepare_set(str(manifest), settings, cache)
     for name, reason in [
@@ -115,16 +116,15 @@ def test_codes_are_encoded_once_and_found_by_their_content(tmp_path, processor, 
     manifest = make_source(tmp_path / "one")
     settings = DataSettings(train=str(manifest))
     first = prepare_set(str(manifest), settings, CodesCache(tmp_path / "cache", processor))
-    assert len(json.loads((first.recordings[0].codes.parent / "hashes.json").read_text())) == 2
-    codes = read_codes(first.recordings[0].codes, 0, first.lengths[0])
+    _, codes = first.recordings[0].read(0, first.lengths[0])
     sound = torch.from_numpy(read_audio(tmp_path / "one" / "a.wav"))
     assert np.array_equal(codes, processor.encode_audio(sound).numpy())
-    assert np.array_equal(read_codes(first.recordings[0].codes, 3, 4), codes[:, :, 3:7])
+    assert np.array_equal(first.recordings[0].read(3, 4)[1], codes[:, :, 3:7])
 
     def refuse(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("modeling_moshi_ttt.data.codes.encode_stereo", refuse)
+    monkeypatch.setattr("modeling_moshi_ttt.data.cache.encode_streams", refuse)
     copied = make_source(tmp_path / "two")  # the same sound under another path
     again = prepare_set(str(copied), settings, CodesCache(tmp_path / "cache", processor))
     assert [r.codes for r in again.recordings] == [r.codes for r in first.recordings]
@@ -135,7 +135,7 @@ def test_a_damaged_cache_file_is_made_again(tmp_path, processor):
     settings = DataSettings(train=str(manifest))
     found = prepare_set(str(manifest), settings, CodesCache(tmp_path / "cache", processor))
     whole = found.recordings[0].codes.read_bytes()
-    for damage in (b"", whole[: len(whole) // 2], b"junk" * 10):
+    for damage in (b"", whole[: len(whole) // 2], b"junk" * 10, whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:]):
         found.recordings[0].codes.write_bytes(damage)
         prepare_set(str(manifest), settings, CodesCache(tmp_path / "cache", processor))
         assert found.recordings[0].codes.read_bytes() == whole
@@ -154,15 +154,15 @@ def test_text_is_the_processors(tmp_path, processor):
     (recording,) = read_sources(str(manifest), DataSettings(""), tmp_path / "store", [])[0].recordings
     sound = torch.from_numpy(read_audio(recording.path))
     expected = processor(sound, sampling_rate=24000, words=recording.words)["input_ids"][0]
-    assert recording_text(processor, recording, len(expected)).tolist() == expected.tolist()
+    assert recording_text(processor, recording.words, len(expected))[0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
     ("spoken", "message"),
     [
-        ([["he", [100, 400], "SPEAKER_MAIN"]], r"words\[0\] 'he' stands at \[100, 400\] s, outside .*1\.04 s; are the times in seconds"),
-        ([["he", [0.1, 0.4], "SPEAKER_MAIN"], ["you", [1.04, 1.2], "SPEAKER_USER"]], r"words\[1\] 'you' stands at \[1\.04, 1\.2\]"),
-        ([["he", [-0.1, 0.4], "SPEAKER_MAIN"]], r"words\[0\] 'he' stands at \[-0\.1, 0\.4\]"),
+        ([["he", [100, 400], "SPEAKER_MAIN"]], r"1 of 1 words, such as 'he' at 100 s, stand outside .*1\.00 s; are the times in seconds"),
+        ([["he", [0.1, 0.4], "SPEAKER_MAIN"], ["you", [1.04, 1.2], "SPEAKER_USER"]], r"word 1 .*'you'.* stands outside"),
+        ([["he", [-0.1, 0.4], "SPEAKER_MAIN"]], r"word 0 .*'he'.* outside .* or reaches out of it"),
         (
             [["he", [0.1, 0.4], "SPEAKER_00"], ["you", [0.5, 0.7], "moshi"]],
             r"speakers are 'SPEAKER_00', 'moshi' and none is 'SPEAKER_MAIN'",
@@ -173,8 +173,8 @@ def test_text_is_the_processors(tmp_path, processor):
 def test_words_of_which_nothing_would_remain_are_refused(tmp_path, processor, spoken, message):
     manifest = make_source(tmp_path, ["a"])
     (tmp_path / "a.json").write_text(json.dumps(spoken))
-    with pytest.raises(ValueError, match=rf"a\.wav: .*{message}"):
-        prepare_set(str(manifest), DataSettings(train=str(manifest)), CodesCache(tmp_path / "cache", processor))
+    with pytest.raises(ValueError, match=rf"a\.(wav|json): .*{message}"):
+        prepare_set(str(manifest), DataSettings(train=str(manifest), words="refuse"), CodesCache(tmp_path / "cache", processor))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,8 @@ def test_words_that_are_legal(tmp_path, processor, spoken, says):
     manifest = make_source(tmp_path, ["a"])
     (tmp_path / "a.json").write_text(json.dumps(spoken))
     (one,) = prepare_set(str(manifest), DataSettings(train=str(manifest)), CodesCache(tmp_path / "cache", processor)).recordings
-    assert says_words(one.text, [3, 0]) == says
+    text, _ = one.read(0, one.frames)
+    assert says_words(text, [3, 0]) == says
 
 
 # ---- batches
@@ -209,7 +210,7 @@ def test_labels_mask_what_nothing_predicts(tmp_path):
     assert batch.reset.tolist() == [True, False, True, True]
     # a delayed codebook's last frames are predicted in the next window, if there is one
     assert (batch.audio_labels >= 0).sum(2).tolist() == [[8, 8, 8], [2, 1, 0], [6, 5, 4], [0, 0, 0]]
-    assert torch.equal(batch.moshi_audio_codes[1, :, :2], torch.from_numpy(read_codes(recordings[0].codes, 8, 2)[0].astype(np.int64)))
+    assert torch.equal(batch.moshi_audio_codes[1, :, :2], torch.from_numpy(recordings[0].read(8, 2)[1][0].astype(np.int64)))
     assert (batch.input_ids[2] == -1).all()
     assert (batch.text_labels[2] == -100).all()
     assert (batch.text_labels[1, 2:] == -100).all()

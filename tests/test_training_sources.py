@@ -21,11 +21,11 @@ from huggingface_hub import HfApi, constants
 
 from modeling_moshi_ttt.data import sources
 from modeling_moshi_ttt.data.audio import read_audio
-from modeling_moshi_ttt.data.codes import CodesCache
+from modeling_moshi_ttt.data.cache import CodesCache
 from modeling_moshi_ttt.data.prepared import prepare_set
 from modeling_moshi_ttt.data.recordings import Recording
 from modeling_moshi_ttt.data.settings import DataSettings
-from modeling_moshi_ttt.data.sources import read_sources
+from modeling_moshi_ttt.data.sources import Placed, read_sources
 
 
 def sound(seed=0, seconds=1.0, rate=22050, channels=2, form="FLAC"):
@@ -148,7 +148,7 @@ def test_bad_members_have_their_names_and_nothing_leaves_the_folder(tmp_path, mo
     assert [r.path.name for r in kept] == ["good.flac", "mono.flac"]
     wanted = {
         "torn.flac": "cannot be read",
-        "empty.wav": "cannot be read",
+        "empty.wav": "is empty",
         "notjson.flac": "not JSON",
         "odd.flac": "utterance 0",
         "two.wav": "2 sounds",
@@ -170,7 +170,7 @@ def test_bad_members_have_their_names_and_nothing_leaves_the_folder(tmp_path, mo
         prepare_set("in", DataSettings("in"), cache)
     ready = prepare_set("in", DataSettings("in", on_bad_files="skip"), cache)
     assert [r.name for r in ready.recordings] == ["good"]
-    assert (ready.recordings[0].text >= 0).any()
+    assert (ready.recordings[0].read(0, 13)[0] >= 0).any()
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.55, 0.8])
@@ -292,11 +292,16 @@ def test_a_sound_that_breaks_off_is_refused(tmp_path, form, rate):
 def test_codes_of_a_sound_that_broke_off_count_as_missing(tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(sound(seconds=4.0, rate=24000, form="WAV")[:200_000])
-    cache = CodesCache(tmp_path / "cache", small_processor())
-    cut, half = Recording(path, 4.0), Recording(path, 2.08)
-    cache.encode(half)
-    assert cache.has(half)
-    assert not cache.has(cut)  # as codes made before sounds were compared with their headers
+    cache, settings = CodesCache(tmp_path / "cache", small_processor()), DataSettings("")
+
+    def rows(seconds):
+        problems = []
+        return list(cache.prepare(0, [Placed(0, Recording(path, seconds))], settings, {}, problems)), problems
+
+    ((half,), _), (none, (problem,)) = rows(2.08), rows(4.0)  # codes made before sounds were compared with their headers
+    assert half.frames == 27
+    assert none == []
+    assert "breaks off at 2.08 s of 4.00 s" in problem
 
 
 def test_a_wav_from_a_pipe_states_no_length(tmp_path):

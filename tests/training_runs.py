@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.numpy import save_file
 from tiny import tiny_config
 
+from modeling_moshi_ttt.data.codes import save_codes
 from modeling_moshi_ttt.data.prepared import Prepared, PreparedSet
 from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -51,9 +51,10 @@ def make_recordings(folder, lengths, config, seed=0, speechless=()):
     recordings = []
     for i, frames in enumerate(lengths):
         path = folder / f"{i}.safetensors"
-        save_file({"codes": random.integers(config.audio_vocab_size, size=(2, config.num_codebooks, frames)).astype(np.int16)}, path)
+        codes = random.integers(config.audio_vocab_size, size=(2, config.num_codebooks, frames)).astype(np.int16)
         text = np.where(random.random(frames) < 0.5, 3, random.integers(4, config.vocab_size, size=frames)).astype(np.int32)
-        recordings.append(Prepared(f"r{i}", path, frames, np.full_like(text, -1) if i in speechless else text))
+        save_codes(path, codes, np.full_like(text, -1) if i in speechless else text)
+        recordings.append(Prepared(f"r{i}", path, frames))
     return recordings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -74,8 +75,18 @@ DISTINCT = AfterValidator(_distinct)  # of a list: an entry at least, and none t
 @typing.dataclass_transform(field_specifiers=(dataclasses.field, Field))
 def settings_group(cls: type[T]) -> type[T]:
     """Decorator of a group of settings: a field's type says what it takes, the docstring below it what it means."""
-    config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-    return cast("type[T]", dataclass(config=config)(cls))
+    made = dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True))(cls)
+    fill = made.__init__
+
+    @functools.wraps(fill)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            fill(self, *args, **kwargs)
+        except ValidationError as errors:
+            raise MoshiTTTError(_problems(made, errors)) from None
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return cast("type[T]", made)
 
 
 def _is_group(hint: Any) -> bool:
@@ -103,9 +114,14 @@ def load_settings(cls: type[T], path: str | os.PathLike[str] | None, overrides: 
     try:
         return TypeAdapter(cls).validate_python(_with_groups(cls, data))
     except ValidationError as errors:
-        others = errors.error_count() - 1
-        more = f" (and {others} more {'is' if others == 1 else 'are'} wrong)" if others else ""
-        raise MoshiTTTError(f"{path or cls.__name__}: {_problem(cls, errors.errors()[0])}{more}") from None
+        raise MoshiTTTError(f"{path or cls.__name__}: {_problems(cls, errors)}") from None
+
+
+def _problems(cls: type[Any], errors: ValidationError) -> str:
+    """The first thing that pydantic found, and how many more there are."""
+    others = errors.error_count() - 1
+    more = f" (and {others} more {'is' if others == 1 else 'are'} wrong)" if others else ""
+    return _problem(cls, errors.errors()[0]) + more
 
 
 def _with_groups(cls: type[Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors_moshi_ttt import MoshiTTTError
-from .recordings import MAIN_SPEAKER, USER_SPEAKER
+from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 
 SAMPLE_RATE = 16000
 Recogniser = Callable[[np.ndarray], list[dict[str, Any]]]

@@ -9,18 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..common.files import atomic_write, inside, parse_json
 from ..errors_moshi_ttt import MoshiTTTError
-from .audio import audio_duration
-from .recordings import MAIN_SPEAKER, USER_SPEAKER, Recording, parse_words, read_manifest
+from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
+from .audio import SOUND_SUFFIXES, audio_duration
+from .recordings import Recording, Unit, read_manifest
 from .settings import COLUMNS
+from .word_files import parse_words
+from .words import Policy
 
-SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 ARCHIVE_SUFFIXES = (".tar", ".parquet")
 ROWS_AT_ONCE = 16
 UNPACKED, MANIFEST = "unpacked.json", "data.jsonl"
@@ -40,7 +43,7 @@ class Sample:
     problem: str = ""
 
 
-def read_archive(archive: Path, folder: Path, columns: dict[str, str], problems: list[str]) -> list[Recording]:
+def read_archive(archive: Path, folder: Path, columns: dict[str, str], policy: Policy, problems: list[str]) -> list[Recording]:
     """Recordings of a .tar of `a.flac`, `a.json`, … members, or of a .parquet with a column of sounds, unpacked below `folder`.
 
     What is wrong with single samples goes to `problems`, one sentence each.
@@ -59,7 +62,7 @@ def read_archive(archive: Path, folder: Path, columns: dict[str, str], problems:
         if not found:
             raise MoshiTTTError(f"{archive}: there is no sound ({', '.join(SOUND_SUFFIXES)}) in this file.")
         return []
-    return read_manifest(place / MANIFEST, problems=problems)
+    return read_manifest(place / MANIFEST, problems=problems, policy=policy)
 
 
 def _unpacked(place: Path, stamp: list[Any]) -> list[str] | None:
@@ -97,7 +100,7 @@ def _write(sample: Sample, place: Path) -> float:
     if len(sample.sounds) != 1:
         raise MoshiTTTError(f"{sample.name}: there are {len(sample.sounds)} sounds beside the words; one stereo sound is wanted.")
     path = inside(place, sample.name)
-    words = None if sample.words is None else parse_words(sample.name, sample.words)
+    words = None if sample.words is None else parse_words(sample.name, sample.words)[0]
     atomic_write(path, sample.sounds[0])
     try:
         seconds = audio_duration(path)
@@ -218,22 +221,39 @@ def _row_words(row: dict[str, Any], alignments: str, speakers: str) -> Any:
     return [label(item) for item in items]
 
 
-def add_parquet_words(recordings: list[Recording], manifest: Path, columns: dict[str, str], problems: list[str]) -> list[Recording]:
-    """Words for recordings that have none, from the parquet of the manifest's name and from those in transcripts/ beside it."""
+def with_parquet_words(
+    units: Iterable[Unit], manifest: Path, columns: dict[str, str], policy: Policy, problems: list[str]
+) -> Iterable[Unit]:
+    """Units whose recordings without words take them from the parquet of the manifest's name and from those in transcripts/ beside it."""
     own = manifest.with_suffix(".parquet")
-    wanted = {recording.path for recording in recordings if recording.words is None}
-    words: dict[Path, Any] = {}
-    bad: set[Path] = set()
-    for parquet in [*([own] if own.is_file() else []), *sorted((manifest.parent / "transcripts").glob("*.parquet"))]:
-        names = _names(parquet)
-        path, alignments = (column(names, role, columns, parquet) for role in ("path", "alignments"))
-        speakers = column(names, "speakers", columns, parquet, needed=False)
-        for row in _rows(parquet, (path, alignments, speakers)):
-            sound = manifest.parent / str(row[path])
-            if sound in wanted:
-                try:
-                    words[sound] = parse_words(sound, _row_words(row, alignments, speakers))
-                except ValueError as error:
-                    problems.append(f"{parquet}: {error}")
-                    bad.add(sound)
-    return [replace(one, words=words.get(one.path, one.words)) for one in recordings if one.path not in bad]
+    parquets = [*([own] if own.is_file() else []), *sorted((manifest.parent / "transcripts").glob("*.parquet"))]
+    if not parquets:
+        return units
+    said = {manifest.parent / name: (parquet, words) for parquet in parquets for name, words in _parquet_words(parquet, columns, problems)}
+    return (partial(_with_words, unit, said, policy) for unit in units)
+
+
+def _parquet_words(parquet: Path, columns: dict[str, str], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    names = _names(parquet)
+    path, alignments = (column(names, role, columns, parquet) for role in ("path", "alignments"))
+    speakers = column(names, "speakers", columns, parquet, needed=False)
+    for row in _rows(parquet, (path, alignments, speakers)):
+        try:
+            yield str(row[path]), _row_words(row, alignments, speakers)
+        except ValueError as error:
+            problems.append(f"{parquet}: the words of {row[path]} are not JSON ({error}).")
+
+
+def _with_words(unit: Unit, said: dict[Path, tuple[Path, Any]], policy: Policy, problems: list[str]) -> list[Recording]:
+    found = []
+    for one in unit(problems):
+        if one.words is None and one.path in said:
+            parquet, data = said[one.path]
+            try:
+                words, report = parse_words(one.path, data, one.duration, policy)
+            except ValueError as error:
+                problems.append(f"{parquet}: {error}")
+                continue
+            one = replace(one, words=words, report=report)
+        found.append(one)
+    return found

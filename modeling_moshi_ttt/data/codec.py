@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from .audio import READING
 
 # Part of every key: raise it when the way of encoding changes.
 LAYOUT = "codes-1"
+PIECE = 125  # frames encoded at once
 
 
 def read_processor(source: str, setting: str) -> Any:
@@ -32,6 +35,15 @@ def read_processor(source: str, setting: str) -> Any:
         raise MoshiTTTError(f"{setting} is {source}, where no processor can be loaded ({reason})") from error
 
 
+def to_device(processor: Any, device: str) -> Any:
+    """The processor with its codec on a device; ValueError for one that is not there."""
+    try:
+        processor.codec.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's, for an unknown name and for a CPU build
+        raise MoshiTTTError(f"`--device={device}` must be a device of this machine ({str(error).splitlines()[0]}).") from None
+    return processor
+
+
 def codec_fingerprint(processor: Any) -> str:
     """Sixteen hexadecimal digits that change when the codec's weights, its frame layout or the way of reading sounds change."""
     digest = hashlib.sha256(f"{LAYOUT} {READING}".encode())
@@ -45,9 +57,43 @@ def codec_fingerprint(processor: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
-    """Codes [2, K, T] int16 of stereo samples [2, n]; ValueError for another number of channels."""
-    if samples.shape[0] != 2:
-        raise MoshiTTTError(f"{name}: the recording has {samples.shape[0]} channels; it must have two, Moshi left and the user right.")
-    codes = processor.encode_audio(torch.from_numpy(samples))
-    return codes.numpy().astype(np.int16)
+def encode_streams(
+    processor: Any, streams: Sequence[Iterator[np.ndarray]], max_frames: int | None = None
+) -> list[np.ndarray | MoshiTTTError]:
+    """Codes [channels, K, T] of several sounds side by side, each as one stream; the last frame is filled up with silence.
+
+    Sounds of any lengths and channels give what they give alone, up to the last bits of matrix products. Memory does not grow with them.
+
+    Args:
+        streams: float32 samples [channels, n] in pieces of `PIECE` frames, the last one shorter.
+        max_frames: where to stop.
+
+    Returns:
+        For each sound its codes, or the error that its stream raised.
+    """
+    size, count = processor.frame_size, len(streams)
+    pieces: list[np.ndarray | None] = [None] * count
+    codes: list[list[np.ndarray]] = [[] for _ in streams]
+    errors: dict[int, MoshiTTTError] = {}
+    stream, rows = None, [0] * (count + 1)
+    for turn in itertools.count():
+        for i in range(count):
+            if turn == 0 or pieces[i] is not None:
+                try:
+                    pieces[i] = next(streams[i], None)
+                except MoshiTTTError as error:
+                    pieces[i], errors[i] = None, error
+        if all(piece is None for piece in pieces) or (max_frames is not None and turn * PIECE >= max_frames):
+            break
+        if stream is None:
+            rows = [0, *np.cumsum([0 if piece is None else len(piece) for piece in pieces]).tolist()]
+            stream = processor.new_audio_stream(rows[-1])
+        frames = [0 if piece is None else -(-piece.shape[1] // size) for piece in pieces]
+        batch = torch.zeros(rows[-1], max(frames) * size)
+        for i, piece in enumerate(pieces):
+            if piece is not None:
+                batch[rows[i] : rows[i + 1], : piece.shape[1]] = torch.from_numpy(piece)
+        found = stream.encode_frames(batch).cpu().numpy()  # [rows, K, frames]
+        for i in range(count):
+            codes[i] += [found[rows[i] : rows[i + 1], :, : frames[i]]] if frames[i] else []
+    return [errors[i] if i in errors else np.concatenate(codes[i], -1)[..., :max_frames] for i in range(count)]

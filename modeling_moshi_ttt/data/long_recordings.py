@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors_moshi_ttt import MoshiTTTError
-from .audio import audio_pieces
+from .audio import audio_pieces, in_pieces
 from .code_sequence import CodeSequence
+from .codec import PIECE, encode_streams
 from .recordings import Recording
 
 PIECE_SECONDS = 10.0  # read and encoded at once
@@ -41,36 +41,21 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
 
 def encode_book(processor: Any, paths: Sequence[Path], max_frames: int | None = None) -> CodeSequence:
     """Mono files one after the other as one voice, Moshi's; the user and the text are absent. At most `max_frames` frames."""
-    rate = processor.sampling_rate
-    pieces = (piece.mean(0, keepdims=True) for path in paths for piece in audio_pieces(path, rate, PIECE_SECONDS))
-    codes = _encode(processor, pieces, 1, max_frames)
-    return CodeSequence(codes[0])
+    pieces = (piece.mean(0, keepdims=True) for path in paths for piece in audio_pieces(path, processor.sampling_rate, PIECE_SECONDS))
+    return CodeSequence(_encode(processor, pieces, max_frames)[0])
 
 
 def encode_recording(processor: Any, recording: Recording, max_frames: int | None = None) -> CodeSequence:
     """A recording of ours: left channel Moshi, right the user (absent when mono), the main speaker's words as text."""
-    pieces = audio_pieces(recording.path, processor.sampling_rate, PIECE_SECONDS)
-    first = next(pieces)
-    codes = _encode(processor, chain([first], pieces), len(first), max_frames)
+    codes = _encode(processor, audio_pieces(recording.path, processor.sampling_rate, PIECE_SECONDS), max_frames)
     text = None
     if recording.words is not None:
         text = torch.tensor(processor.text_frames(recording.words, codes.shape[-1]))
     return CodeSequence(codes[0], codes[1] if len(codes) == 2 else None, text)
 
 
-def _encode(processor: Any, pieces: Iterable[np.ndarray], channels: int, max_frames: int | None) -> Tensor:
-    """Codes [channels, K, T] of all samples as one stream; the last frame is filled up with silence."""
-    stream = processor.new_audio_stream(channels)
-    size, rest, codes, frames = processor.frame_size, np.zeros((channels, 0), np.float32), [], 0
-    for piece in pieces:
-        rest = np.concatenate([rest, piece], axis=1)
-        whole = rest.shape[1] // size * size
-        if whole:
-            codes.append(stream.encode_frames(torch.from_numpy(rest[:, :whole])).cpu())
-            frames, rest = frames + codes[-1].shape[-1], rest[:, whole:]
-        if max_frames is not None and frames >= max_frames:
-            return torch.cat(codes, -1)[..., :max_frames]
-    if rest.shape[1]:
-        rest = np.pad(rest, ((0, 0), (0, size - rest.shape[1])))
-        codes.append(stream.encode_frames(torch.from_numpy(rest)).cpu())
-    return torch.cat(codes, -1)[..., :max_frames]
+def _encode(processor: Any, pieces: Iterable[np.ndarray], max_frames: int | None) -> Tensor:
+    (codes,) = encode_streams(processor, [in_pieces(pieces, PIECE * processor.frame_size)], max_frames)
+    if isinstance(codes, MoshiTTTError):
+        raise codes
+    return torch.from_numpy(codes)

@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from ..common.files import inside, parse_json, read_text
+from ..common.files import inside, parse_json
 from ..common.packaged import resolve
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
-from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
-
-Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
+from . import limits
+from .word_files import find_words, read_words
+from .words import Policy, Word, WordReport, seconds_of
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One stereo recording: left channel Moshi, right channel the user.
+    """One recording: left channel Moshi, right channel the user; or a mono one, whose voice a setting names.
 
-    `words` are (text, (start, end), speaker) sorted by start, times in seconds; None when nothing was aligned.
+    `words` are (text, (start, end), speaker) sorted by start, times in seconds; None when nothing was aligned. `report` counts the odd
+    ones among them.
     """
 
     path: Path
     duration: float
     words: tuple[Word, ...] | None = None
+    report: WordReport = WordReport()
 
 
-def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, problems: list[str] | None = None) -> list[Recording]:
-    """Read a jsonl of {"path", "duration"} lines; paths are relative to the file, words come from the .json beside each sound.
+class Unit(Protocol):
+    """The smallest part of a source that is read at once, a line, a sound or an archive: what it holds, and what is wrong with it."""
+
+    def __call__(self, problems: list[str]) -> list[Recording]: ...
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    allow_outside: bool = False,
+    problems: list[str] | None = None,
+    policy: Policy = "keep",
+    words_files: str = "",
+) -> list[Recording]:
+    """Read a jsonl of {"path", "duration"} lines; paths are relative to the file, words come from a file beside each sound.
 
     `path` may be the bare name of a packaged manifest.
     `allow_outside` permits absolute paths and '..'. With a list in `problems`, bad lines are described there and left out;
-    without it they raise one ValueError that names them all. A missing or empty manifest always raises.
+    without it they raise one ValueError that names them all. A missing or empty manifest always raises. `policy`, `words_files`: of words,
+    as in the settings of data.
     """
-    path = Path(resolve("data", path))
-    if not path.is_file():
-        raise MoshiTTTFileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     found: list[str] = []
-    recordings: list[Recording] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                recordings.append(_read_line(path, line, allow_outside))
-            except (ValueError, OSError) as error:
-                found.append(f"{path}, line {number}: {error}")
+    recordings = [one for unit in manifest_units(path, allow_outside, policy, words_files) for one in unit(found)]
     if not recordings and not found:
-        raise MoshiTTTError(f"{path}: the manifest is empty.")
+        raise MoshiTTTError(f"{resolve('data', path)}: the manifest is empty.")
     if problems is None and found:
         raise MoshiTTTError("\n".join(found))
     if problems is not None:
@@ -55,88 +62,76 @@ def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, pro
     return recordings
 
 
-def _read_line(manifest: Path, line: str, allow_outside: bool) -> Recording:
+def manifest_units(path: str | os.PathLike[str], allow_outside: bool, policy: Policy, words_files: str) -> Iterator[Unit]:
+    """The lines of a manifest, each to be read by itself."""
+    path = Path(resolve("data", path))
+    if not path.is_file():
+        raise MoshiTTTFileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
+    names: set[str] = set()
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            entry = _parsed(line)
+            twice = isinstance(entry, tuple) and entry[0] in names
+            yield partial(_read_line, path, number, entry, twice, allow_outside, policy, words_files)
+            if isinstance(entry, tuple):
+                names.add(entry[0])
+
+
+def _parsed(line: str) -> tuple[str, float] | MoshiTTTError:
+    """The path and the seconds of a line, or what is wrong with it."""
     try:
         entry = parse_json(line)
     except ValueError as error:
-        raise MoshiTTTError(f"not JSON ({error}).") from None
+        return MoshiTTTError(f"not JSON ({str(error)[:200]}).")
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise MoshiTTTError('a line must be {"path": "a.wav", "duration": seconds}.')
+        return MoshiTTTError('a line must be {"path": "a.wav", "duration": seconds}.')
     duration = entry.get("duration")
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not (math.isfinite(duration) and duration > 0):
-        raise MoshiTTTError(f"duration is {duration!r}, it must be a number of seconds > 0.")
-    sound = manifest.parent / entry["path"] if allow_outside else inside(manifest.parent, entry["path"])
-    if not sound.is_file():
-        raise MoshiTTTFileNotFoundError(f"there is no sound file {sound}.")
-    return Recording(sound, float(duration), read_words(sound.with_suffix(".json")))
+    seconds = seconds_of(duration) if isinstance(duration, (int, float)) else None
+    if seconds is None or seconds <= 0:
+        return MoshiTTTError(f"duration is {str(duration)[:40]}, it must be a number of seconds > 0.")
+    return entry["path"], seconds
 
 
-def read_words(path: str | os.PathLike[str]) -> tuple[Word, ...] | None:
-    """Words of a JSON file in a layout that `parse_words` knows; None when the file is missing."""
-    path = Path(path)
-    if not path.is_file():
-        return None
-    try:
-        data = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise MoshiTTTError(f"{path}: the words are not JSON ({error}).") from None
-    return parse_words(path, data)
-
-
-def parse_words(path: str | os.PathLike[str], data: Any) -> tuple[Word, ...]:
-    """Words sorted by start, from moshi-finetune's {"alignments": […]}, from such a list itself, from J-Moshi's list of
-    {speaker, word, start, end}, or from Behavior-SD's {"utterances": […]}, whose words share their utterance's time by their length.
-
-    Raises:
-        ValueError: names `path` and the word that is wrong.
-    """
-    path = Path(path)
-    if isinstance(data, dict) and isinstance(data.get("alignments"), list):
-        items = data["alignments"]
-    elif isinstance(data, dict) and isinstance(data.get("utterances"), list):
-        items = _utterance_words(path, data["utterances"])
-    elif isinstance(data, list):
-        items = data
-    else:
-        raise MoshiTTTError(f'{path}: words must be {{"alignments": [["word", [start, end], "{MAIN_SPEAKER}"], …]}}.')
-    words = [_word(path, i, item) for i, item in enumerate(items)]
-    return tuple(sorted(words, key=lambda word: word[1][0]))
-
-
-def _utterance_words(path: Path, utterances: list[Any]) -> list[Any]:
-    """Behavior-SD: speaker i is channel i, and the other one says an utterance's backchannels."""
-    items: list[Any] = []
-    for index, utterance in enumerate(utterances):
+def _lines(path: Path) -> Iterator[str]:
+    """Lines that end at \\n or \\r\\n, however long; other characters that Python would split at belong to a name."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
         try:
-            speaker = (0, 1).index(int(utterance["speaker_idx"]))
-            spoken = [(utterance, speaker)] + [(said, 1 - speaker) for said in utterance.get("backchannels") or []]
-            for said, channel in spoken:
-                label = (MAIN_SPEAKER, USER_SPEAKER)[channel]
-                items += _share_time(str(said["tts_text"] or ""), float(said["start_time"]), float(said["end_time"]), label)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
-            raise MoshiTTTError(
-                f"{path}: utterance {index} is {utterance!r}; it must hold speaker_idx (0 or 1), tts_text, start_time and end_time."
-            ) from None
-    return items
+            while line := file.readline(limits.MANIFEST_LINE):
+                if len(line) >= limits.MANIFEST_LINE:
+                    raise MoshiTTTError(
+                        f"{path}: a line has more than {limits.MANIFEST_LINE} characters; a manifest has one recording a line."
+                    )
+                yield line.rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise MoshiTTTError(f"{path} is not a text file in UTF-8.") from None
 
 
-def _share_time(text: str, start: float, end: float, speaker: str) -> list[Any]:
-    """The words of a text over its seconds, each as long as its share of the letters."""
-    words = text.split()
-    bounds = [sum(map(len, words[:i])) / max(len("".join(words)), 1) for i in range(len(words) + 1)]
-    at = [start + (end - start) * bound for bound in bounds]
-    return [[word, [at[i], at[i + 1]], speaker] for i, word in enumerate(words)]
-
-
-def _word(path: Path, index: int, item: Any) -> Word:
+def _read_line(
+    manifest: Path,
+    number: int,
+    entry: tuple[str, float] | MoshiTTTError,
+    twice: bool,
+    allow_outside: bool,
+    policy: Policy,
+    words_files: str,
+    problems: list[str],
+) -> list[Recording]:
     try:
-        if isinstance(item, dict):  # J-Moshi: speaker A is the left channel
-            text, start, end = item["word"], float(item["start"]), float(item["end"])
-            speaker = {"A": MAIN_SPEAKER, "B": USER_SPEAKER}.get(item["speaker"], item["speaker"])
-        else:
-            text, (start, end), speaker = item[0], map(float, item[1]), item[2]
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-        raise MoshiTTTError(f'{path}: word {index} is {item!r}, it must be ["word", [start, end], "speaker"].') from None
-    if not (isinstance(text, str) and isinstance(speaker, str) and math.isfinite(start) and math.isfinite(end)):
-        raise MoshiTTTError(f"{path}: word {index} is {item!r}: text and speaker must be strings, times finite.")
-    return text, (start, end), speaker
+        if isinstance(entry, MoshiTTTError):
+            raise entry
+        name, seconds = entry
+        if twice:
+            raise MoshiTTTError(f"{name} is listed twice; name a recording once, and weigh sources with path:weight.")
+        sound = manifest.parent / name if allow_outside else inside(manifest.parent, name)
+        if not sound.is_file():
+            raise MoshiTTTFileNotFoundError(f"there is no sound file {sound}.")
+        return [recording(sound, seconds, policy, words_files)]
+    except (MoshiTTTError, OSError) as error:
+        problems.append(f"{manifest}, line {number}: {error}")
+        return []
+
+
+def recording(sound: Path, seconds: float, policy: Policy, words_files: str) -> Recording:
+    """A sound of this length with its words; ValueError as `mend` raises it."""
+    words = find_words(sound, words_files)
+    return Recording(sound, seconds, *(read_words(words, seconds, policy) if words else ()))

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field
 
 from ..common.settings import Count, CountOrZero, Flag, NotNegative, Number, Share, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
+from ..tokens_moshi_ttt import MAIN_SPEAKER
+from .words import Policy
 
 Carry = Literal["none", "state", "state+attention"]
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
@@ -70,5 +72,15 @@ class DataSettings:
     """Accept absolute paths and '..' in manifests."""
     require_words: Flag = False
     """A recording without words is a bad file."""
+    words: Policy = "repair"
+    """What is done with odd words. "repair" interpolates missing times, clamps times to the recording, splits words with spaces inside and
+    drops what cannot be mended, and counts it; "refuse" takes a file with an odd word for a bad file; "keep" leaves them as they are."""
+    words_files: str = ""
+    """Where the words of a sound are, from its folder on, with {stem} for its name, as in "../text/{stem}.json"; "" looks beside the sound,
+    and for a sound below audio/ below text/, for a .json, .ctm or .TextGrid of its name."""
+    main_speaker: str = MAIN_SPEAKER
+    """The label of Moshi's words."""
+    mono_is: Literal["moshi", "user"] | None = None
+    """Whose voice a mono recording is, "moshi" or "user", the other being absent; null refuses mono recordings."""
     workers: CountOrZero = 0
     """Processes that read ahead; 0 reads in the training process."""

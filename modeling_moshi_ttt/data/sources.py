@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from huggingface_hub import HfApi
 
@@ -12,23 +17,38 @@ from ..common.files import inside
 from ..common.hub import hub_errors
 from ..common.packaged import resolve
 from ..errors_moshi_ttt import MoshiTTTError
-from .archives import ARCHIVE_SUFFIXES, SOUND_SUFFIXES, add_parquet_words, read_archive
-from .audio import audio_duration
-from .recordings import Recording, read_manifest, read_words
+from .archives import ARCHIVE_SUFFIXES, read_archive, with_parquet_words
+from .audio import SOUND_SUFFIXES, audio_duration
+from .index import is_index
+from .recordings import Recording, Unit, manifest_units, recording
 from .settings import DataSettings
+from .shard import WHOLE, Shard
+from .word_files import SUFFIXES as WORD_SUFFIXES
 
 HUB = "hub:"
 # A manifest may round its durations; beyond this many seconds it speaks of another file.
 DURATION_TOLERANCE = 0.1
+LARGEST_UNIT = 2**32  # recordings of one archive
+
+
+class Placed(NamedTuple):
+    """A recording and its place in the order of its source, the same for any number of shards."""
+
+    place: int
+    recording: Recording
 
 
 @dataclass(frozen=True)
 class Source:
-    """One weighted set of recordings."""
+    """One weighted set of recordings, or a shard's share of it."""
 
     name: str
     weight: float
-    recordings: tuple[Recording, ...]
+    placed: tuple[Placed, ...]
+
+    @property
+    def recordings(self) -> tuple[Recording, ...]:
+        return tuple(one.recording for one in self.placed)
 
 
 def parse_sources(text: str) -> list[tuple[str, float]]:
@@ -55,27 +75,37 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
     return sources
 
 
-def read_sources(text: str, settings: DataSettings, store: Path, problems: list[str]) -> list[Source]:
+def read_sources(text: str, settings: DataSettings, store: Path, problems: list[str], shard: Shard = WHOLE) -> list[Source]:
     """Read every source; what is wrong with single files goes to `problems`, one sentence a file, and the file is left out.
 
     Args:
         text: "path:weight,path:weight".
         store: folder for what is downloaded from the Hub and unpacked from archives, which happens once.
+        shard: which lines, sounds or archives of each source to read.
 
     Raises:
         ValueError, OSError: a source as a whole is missing or empty.
     """
-    sources = []
-    for name, weight in parse_sources(text):
-        recordings = [r for r in _read(name, settings, store, problems) if _is_sound(r, settings.require_words, problems)]
-        sources.append(Source(name, weight, tuple(recordings)))
-    return sources
+    return [Source(name, weight, tuple(placed_recordings(name, settings, store, problems, shard))) for name, weight in parse_sources(text)]
+
+
+def placed_recordings(name: str, settings: DataSettings, store: Path, problems: list[str], shard: Shard = WHOLE) -> Iterator[Placed]:
+    """The recordings of one source, or of a shard of it, one after the other, as `read_sources` reads them."""
+    units = enumerate(_units(name, settings, store, problems))
+    number = -1
+    for number, unit in units:
+        if number % shard.total == shard.number:
+            for inside_unit, recording in enumerate(unit(problems)):
+                if _is_sound(recording, settings.require_words, problems):
+                    yield Placed(number * LARGEST_UNIT + inside_unit, recording)
+    if number < 0 and not problems:
+        raise MoshiTTTError(f"The source {name!r} is empty: its manifest has no line.")
 
 
 def _is_sound(recording: Recording, require_words: bool, problems: list[str]) -> bool:
     try:
         length = audio_duration(recording.path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         problems.append(str(error))
         return False
     if abs(length - recording.duration) > DURATION_TOLERANCE:
@@ -87,19 +117,24 @@ def _is_sound(recording: Recording, require_words: bool, problems: list[str]) ->
     return True
 
 
-def _read(name: str, settings: DataSettings, store: Path, problems: list[str]) -> list[Recording]:
+def _units(name: str, settings: DataSettings, store: Path, problems: list[str]) -> Iterable[Unit]:
     path = _download(name, store / "hub") if name.startswith(HUB) else Path(resolve("data", name))
     if path.is_dir():
-        return _read_folder(path, settings, store, problems)
+        return _folder_units(path, settings, store, problems)
     if path.suffix in ARCHIVE_SUFFIXES and path.is_file():
-        return read_archive(path, store / "unpacked", settings.columns, problems)
+        return [_archive(path, settings, store)]
     if path.suffix != ".jsonl" and path.exists():
         raise MoshiTTTError(f"The source {name!r} is no .jsonl manifest, no .tar or .parquet, no folder, and not hub:owner/name.")
-    return _read_manifest(path, settings, problems)
+    return _manifest_units(path, settings, problems)
 
 
-def _read_manifest(path: Path, settings: DataSettings, problems: list[str]) -> list[Recording]:
-    return add_parquet_words(read_manifest(path, settings.allow_outside, problems), path, settings.columns, problems)
+def _archive(path: Path, settings: DataSettings, store: Path) -> Unit:
+    return partial(read_archive, path, store / "unpacked", settings.columns, settings.words)
+
+
+def _manifest_units(path: Path, settings: DataSettings, problems: list[str]) -> Iterable[Unit]:
+    units = manifest_units(path, settings.allow_outside, settings.words, settings.words_files)
+    return with_parquet_words(units, path, settings.columns, settings.words, problems)
 
 
 def _download(name: str, store: Path) -> Path:
@@ -118,7 +153,7 @@ def _download(name: str, store: Path) -> Path:
         wanted = [below]
     else:
         before = f"{below.rstrip('/')}/" if below not in ("", ".") else ""
-        wanted = [f"{before}*{suffix}" for suffix in (*SOUND_SUFFIXES, *ARCHIVE_SUFFIXES, ".json", ".jsonl")]
+        wanted = [f"{before}*{suffix}" for suffix in (*SOUND_SUFFIXES, *ARCHIVE_SUFFIXES, *WORD_SUFFIXES, ".jsonl")]
     with hub_errors(f"fetching the source {name!r}", then="what has arrived is kept; run the same command again to go on"):
         # real files in a folder of their own: the client's cache would hold links, which lead out of their folder
         HfApi().snapshot_download(f"{owner}/{repository}", repo_type="dataset", local_dir=target, allow_patterns=wanted)
@@ -128,27 +163,47 @@ def _download(name: str, store: Path) -> Path:
     return path
 
 
-def _read_folder(folder: Path, settings: DataSettings, store: Path, problems: list[str]) -> list[Recording]:
-    """Its manifests if it has any, else its archives, else every sound file below it."""
+def _folder_units(folder: Path, settings: DataSettings, store: Path, problems: list[str]) -> Iterable[Unit]:
+    """Its manifests if it has any, else its archives, else every sound file below it; what is none of these is named in `problems`."""
     files = _files(folder, store)
     manifests = [path for path in files if path.suffix == ".jsonl"]
     if manifests:
-        return [recording for manifest in manifests for recording in _read_manifest(manifest, settings, problems)]
+        return chain.from_iterable(_manifest_units(manifest, settings, problems) for manifest in manifests)
     archives = [path for path in files if path.suffix in ARCHIVE_SUFFIXES]
     if archives:
-        unpacked = store / "unpacked"
-        return [recording for archive in archives for recording in read_archive(archive, unpacked, settings.columns, problems)]
-    recordings = []
-    for path in (path for path in files if path.suffix.lower() in SOUND_SUFFIXES):
-        try:
-            recordings.append(Recording(path, audio_duration(path), read_words(path.with_suffix(".json"))))
-        except ValueError as error:
-            problems.append(str(error))
-    if not recordings and not problems:
+        return [_archive(archive, settings, store) for archive in archives]
+    sounds = [path for path in files if path.suffix.lower() in SOUND_SUFFIXES]
+    if not sounds:
         raise MoshiTTTError(
             f"{folder}: there is no sound file ({', '.join(SOUND_SUFFIXES)}), no .jsonl manifest and no .tar or .parquet in this folder."
         )
-    return recordings
+    first: dict[Path, Path] = {}
+    return [partial(_read_sound, path, first.setdefault(path.with_suffix(""), path), settings) for path in sounds]
+
+
+def _read_sound(path: Path, first: Path, settings: DataSettings, problems: list[str]) -> list[Recording]:
+    try:
+        if first != path and not settings.words_files:
+            raise MoshiTTTError(f"{path}: {first.name} has the same name, so that both would have the same words; rename one of them.")
+        return [recording(path, audio_duration(path), settings.words, settings.words_files)]
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return []
+
+
+def left_out(text: str, store: Path) -> list[str]:
+    """What lies in the folders of sources and is neither sound, words, manifest nor archive: for each kind of name a sentence."""
+    found: list[str] = []
+    for folder in (Path(resolve("data", name)) for name, _ in parse_sources(text) if not name.startswith(HUB)):
+        if folder.is_dir() and not is_index(folder):
+            kinds = Counter(path.suffix or path.name for path in _files(folder, store) if not _is_known(path))
+            found += [f"{folder}: {count} × {kind} are no sounds that can be read" for kind, count in sorted(kinds.items())]
+    return found
+
+
+def _is_known(path: Path) -> bool:
+    known = (*SOUND_SUFFIXES, *ARCHIVE_SUFFIXES, ".jsonl", *(suffix.lower() for suffix in WORD_SUFFIXES))
+    return path.is_dir() or path.suffix.lower() in known
 
 
 def _files(folder: Path, store: Path) -> list[Path]:

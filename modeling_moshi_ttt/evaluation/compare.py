@@ -191,8 +191,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {one.name}: {one.a:.2f} → {one.b:.2f} {one.unit}, B − A {one.mean:+.2f} ({_tested(one)}): {one.verdict}")
         print(said)
         written["tasks"][name] = {"verdict": said, "differences": [vars(one) for one in found]}
-        measures = (task(name).measures(part[name]) for part in (a, b))
-        print(*save(overlay(*measures, labels=[str(place) for place in places]), args.output / name), sep="\n")
+        of_a, of_b = (task(name).measures(part[name]) for part in (a, b))
+        print(*save(overlay(of_a, of_b, labels=[str(place) for place in places]), args.output / name), sep="\n")
     atomic_write(args.output / "comparison.json", json.dumps(written, indent=1, allow_nan=False) + "\n")
     return 0
 

@@ -97,7 +97,7 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
     from tqdm import tqdm
 
-    from ..data.codes import CodesCache
+    from ..data.cache import CodesCache
     from ..data.prepared import prepare_set
     from ..data.spoken_dialogues import phrasebook
     from . import setup

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import time
@@ -102,7 +101,7 @@ class Trainer:
         else:
             self.reader = WindowReader(train.recordings, delays, self.config.num_codebooks)
             self.plan = make_plan(train, run.data, self.rows, self.window, run.seed)
-            self.data_mark = data_mark(train)
+            self.data_mark = train.mark
 
     # ---- the loop
 
@@ -394,12 +393,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))
         self.accelerator.wait_for_everyone()
-
-
-def data_mark(data: PreparedSet) -> str:
-    """What tells one set of recordings from another: how many there are, and a hash of their sounds' hashes and frames, in order."""
-    told = json.dumps([data.sizes, [[recording.codes.name, recording.frames] for recording in data.recordings]])
-    return f"{len(data.recordings)} recordings ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
 
 
 def word_hits(logits: torch.Tensor, labels: torch.Tensor, padding_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

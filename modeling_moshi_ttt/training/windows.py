@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.codes import read_codes
 from ..data.prepared import Prepared, PreparedSet
 from ..data.settings import DataSettings
 from ..errors_moshi_ttt import MoshiTTTOSError
@@ -58,7 +57,7 @@ class WindowReader(Dataset[Batch]):
     """Turns the windows of one micro-batch into a Batch; picklable, so that workers can do it."""
 
     def __init__(self, recordings: Sequence[Prepared], delays: Sequence[int], num_codebooks: int):
-        self.recordings, self.delays, self.num_codebooks = list(recordings), list(delays)[:num_codebooks], num_codebooks
+        self.recordings, self.delays, self.num_codebooks = recordings, list(delays)[:num_codebooks], num_codebooks
 
     def __getitem__(self, windows: Sequence[Window]) -> Batch:  # type: ignore[override]
         reset = torch.tensor([window.reset for window in windows])
@@ -69,8 +68,7 @@ class WindowReader(Dataset[Batch]):
         if window.frames == 0:
             return np.zeros(0, np.int32), np.zeros((2, self.num_codebooks, 0), np.int16), window.last
         recording = self.recordings[window.recording]
-        text = recording.text[window.start : window.start + window.frames]
-        return text, read_codes(recording.codes, window.start, window.frames), window.last
+        return *recording.read(window.start, window.frames), window.last
 
 
 Row = tuple[np.ndarray, np.ndarray, bool]  # text [T], codes [2, K, T] of Moshi and the user, whether nothing comes after

@@ -1,0 +1,75 @@
+"""Sounds in MP4 (M4A), Matroska and WebM, which libsndfile does not open: through PyAV, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors_moshi_ttt import MoshiTTTError
+
+SUFFIXES = (".m4a", ".mp4", ".mka", ".webm")
+
+
+class ContainerFile:
+    """The first sound of a container, with soundfile's names for what it is. The encoder's delay is taken out as the container states it.
+
+    Raises:
+        ValueError: PyAV is missing, or the file is none that it reads.
+    """
+
+    format = "CONTAINER"
+
+    def __init__(self, path: Path):
+        try:
+            import av
+        except ModuleNotFoundError:
+            raise MoshiTTTError(f"{path}: {path.suffix} is read by PyAV; install it with: pip install 'moshi-ttt[m4a]'") from None
+        self.path = path
+        try:
+            self._container: Any = av.open(str(path))
+        except av.FFmpegError as error:
+            raise MoshiTTTError(f"{path}: the sound file cannot be read ({error.strerror}).") from None
+        if not self._container.streams.audio:
+            raise MoshiTTTError(f"{path}: the file holds no sound.")
+        self._stream = self._container.streams.audio[0]
+        self.samplerate, self.channels = self._stream.rate, self._stream.channels
+        self._frames: int | None = None
+        if self._stream.duration is not None:
+            self._frames = round(self._stream.duration * self._stream.time_base * self.samplerate)
+
+    def __enter__(self) -> ContainerFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._container.close()
+
+    @property
+    def frames(self) -> int:
+        """Samples a channel; where the container does not state them they are counted."""
+        if self._frames is None:
+            self._frames = sum(block.shape[1] for block in self._decoded())
+        return self._frames
+
+    def blocks(self, begin: int, end: int) -> Iterator[np.ndarray]:
+        """Samples [begin, end) as float32 [channels, n]; fewer where the file breaks off. What comes before is decoded and let go."""
+        at = 0
+        for block in self._decoded():
+            yield block[:, max(begin - at, 0) : max(end - at, 0)]
+            at += block.shape[1]
+            if at >= end:
+                return
+
+    def _decoded(self) -> Iterator[np.ndarray]:
+        import av
+
+        self._container.seek(0)
+        to_float = av.AudioResampler(format="fltp", layout=self._stream.layout, rate=self.samplerate)
+        try:
+            for frame in self._container.decode(self._stream):
+                yield from (one.to_ndarray() for one in to_float.resample(frame))
+        except av.FFmpegError as error:
+            raise MoshiTTTError(f"{self.path}: the sound breaks off ({error.strerror}); copy the file again.") from None
