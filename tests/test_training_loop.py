@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from training_runs import DyingReader, make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.common.files import read_log
 from modeling_moshi_ttt.training.lanes import Window
 from modeling_moshi_ttt.training.memory import LaneMemory
-from modeling_moshi_ttt.training.report import read_metrics
 from modeling_moshi_ttt.training.trainer import word_hits
 from modeling_moshi_ttt.training.windows import Loader, WindowReader
 
@@ -27,7 +27,7 @@ def weights(trainer):
 
 def told(folder):
     """The records of a run, without what the clock says."""
-    return [{k: v for k, v in r.items() if k in SAME} for r in read_metrics(folder / "metrics.jsonl")]
+    return [{k: v for k, v in r.items() if k in SAME} for r in read_log(folder / "metrics.jsonl")]
 
 
 def equal(one, other):
@@ -475,4 +475,4 @@ def test_a_run_on_a_full_disk_stops_in_words_and_goes_on_when_there_is_room(tmp_
 def test_metrics_lose_their_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
-    assert read_metrics(path) == [{"step": 1, "loss": 1.0}]
+    assert read_log(path) == [{"step": 1, "loss": 1.0}]

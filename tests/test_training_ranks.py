@@ -11,10 +11,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.common.files import read_log
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.checkpoint import CheckpointFolder
-from modeling_moshi_ttt.training.report import read_metrics
-from modeling_moshi_ttt.training.state import full_state
+from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, full_state
 from modeling_moshi_ttt.training.trainer import Trainer
 
 LENGTHS = [21, 13, 30, 9, 17, 26, 11, 24]
@@ -53,7 +52,7 @@ def stop_after(trainer, step):
 
 
 def result(folder):
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_log(folder / "metrics.jsonl")
     losses = [record[name] for record in records for name in ("loss", "eval_loss", "eval_text_accuracy") if name in record]
     return load_file(folder / "weights.safetensors"), losses
 
@@ -172,7 +171,7 @@ def test_bf16_shards_keep_memory_losses_and_what_is_trained_in_float32(tmp_path,
         for cache in trainer.memory.caches:
             state = cache.ttt_state(0)
             assert {x.dtype for x in (*state.weights, state.k, state.v, state.lr)} == {torch.float32}
-        losses = [record["audio_loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+        losses = [record["audio_loss"] for record in read_log(tmp_path / "metrics.jsonl")]
         assert trainer.progress.bad_steps == 0
         assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses)
 

@@ -16,6 +16,7 @@ from ..adapters.bases import check_loadable, is_adapter, named_base, raw_config
 from ..common.files import read_json
 from ..common.hub import check_place
 from ..common.packaged import resolve
+from ..common.run_folder import FINAL
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -64,8 +65,8 @@ def check_start(path: str) -> None:
             f"model.path is {path}, an adapter: start from its base{base and f' ({base})'}, or make the two one model with "
             f"`moshi-ttt push {path} USER/NAME --merged` and start from that."
         )
-    if (place / "final").is_dir() and not (place / "config.json").is_file():
-        raise MoshiTTTError(f"model.path: {path} is a run folder; did you mean {place / 'final'}?")
+    if (place / FINAL).is_dir() and not (place / "config.json").is_file():
+        raise MoshiTTTError(f"model.path: {path} is a run folder; did you mean {place / FINAL}?")
     check_place(path, "model.path")
     raw_config(path, "model.path")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.bases import name_auto_class, write_base_config
-from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
+from ..common.files import atomic_folder, make_folder, tensors_written, write_manifest
 from ..common.packaged import known, names, resolve
+from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step, write_final_run
 from ..common.settings import describe
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .run_config import RunConfig, load_run_config
@@ -82,11 +82,11 @@ def train(config: RunConfig) -> Path:
 
         trainer = Trainer(config, model, train_set, held_out, accelerator)
         trainer.fit()
-        if not _is_finished(run_dir, config.optim.steps):
+        if final_step(run_dir) != config.optim.steps:
             _finish(trainer, processor, run_dir)
         if config.trackers:
             accelerator.end_training()
-        return run_dir / "final"
+        return run_dir / FINAL
     finally:
         accelerator.wait_for_everyone()
 
@@ -102,7 +102,7 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
 
     processor = setup.load_processor(config.model)
     processor.check_model(model_config)
-    cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / "codes", "data.cache"), processor)
+    cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / CODES, "data.cache"), processor)
 
     def progress(items: Any) -> Any:
         return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
@@ -116,42 +116,34 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     return train_set, held_out, processor
 
 
-def _is_finished(run_dir: Path, steps: int) -> bool:
-    """Whether `final` is there and belongs to the last step."""
-    try:
-        return bool(read_json(run_dir / "final" / "run.json").get("step") == steps)
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def _check_finite(state: dict[str, Any], run_dir: Path) -> None:
     """ValueError where the training diverged: such a model is no result."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise MoshiTTTError(
-                f"{name} holds values that are not finite, so {run_dir / 'final'} was not written: the training diverged; "
+                f"{name} holds values that are not finite, so {run_dir / FINAL} was not written: the training diverged; "
                 "start anew with lower rates (optim.lr, optim.ttt_lr), or use an earlier checkpoint of this run."
             )
 
 
 def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     """Write the final model or adapter, the processor and the loss curve; every rank must call it."""
+    from .checkpoint import full_state
     from .report import plot_curve
-    from .state import full_state
 
     accelerator = trainer.accelerator
-    state = full_state(trainer.model, keep=accelerator.is_main_process)
+    state = full_state(trainer.model)
     if accelerator.is_main_process:
         _check_finite(state, run_dir)
         model = accelerator.unwrap_model(trainer.model)
-        with tensors_written(run_dir / "final"), atomic_folder(run_dir / "final") as folder:
+        with tensors_written(run_dir / FINAL), atomic_folder(run_dir / FINAL) as folder:
             model.save_pretrained(folder, state_dict=state)
             if model is not trainer.bare:
                 write_base_config(folder, trainer.config)
                 name_auto_class(folder, trainer.config)
             if processor is not None:
                 processor.save_pretrained(folder)
-            atomic_write(folder / "run.json", json.dumps({"step": trainer.progress.step, "run": trainer.run.to_dict()}, indent=1))
+            write_final_run(folder, trainer.progress.step, trainer.run.to_dict())
             write_manifest(folder)
-        plot_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
+        plot_curve(run_dir / METRICS, run_dir / CURVE)
     accelerator.wait_for_everyone()

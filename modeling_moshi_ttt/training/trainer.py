@@ -17,13 +17,14 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..common.files import atomic_write, read_json, tensors_written
+from ..common.files import tensors_written
+from ..common.run_folder import CHECKPOINTS, METRICS, RUN_CONFIG, read_settings, write_settings
 from ..data.spoken_dialogues import Phrasebook
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from ..version import __version__
 from . import modes
-from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
+from .checkpoint import CheckpointFolder, Snapshot, live_tensors, random_state, restore, set_random_state
 from .curriculum import Curriculum
 from .dialogues import DialoguePlan, DialogueReader
 from .lanes import Plan
@@ -33,13 +34,12 @@ from .objective import objective, ratio
 from .report import MetricsFile, peak_memory, shown
 from .run_config import DataSettings, ModelSettings, RunConfig
 from .schedule import set_rates
-from .state import load_weights_and_moments, weights_and_moments
 from .windows import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 
 logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on: they do not touch a number of it.
 FREE_SETTINGS = (
-    *("run_dir", "trackers", "checkpoint.every", "checkpoint.keep"),
+    *("run_dir", "trackers", "checkpoint.every", "checkpoint.keep", "checkpoint.sharded"),
     *("data.workers", "data.cache", "data.batch_size", "data.accumulation"),
 )
 
@@ -82,9 +82,7 @@ class Trainer:
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
         self.curriculum = None if run.curriculum is None else Curriculum(run.curriculum)
         self._read(train)
-        self.folder = CheckpointFolder(
-            self.run_dir / "checkpoints", run.checkpoint.keep, accelerator.process_index, accelerator.wait_for_everyone
-        )
+        self.folder = CheckpointFolder(self.run_dir / CHECKPOINTS, run.checkpoint.keep)
         self.progress = Progress()
         self.tokens_per_frame = 1 + self.config.num_codebooks
 
@@ -114,14 +112,14 @@ class Trainer:
         """
         resumed = self._resume()
         told = self.progress.step if resumed else -1
-        metrics = MetricsFile(self.run_dir / "metrics.jsonl", told) if self.accelerator.is_main_process else None
+        metrics = MetricsFile(self.run_dir / METRICS, told) if self.accelerator.is_main_process else None
         if self.progress.step == 0 and self.run.evaluate_start:
             self._tell(metrics, {"step": 0, **self.evaluate()})
         data = self.run.data
         rank = self.accelerator.process_index
         steps = iter(Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, rank, data.workers))
         bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
-        with worker_errors(), bar:
+        with worker_errors(), bar, self.folder:
             while self.progress.step < self.run.optim.steps:
                 begin = time.perf_counter()
                 step = next(steps)
@@ -299,18 +297,13 @@ class Trainer:
     # ---- checkpoints
 
     def save(self) -> Path:
-        """Write a checkpoint of everything that the run needs to go on."""
-        sharded = self.run.checkpoint.sharded
-        weights, moments = weights_and_moments(self.model, self.optimizer, sharded, keep=sharded or self.accelerator.is_main_process)
+        """Begin to write a checkpoint of everything that the run needs to go on; training may go on meanwhile."""
         randoms, plain = random_state()
         own = {**randoms, **{f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}}
-        shared = {"model": weights, "optimizer": moments}
-        if sharded:
-            own |= {f"model.{name}": tensor for name, tensor in weights.items()} | {f"optimizer.{name}": t for name, t in moments.items()}
-            shared = {}
         state = {"progress": vars(self.progress), "random": plain, "world": self.accelerator.num_processes, "run": self.run.to_dict()}
         state |= {"data": self.data_mark, "version": __version__}
-        return self.folder.save(self.progress.step, Snapshot(state, shared, own), self.progress.best_step)
+        snapshot = Snapshot(state, live_tensors(self.model, self.optimizer), own)
+        return self.folder.save(self.progress.step, snapshot, self.progress.best_step)
 
     def _resume(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one; check that the folder belongs to this configuration."""
@@ -318,17 +311,13 @@ class Trainer:
         path = self.folder.newest()
         if path is None:
             return False
-        snapshot = self.folder.load(path, ("model", "optimizer"))
+        snapshot = self.folder.read(path)
         self._check_world(snapshot.state)
         self._check_data(path, snapshot.state)
-        sharded, own = self.run.checkpoint.sharded, snapshot.own
-        shared = snapshot.shared
-        if sharded:
-            shared = {part: _below(own, f"{part}.") for part in ("model", "optimizer")}
-        load_weights_and_moments(self.model, self.optimizer, shared["model"], shared["optimizer"], sharded)
-        if own:
-            self.memory.load_state_dict(_below(own, "memory."))
-            set_random_state(own, snapshot.state["random"])
+        restore(path, self.model, self.optimizer, self.folder.group)
+        if snapshot.own:
+            self.memory.load_state_dict(_below(snapshot.own, "memory."))
+            set_random_state(snapshot.own, snapshot.state["random"])
         self.progress = Progress(**snapshot.state["progress"])
         if "version" not in snapshot.state:
             self._take_over(path)
@@ -354,7 +343,6 @@ class Trainer:
             return
         reasons = {
             "the ranks' carried memories cannot be dealt out anew (data.carry)": self.run.data.carry != "none",
-            "sharded checkpoints hold one part a rank (checkpoint.sharded)": self.run.checkpoint.sharded,
             "LoRA's dropout draws from each rank's own generator (lora.dropout)": self.run.lora is not None and self.run.lora.dropout > 0,
         }
         for reason, holds in reasons.items():
@@ -372,15 +360,12 @@ class Trainer:
 
     def _check_folder(self) -> None:
         """The folder's run_config.json must say what this run says, but for what touches no number."""
-        path = self.run_dir / "run_config.json"
         now = _fixed(self.run.to_dict()) | {"rows of a step": self.rows}
         if self.run.data.carry != "none" or (self.run.lora is not None and self.run.lora.dropout > 0):
             # memories and dropout belong to micro-batches, so these cannot be exchanged for one another
             now |= {"data.batch_size": self.run.data.batch_size, "data.accumulation": self.run.data.accumulation}
-        if path.exists():
-            before = read_json(path).get("fixed")
-            if not isinstance(before, dict):
-                raise MoshiTTTError(f"{path} was not written by a training run here; use another run_dir.")
+        if (self.run_dir / RUN_CONFIG).exists():
+            before = read_settings(self.run_dir)["fixed"]
             # settings that came with a later version were at their defaults
             unset = _fixed(RunConfig("", ModelSettings(""), DataSettings(""), mode="full").to_dict())
             before = {key: value for key, value in unset.items() if key in now} | before
@@ -390,7 +375,7 @@ class Trainer:
                 raise MoshiTTTError(f"{self.run_dir} belongs to another configuration: {changes}. Use its settings, or another run_dir.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))
+            write_settings(self.run_dir, self.run.to_dict(), now)
         self.accelerator.wait_for_everyone()
 
 
