@@ -305,7 +305,8 @@ def _as_shard(parameter: Any, value: torch.Tensor) -> torch.Tensor:
 
 def full_state(model: nn.Module) -> Tensors:
     """The whole state dict, copied to the CPU of rank 0; every rank must call it, and the others get nothing."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {name: tensor for name, tensor in get_model_state_dict(model, options=options).items() if isinstance(tensor, torch.Tensor)}
 
 
 # ---- files
@@ -316,7 +317,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
     def __init__(self, path: Path, snapshot: Snapshot, world: int, written: Callable[[dict[str, Any]], None]):
         super().__init__(str(path), fqn_to_index_mapping=_files(snapshot.shared, world), save_distributed=True)
-        self.fs = _DigestedFiles()
+        self.fs: _DigestedFiles = _DigestedFiles()
         self.state = json.dumps({"format": FORMAT, **snapshot.state}, indent=1)
         self.own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in snapshot.own.items()}
         self.written = written

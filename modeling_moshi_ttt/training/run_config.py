@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -154,12 +155,14 @@ class CheckpointSettings:
 
     every: steps between checkpoints (0: only the end).
     keep: how many stay beside the best.
-    sharded: one file a rank.
+    sharded: deprecated, goes in 0.4: every checkpoint holds what each rank wrote of it, for any number of ranks.
+    final_dtype: of the weights in `final`; bfloat16 halves it.
     """
 
     every: int = 100
     keep: int = 3
     sharded: bool = False
+    final_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass
@@ -236,6 +239,10 @@ def _check(run: RunConfig) -> None:
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
     check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
     check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
+    if run.checkpoint.sharded:
+        warnings.warn(
+            "checkpoint.sharded has no meaning any more, for every rank writes its part; it goes in 0.4", FutureWarning, stacklevel=2
+        )
     if run.lora is not None:
         check_numbers(run.lora, "lora.", rank=1, dropout=(0, 1 - 1e-9), scaling=ABOVE_ZERO)
     if len(run.optim.betas) != 2 or not all(0 <= beta < 1 for beta in run.optim.betas):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -23,6 +24,9 @@ from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
 from .run_config import ModelSettings, RunConfig
+
+# How long one process waits for the others: longer than unpacking an archive or writing a final model takes, which one does for all.
+TIMEOUT = timedelta(hours=2)
 
 
 def read_processor(source: str, setting: str) -> Any:
@@ -131,7 +135,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         project_dir=run.run_dir,
         step_scheduler_with_optimizer=False,
         # several windows may pass before one backward: buffers must not be rewritten in between
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:

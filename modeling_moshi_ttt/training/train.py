@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,13 @@ from typing import Any
 
 from ..adapters.bases import name_auto_class, write_base_config
 from ..common.files import atomic_folder, make_folder, tensors_written, write_manifest
+from ..common.lock import locked
 from ..common.packaged import known, names, resolve
 from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step, write_final_run
 from ..common.settings import describe
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .run_config import RunConfig, load_run_config
+from .signals import RunStopped, stop_requests
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,17 +43,36 @@ def run(args: argparse.Namespace) -> int:
         train(config)
     except FloatingPointError as error:
         raise MoshiTTTError(str(error)) from None
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 
 def launch(launch_file: str, arguments: list[str]) -> int:
-    """`moshi-ttt train` with these arguments in every process of an accelerate configuration; the launcher's exit code."""
+    """`moshi-ttt train` with these arguments in every process of an accelerate configuration.
+
+    A signal that asks for a stop goes to the processes as SIGUSR1, which their launcher leaves them the time for; of SIGTERM it would kill
+    them 30 s later. A second Ctrl-C sends that.
+
+    Returns:
+        The launcher's exit code, or 128 + the number of the signal.
+    """
     path = resolve("accelerate", launch_file)
     if not Path(path).is_file():
         hint = known("accelerate", launch_file)
         raise MoshiTTTOSError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
-    return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], check=False).returncode
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the launcher, which inherits it
+    process = subprocess.Popen([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], start_new_session=True)
+    signal.signal(signal.SIGUSR1, before)
+    with stop_requests() as request:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                code = process.wait(timeout=1)
+                return 128 + request.signal if code and request.signal else code
+            if request.signal:  # again, where they were still starting
+                os.killpg(process.pid, signal.SIGTERM if request.repeated else signal.SIGUSR1)
 
 
 def train(config: RunConfig) -> Path:
@@ -60,6 +84,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         ValueError, OSError: settings, data or the run folder do not allow it; the message says what to change.
         FloatingPointError: too many steps in a row were not finite.
+        RunStopped: a signal asked for it; the checkpoint is saved.
     """
     from . import modes, setup
     from .report import start_trackers
@@ -69,8 +94,10 @@ def train(config: RunConfig) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
-    accelerator = setup.make_accelerator(config)
-    try:
+    with stop_requests() as request, contextlib.ExitStack() as held:
+        accelerator = setup.make_accelerator(config)
+        held.callback(accelerator.wait_for_everyone)
+        _lock(run_dir, accelerator, held)
         train_set, held_out, processor = _load_data(config, model_config, accelerator)
         model = setup.build_model(config.model, config.seed)
         processor.complete(model.config)
@@ -81,14 +108,29 @@ def train(config: RunConfig) -> Path:
         from .trainer import Trainer
 
         trainer = Trainer(config, model, train_set, held_out, accelerator)
-        trainer.fit()
+        trainer.fit(request)
         if final_step(run_dir) != config.optim.steps:
             _finish(trainer, processor, run_dir)
+        elif accelerator.is_main_process:
+            print(f"This run is finished: {run_dir / FINAL} is of step {config.optim.steps}. Raise optim.steps to train on.", flush=True)
         if config.trackers:
             accelerator.end_training()
         return run_dir / FINAL
-    finally:
-        accelerator.wait_for_everyone()
+
+
+def _lock(run_dir: Path, accelerator: Any, held: contextlib.ExitStack) -> None:
+    """Have the main process hold the run folder; where another one does, every process says so."""
+    from accelerate.utils import broadcast_object_list
+
+    refused: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            held.enter_context(locked(run_dir, "run_dir"))
+        except MoshiTTTOSError as error:
+            refused = [str(error)]
+    broadcast_object_list(refused)
+    if refused[0]:
+        raise MoshiTTTOSError(refused[0])
 
 
 def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:

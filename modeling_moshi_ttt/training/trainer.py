@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,8 @@ from .noise import add_noise
 from .objective import objective, ratio
 from .report import MetricsFile, peak_memory, shown
 from .run_config import DataSettings, ModelSettings, RunConfig
-from .schedule import set_rates
+from .schedule import longer, set_rates
+from .signals import RunStopped, StopRequest
 from .windows import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ class Trainer:
         self._read(train)
         self.folder = CheckpointFolder(self.run_dir / CHECKPOINTS, run.checkpoint.keep)
         self.progress = Progress()
+        self.request, self.stop_signal = StopRequest(), 0
+        self.planned_steps = run.optim.steps
         self.tokens_per_frame = 1 + self.config.num_codebooks
 
     def _read(self, train: PreparedSet | Phrasebook) -> None:
@@ -102,14 +106,16 @@ class Trainer:
 
     # ---- the loop
 
-    def fit(self) -> Progress:
-        """Train to the last step, from the newest checkpoint if there is one.
+    def fit(self, request: StopRequest | None = None) -> Progress:
+        """Train to the last step, from the newest checkpoint if there is one; after `request`, on any rank, to the end of its step.
 
         Raises:
+            RunStopped: it was requested, and the checkpoint is saved.
             ValueError: the run folder belongs to another configuration, or cannot be resumed with this number of processes.
             FloatingPointError: too many steps in a row were not finite; the batch is saved in the run folder.
             OSError: the disk is full, or a data worker died; the same command goes on.
         """
+        self.request = request or self.request
         resumed = self._resume()
         told = self.progress.step if resumed else -1
         metrics = MetricsFile(self.run_dir / METRICS, told) if self.accelerator.is_main_process else None
@@ -120,7 +126,7 @@ class Trainer:
         steps = iter(Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, rank, data.workers))
         bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
         with worker_errors(), bar, self.folder:
-            while self.progress.step < self.run.optim.steps:
+            while self.progress.step < self.run.optim.steps and not self.stop_signal:
                 begin = time.perf_counter()
                 step = next(steps)
                 record = self._step(step, time.perf_counter() - begin, begin)
@@ -131,6 +137,8 @@ class Trainer:
                 bar.set_postfix_str(f"loss {loss} text {text}, {speed} tokens/s")
                 bar.update()
                 self._after_step(metrics)
+        if self.stop_signal and self.progress.step < self.run.optim.steps:
+            raise RunStopped(self.stop_signal, self.progress.step, self.run.optim.steps, str(self.folder.path(self.progress.step)))
         return self.progress
 
     def _after_step(self, metrics: MetricsFile | None) -> None:
@@ -143,7 +151,7 @@ class Trainer:
             if loss is not None and loss < self.progress.best_loss:
                 self.progress.best_loss, self.progress.best_step = loss, now
         keep_best = self.progress.best_step == now
-        if last or keep_best or (run.checkpoint.every and now % run.checkpoint.every == 0):
+        if last or keep_best or self.stop_signal or (run.checkpoint.every and now % run.checkpoint.every == 0):
             self.save()
 
     def _step(self, step: Step, waited: float, begin: float) -> dict[str, Any]:
@@ -154,11 +162,13 @@ class Trainer:
         factor = set_rates(self.optimizer.param_groups, self.rates, self.progress.step, self.run.optim)
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        totals = torch.zeros(5, dtype=torch.float64, device=device)  # text loss, audio loss, frames, answers right, answers
+        # text loss, audio loss, frames, answers right, answers, ranks that were asked to stop
+        totals = torch.zeros(6, dtype=torch.float64, device=device)
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
                 totals[[0, 1, 3, 4]] += self._micro_batch(micro, batches, whole)
             totals[2] += sum(batch.frames for batch in batches)
+        totals[5] = self.request.signal is not None
         totals = self.accelerator.reduce(totals, "sum")
         norm = self._clip()
         finite = bool(torch.isfinite(totals).all() and torch.isfinite(norm))
@@ -167,7 +177,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.place = step.state
-        right, answers = totals[3:].tolist()
+        right, answers, asked = totals[3:].tolist()
+        if asked:
+            self.stop_signal = self.request.signal or signal.SIGTERM
         if self.curriculum is not None:
             self.curriculum.update(right / max(answers, 1))
             self.progress.curriculum = self.curriculum.state_dict()
@@ -325,6 +337,8 @@ class Trainer:
         if self.curriculum is not None:
             self.curriculum.load_state_dict(self.progress.curriculum)
         logger.info("Going on from %s.", path)
+        if self.planned_steps < self.run.optim.steps:
+            logger.warning("%s", longer(self.progress.step, self.planned_steps, self.run.optim))
         return True
 
     def _take_over(self, path: Path) -> None:
@@ -369,6 +383,9 @@ class Trainer:
             # settings that came with a later version were at their defaults
             unset = _fixed(RunConfig("", ModelSettings(""), DataSettings(""), mode="full").to_dict())
             before = {key: value for key, value in unset.items() if key in now} | before
+            self.planned_steps = before["optim.steps"]
+            if self.planned_steps < now["optim.steps"]:
+                before |= {"optim.steps": now["optim.steps"]}  # a run may become longer
             keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
             if keys:
                 changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
