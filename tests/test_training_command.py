@@ -168,8 +168,8 @@ def test_fresh_weights_depend_on_the_seed_alone():
 
 
 def test_a_diverged_model_is_no_result(tmp_path):
-    from modeling_moshi_ttt.training.train import _check_finite
+    from modeling_moshi_ttt.training.export import _check_finite
 
     _check_finite({"weight": torch.ones(2), "count": torch.ones(2, dtype=torch.int64)}, tmp_path)
-    with pytest.raises(ValueError, match="b holds values that are not finite.*final was not written.*lower rates"):
+    with pytest.raises(ValueError, match="b holds values that are not finite.*was not written.*lower rates"):
         _check_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, tmp_path)

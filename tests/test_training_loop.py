@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -362,9 +363,26 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 def test_another_configuration_is_refused_by_name(tmp_path):
     long_run(tmp_path, optim={"steps": 2}).fit()
-    with pytest.raises(ValueError, match=r"another configuration: optim\.steps was 2 and is 3"):
-        long_run(tmp_path, optim={"steps": 3}).fit()
+    with pytest.raises(ValueError, match=r"another configuration: optim\.lr was .*; optim\.steps was 2 and is 1"):
+        long_run(tmp_path, optim={"steps": 1, "lr": 1e-4}).fit()
     long_run(tmp_path, optim={"steps": 2}, checkpoint={"every": 7, "keep": 1}).fit()  # this touches no number
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told_rates"),
+    [("cosine", r"cosine is stretched over all 6.*factor was 0\.\d+ and is 0\.\d+"), ("constant", "constant goes on")],
+)
+def test_a_run_may_become_longer(tmp_path, caplog, schedule, told_rates):
+    """With constant rates it is then the longer run to the bit; else it is told what happens to them."""
+    rates = {"schedule": schedule, "warmup": 0}
+    long_run(tmp_path / "b", optim={"steps": 3, **rates}).fit()
+    longer = long_run(tmp_path / "b", optim={"steps": 6, **rates})
+    longer.fit()
+    assert re.search(rf"optim\.steps was 3 and is 6: the schedule {told_rates}.* in step 4", caplog.text)
+    assert [r["step"] for r in told(tmp_path / "b" / "run") if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    whole = long_run(tmp_path / "a", optim={"steps": 6, **rates})
+    whole.fit()
+    assert equal(weights(whole), weights(longer)) == (schedule == "constant")
 
 
 def test_micro_batches_may_be_exchanged_only_where_that_is_exact(tmp_path):

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..adapters.bases import name_auto_class, write_base_config
-from ..common.files import atomic_folder, make_folder, tensors_written, write_manifest
+from ..common.files import make_folder
 from ..common.lock import locked
 from ..common.packaged import known, names, resolve
-from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step, write_final_run
+from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step
 from ..common.settings import describe
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .run_config import RunConfig, load_run_config
@@ -158,34 +157,16 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     return train_set, held_out, processor
 
 
-def _check_finite(state: dict[str, Any], run_dir: Path) -> None:
-    """ValueError where the training diverged: such a model is no result."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise MoshiTTTError(
-                f"{name} holds values that are not finite, so {run_dir / FINAL} was not written: the training diverged; "
-                "start anew with lower rates (optim.lr, optim.ttt_lr), or use an earlier checkpoint of this run."
-            )
-
-
 def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     """Write the final model or adapter, the processor and the loss curve; every rank must call it."""
     from .checkpoint import full_state
+    from .export import write_model
     from .report import plot_curve
 
-    accelerator = trainer.accelerator
+    accelerator, run = trainer.accelerator, trainer.run
     state = full_state(trainer.model)
     if accelerator.is_main_process:
-        _check_finite(state, run_dir)
         model = accelerator.unwrap_model(trainer.model)
-        with tensors_written(run_dir / FINAL), atomic_folder(run_dir / FINAL) as folder:
-            model.save_pretrained(folder, state_dict=state)
-            if model is not trainer.bare:
-                write_base_config(folder, trainer.config)
-                name_auto_class(folder, trainer.config)
-            if processor is not None:
-                processor.save_pretrained(folder)
-            write_final_run(folder, trainer.progress.step, trainer.run.to_dict())
-            write_manifest(folder)
+        write_model(run_dir / FINAL, model, state, processor, run, trainer.progress.step, run.checkpoint.final_dtype)
         plot_curve(run_dir / METRICS, run_dir / CURVE)
     accelerator.wait_for_everyone()
