@@ -18,26 +18,37 @@ from ..common.packaged import known, names, resolve
 from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step
 from ..common.settings import describe
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from .moshi_finetune import load_moshi_finetune
 from .run_config import RunConfig, load_run_config
 from .signals import RunStopped, stop_requests
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("recipe", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
+    parser.add_argument("recipe", nargs="?", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
     packaged = ", ".join(names("accelerate"))
     parser.add_argument(
         "--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}"
     )
+    parser.add_argument("--from-moshi-finetune", metavar="FILE", help="a recipe of moshi-finetune in place of ours; what differs is told")
     parser.epilog = describe(RunConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step was reached."""
-    config = load_run_config(args.recipe, args.overrides)
+    words = ([args.recipe] if args.recipe else []) + args.overrides
+    if args.from_moshi_finetune:
+        config, differences = load_moshi_finetune(args.from_moshi_finetune, words)
+        words += ["--from-moshi-finetune", args.from_moshi_finetune]
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("Unlike moshi-finetune:", *differences, sep="\n  ")
+    elif args.recipe:
+        config = load_run_config(args.recipe, args.overrides)
+    else:
+        raise MoshiTTTError("no recipe is given; name a YAML file, or a packaged one (moshi-ttt train --help lists them).")
     if args.launch:
-        return launch(args.launch, [args.recipe, *args.overrides])
+        return launch(args.launch, words)
     try:
         train(config)
     except FloatingPointError as error:
