@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": ("modeling_moshi_ttt.data.prepare", "turn stereo recordings with word times into training tokens"),
     "annotate": ("modeling_moshi_ttt.data.annotate", "write word times beside recordings, with a speech recogniser"),
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
+    "export": ("modeling_moshi_ttt.training.export", "turn a checkpoint of a run into a model or adapter of its own"),
     "respond": ("modeling_moshi_ttt.live.respond", "answer a recording, or a folder of them, with the sound and words of a model"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),

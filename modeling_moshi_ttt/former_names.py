@@ -46,6 +46,7 @@ FORMER = {
     "training.data": "training.windows",
     "training.prepare": "data.prepare",
     "training.sources": "data.sources",
+    "training.state": "training.checkpoint",
 }
 
 

@@ -307,6 +307,25 @@ def test_moshi_finetune_lora_there_and_back(kyutai, golden, tmp_path):
         convert(tmp_path / "lora", tmp_path / "other")
 
 
+def test_embeddings_that_moshi_finetune_trained_go_along_both_ways(kyutai, golden, tmp_path):
+    """Its lora.ft_embed: every parameter with "emb" in its name stands whole in the file."""
+    state, lm_kwargs = golden
+    convert(kyutai, tmp_path / "base")
+    whole = {name: tensor + 0.25 for name, tensor in state.items() if "emb" in name}
+    assert {"text_emb.weight", "emb.0.weight", "depformer_text_emb.weight", "depformer_emb.0.weight"} <= set(whole)
+    lora = random_lora(state) | whole
+    (tmp_path / "lora").mkdir()
+    save_file(lora, tmp_path / "lora" / "lora.safetensors")
+    (tmp_path / "lora" / "config.json").write_text(json.dumps({**lm_kwargs, "lora": True, "lora_rank": 4, "lora_scaling": 1.5}))
+    convert(tmp_path / "lora", tmp_path / "adapter", Options(base=str(tmp_path / "base")))
+    base = MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "base")
+    found = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    wanted = kyutai_to_hf(merged(state, lora, 1.5) | whole, config_from_kyutai(lm_kwargs))
+    assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in wanted.items())
+    convert(tmp_path / "adapter", tmp_path / "back")
+    assert equal(load_file(tmp_path / "back" / "lora.safetensors"), lora)
+
+
 def test_a_peft_adapter_becomes_a_lora_file(tmp_path):
     """q, k and v of a PEFT adapter have each their own A: the file has three times the rank and the same sum."""
     base = small_model(ttt_layers=[])

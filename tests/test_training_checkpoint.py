@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and damage never loads in silence."""
 
+import errno
 import json
 import random
 import resource
@@ -12,35 +13,74 @@ import torch
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.common.files import write_manifest
-from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
+from modeling_moshi_ttt.common.run_folder import FORMAT
+from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, Snapshot, random_state, restore, set_random_state
 
 
 def snapshot(value):
-    tensors = {"a": torch.full((300,), float(value)), "b": torch.arange(6).reshape(2, 3).T}
-    return Snapshot(
-        {"step": value, "lanes": [1, 2]}, {"model": tensors, "optimizer": {"m": torch.ones(2, 2)}}, {"lane": torch.ones(4) * value}
-    )
+    tensors = {"weight": torch.full((30, 10), float(value)), "weight|step": torch.tensor(7.0)}
+    return Snapshot({"step": value, "lanes": [1, 2]}, tensors, {"memory.lane": torch.ones(4) * value})
 
 
 def folder_with(path, steps, **kwargs):
-    folder = CheckpointFolder(path, **kwargs)
-    for step in steps:
-        folder.save(step, snapshot(step))
+    with CheckpointFolder(path, **kwargs) as folder:
+        for step in steps:
+            folder.save(step, snapshot(step))
     return folder
 
 
 def test_round_trip(tmp_path):
     folder = folder_with(tmp_path, [5])
-    back = folder.load(folder.newest(), ("model", "optimizer"))
-    assert back.state == {"step": 5, "lanes": [1, 2]}
-    assert torch.equal(back.shared["model"]["b"], torch.arange(6).reshape(2, 3).T)
-    assert torch.equal(back.own["lane"], torch.ones(4) * 5)
+    back = folder.read(folder.newest())
+    assert back.state == {"format": FORMAT, "step": 5, "lanes": [1, 2]}
+    assert torch.equal(back.own["memory.lane"], torch.ones(4) * 5)
+    layer = torch.nn.Linear(10, 30, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    restore(folder.newest(), layer, optimizer)
+    assert torch.equal(layer.weight.detach(), torch.full((30, 10), 5.0))
+    assert optimizer.state[layer.weight] == {"step": torch.tensor(7.0)}
+    for other, message in ((torch.nn.Linear(10, 30), "not this model's .*bias"), (torch.nn.Linear(9, 30, bias=False), r"shape \(30, 10\)")):
+        with pytest.raises(ValueError, match=message):
+            restore(folder.newest(), other)
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_saved(tmp_path):
+    """Writing goes on while training does."""
+    weight = torch.zeros(200, 200)
+    with CheckpointFolder(tmp_path) as folder:
+        folder.save(1, Snapshot({}, {"weight": weight}, {"memory.lane": weight}))
+        weight += 1
+    layer = torch.nn.Linear(200, 200, bias=False)
+    restore(folder.path(1), layer)
+    assert not layer.weight.any()
+    assert not folder.read(folder.path(1)).own["memory.lane"].any()
+
+
+def test_a_checkpoint_of_a_later_version_is_named(tmp_path):
+    folder = folder_with(tmp_path, [5])
+    content = json.loads((folder.path(5) / "state.json").read_text()) | {"format": FORMAT + 1}
+    (folder.path(5) / "state.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"`format=\d`, this version reads 1 to \d"):
+        folder.read(folder.path(5))
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_warns_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    def refused(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with CheckpointFolder(tmp_path, keep=1) as folder:
+        folder.save(1, snapshot(1))
+        folder.wait()
+        monkeypatch.setattr(shutil, "rmtree", refused)
+        folder.save(2, snapshot(2))
+    assert folder.steps() == [2]
+    assert "checkpoint-00000001 cannot be deleted" in caplog.text
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=2)
-    for step in range(1, 7):
-        folder.save(step, snapshot(step), best=2 if step >= 2 else None)
+    with CheckpointFolder(tmp_path, keep=2) as folder:
+        for step in range(1, 7):
+            folder.save(step, snapshot(step), best=2 if step >= 2 else None)
     assert folder.steps() == [2, 5, 6]
     assert all(not p.name.startswith(".") for p in tmp_path.iterdir())
 
@@ -59,7 +99,7 @@ def test_every_damage_to_every_file_is_seen(tmp_path, caplog):
     folder = folder_with(tmp_path / "run", [1, 2])
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     names = sorted(p.name for p in folder.path(2).iterdir())
-    assert names == ["manifest.json", "model.safetensors", "optimizer.safetensors", "rank-0.safetensors", "state.json"]
+    assert names == ["manifest.json", "rank-0.safetensors", "shard-00001-model-00001-of-00001.safetensors", "state.json"]
     for name in names:
         for kind, data in damages(folder.path(2) / name):
             target = folder.path(2) / name
@@ -83,13 +123,14 @@ def test_a_full_disk_leaves_the_old_ones(tmp_path, small_disk):
     """Really full: a small file system, or where none may be mounted, a limit on the size of a file, at which writing fails as well."""
     place = tmp_path / "run" if small_disk is None else small_disk
     folder = folder_with(place, [1])
-    big = Snapshot({"step": 2}, {"model": {"a": torch.zeros(2_000_000)}}, {"lane": torch.ones(4)})
+    big = Snapshot({"step": 2}, {"weight": torch.zeros(2_000_000)}, {"memory.lane": torch.ones(4)})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if small_disk is None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))
     try:
-        with pytest.raises(OSError, match=r"model\.safetensors cannot be written .*(No space|too large).*make room"):
-            folder.save(2, big)
+        folder.save(2, big)
+        with pytest.raises(OSError, match=r"checkpoint-00000002.* cannot be written .*(No space|too large).*make room"):
+            folder.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in place.iterdir()] == ["checkpoint-00000001"]
@@ -99,6 +140,7 @@ def test_a_full_disk_leaves_the_old_ones(tmp_path, small_disk):
     (place / ".checkpoint-00000003.tmp" / "model.safetensors").write_bytes(b"half")
     assert folder.newest() == folder.path(1)
     folder.save(3, snapshot(3))
+    folder.wait()
     assert folder.newest() == folder.path(3)
 
 

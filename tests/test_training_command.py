@@ -17,9 +17,8 @@ from transformers import AutoModel
 from modeling_moshi_ttt import MoshiTTTConfig
 from modeling_moshi_ttt.adapters import checks as adapter
 from modeling_moshi_ttt.cli import main
-from modeling_moshi_ttt.common.files import atomic_write, check_manifest
+from modeling_moshi_ttt.common.files import atomic_write, check_manifest, read_log
 from modeling_moshi_ttt.hub.verify import expected_shapes, verify
-from modeling_moshi_ttt.training.report import read_metrics
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_from_sound_to_an_adapter_and_again(tmp_path, recipe, capsys):
     assert check_manifest(run / "final") == []
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("tracking/*")) != []
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_log(run / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
     assert {"tokens_per_second", "data_wait", "peak_memory_gb", "gradient_norm"} <= set(records[0])
     PeftModel.from_pretrained(small_model(), run / "final")
@@ -65,9 +64,9 @@ def test_from_sound_to_an_adapter_and_again(tmp_path, recipe, capsys):
     assert expected_shapes(MoshiTTTConfig.from_dict(json.loads(told))) == expected_shapes(base)
     assert str(tmp_path) not in told
     # the same command again finds everything done and changes nothing
-    before = (run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")
+    before = (run / "final" / "adapter_model.safetensors").read_bytes(), read_log(run / "metrics.jsonl")
     assert main(["train", str(recipe)]) == 0
-    assert ((run / "final" / "adapter_model.safetensors").read_bytes(), read_metrics(run / "metrics.jsonl")) == before
+    assert ((run / "final" / "adapter_model.safetensors").read_bytes(), read_log(run / "metrics.jsonl")) == before
 
 
 @pytest.mark.parametrize("start", ["fresh", "plain", "transformers", "base"])
@@ -169,8 +168,8 @@ def test_fresh_weights_depend_on_the_seed_alone():
 
 
 def test_a_diverged_model_is_no_result(tmp_path):
-    from modeling_moshi_ttt.training.train import _check_finite
+    from modeling_moshi_ttt.training.export import _check_finite
 
     _check_finite({"weight": torch.ones(2), "count": torch.ones(2, dtype=torch.int64)}, tmp_path)
-    with pytest.raises(ValueError, match="b holds values that are not finite.*final was not written.*lower rates"):
+    with pytest.raises(ValueError, match="b holds values that are not finite.*was not written.*lower rates"):
         _check_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, tmp_path)

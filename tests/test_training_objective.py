@@ -7,10 +7,10 @@ import pytest
 import torch
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
-from modeling_moshi_ttt.common.files import write_manifest
+from modeling_moshi_ttt.common.files import read_log, write_manifest
 from modeling_moshi_ttt.hub.card import summarise
 from modeling_moshi_ttt.training.objective import objective
-from modeling_moshi_ttt.training.report import plot_curve, read_metrics, shown
+from modeling_moshi_ttt.training.report import plot_curve, shown
 
 LENGTHS = [21, 13, 30, 9]
 WEIGHT = 4.0
@@ -26,7 +26,7 @@ def trainer_for(folder, speechless=(), held_speechless=(), **changes):
 
 
 def records(folder):
-    return read_metrics(folder / "run" / "metrics.jsonl")
+    return read_log(folder / "run" / "metrics.jsonl")
 
 
 def test_what_is_logged_is_what_is_minimized(tmp_path):

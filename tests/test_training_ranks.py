@@ -1,6 +1,8 @@
 """One, two and four processes, DDP and FSDP2: the same losses, the same weights, the same adapter, and an exact resume."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,10 +13,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.common.files import read_log, write_manifest
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.checkpoint import CheckpointFolder
-from modeling_moshi_ttt.training.report import read_metrics
-from modeling_moshi_ttt.training.state import full_state
+from modeling_moshi_ttt.training.checkpoint import CheckpointFolder, full_state
 from modeling_moshi_ttt.training.trainer import Trainer
 
 LENGTHS = [21, 13, 30, 9, 17, 26, 11, 24]
@@ -53,7 +54,7 @@ def stop_after(trainer, step):
 
 
 def result(folder):
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_log(folder / "metrics.jsonl")
     losses = [record[name] for record in records for name in ("loss", "eval_loss", "eval_text_accuracy") if name in record]
     return load_file(folder / "weights.safetensors"), losses
 
@@ -93,14 +94,14 @@ def test_adapter_gathered_from_shards_equals_the_single_one(tmp_path):
     PeftModel.from_pretrained(make_model(), tmp_path / "two" / "saved")
 
 
-@pytest.mark.parametrize(("kind", "sharded"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
-def test_two_ranks_resume_exactly(tmp_path, kind, sharded):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_resume_exactly(tmp_path, kind):
     """Carried lanes, noise and all: stopped after step 3 and started again, two ranks end as two ranks in one go."""
     changes = {
         "steps": 5,
         "double": False,
         "data": {"carry": "state+attention", "batch_size": 2, "accumulation": 1},
-        "checkpoint": {"every": 1, "keep": 2, "sharded": sharded},
+        "checkpoint": {"every": 1, "keep": 2},
     }
     run_ranks(2, kind, lambda rank: train(tmp_path / "a", rank, 2, kind, **changes))
     for until in (3, None):
@@ -109,15 +110,15 @@ def test_two_ranks_resume_exactly(tmp_path, kind, sharded):
     assert losses == others
     assert all(torch.equal(one[name], two[name]) for name in one)
     parts = sorted(p.name for p in (tmp_path / "a" / "checkpoints" / "checkpoint-00000005").iterdir())
-    assert ("model.safetensors" in parts) == (not sharded)
-    assert {"rank-0.safetensors", "rank-1.safetensors"} <= set(parts)
+    shards = {f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)}  # no rank writes all, nor twice what both have
+    assert {"rank-0.safetensors", "rank-1.safetensors", *shards} <= set(parts)
 
 
-@pytest.mark.parametrize(("kind", "sharded", "where"), [("ddp", False, (Trainer, "_clip")), ("fsdp", True, (CheckpointFolder, "_publish"))])
-def test_two_ranks_of_which_one_is_killed_end_as_unbroken_ones(tmp_path, kind, sharded, where):
+@pytest.mark.parametrize(("kind", "where"), [("ddp", (Trainer, "_clip")), ("fsdp", (CheckpointFolder, "_publish"))])
+def test_two_ranks_of_which_one_is_killed_end_as_unbroken_ones(tmp_path, kind, where):
     """kill -9 in the middle of a step, and of a save: the other rank cannot go on; the same command then does."""
     data = {"carry": "state+attention", "batch_size": 2, "accumulation": 1}
-    changes = {"double": False, "data": data, "checkpoint": {"every": 1, "keep": 2, "sharded": sharded}}
+    changes = {"double": False, "data": data, "checkpoint": {"every": 1, "keep": 2}}
     original, calls = getattr(*where), []
 
     def dies(self, *args):
@@ -150,6 +151,58 @@ def test_another_number_of_processes_goes_on_where_that_is_exact(tmp_path, alone
     assert_same(result(tmp_path), alone["none"])
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_four_two_and_four_ranks_in_turn_end_as_one(tmp_path, alone, kind):
+    """Each number of ranks reads the shards that another wrote; losses are equal to 1e-6."""
+    for world, until in ((4, 2), (2, 4), (4, None)):
+        run_ranks(
+            world, kind, lambda rank, world=world, until=until: train(tmp_path, rank, world, kind, until=until, checkpoint={"every": 1})
+        )
+    assert_same(result(tmp_path), alone["none"])
+
+
+def as_format_1(path, world):
+    """The same checkpoint as versions 0.1.0 and 0.2.0 wrote it: whole tensors, or for several ranks one part each."""
+    state = json.loads((path / "state.json").read_text())
+    del state["format"]
+    (path / "state.json").write_text(json.dumps(state))
+    shards = sorted(path.glob("shard-*"))
+    steps = {name: tensor for shard in shards for name, tensor in load_file(shard).items() if tensor.dim() == 0}
+    for rank, shard in enumerate(shards):
+        kinds = {"model": {}, "optimizer": {}}
+        for name, tensor in (load_file(shard) | steps).items():  # AdamW's steps are the same on every rank, and now written by one
+            kinds["optimizer" if "|" in name else "model"][name] = tensor
+        if world == 1:
+            for kind, tensors in kinds.items():
+                save_file(tensors, path / f"{kind}.safetensors")
+        else:
+            whole = {f"{kind}.{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
+            save_file(load_file(path / f"rank-{rank}.safetensors") | whole, path / f"rank-{rank}.safetensors")
+        shard.unlink()
+    write_manifest(path)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_of_version_0_2_0_goes_on(tmp_path, world):
+    def run(until=None):
+        if world == 1:
+            train(tmp_path, 0, 1, "one", until=until, double=False, checkpoint={"every": 1})
+        else:
+            run_ranks(2, "fsdp", lambda rank: train(tmp_path, rank, 2, "fsdp", until=until, double=False, checkpoint={"every": 1}))
+
+    run()
+    unbroken = result(tmp_path)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in folder.steps():
+        if step > 3:
+            shutil.rmtree(folder.path(step))
+    as_format_1(folder.path(3), world)
+    run()
+    (one, losses), (two, others) = unbroken, result(tmp_path)
+    assert losses == others
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize(("mode", "dtype"), [("full", "float32"), ("lora+ttt", "bfloat16")])
 def test_bf16_shards_keep_memory_losses_and_what_is_trained_in_float32(tmp_path, monkeypatch, mode, dtype):
     """As full_8gpu.yaml and lora_ttt_7b.yaml under fsdp2_8gpu.yaml, lanes and recomputation besides: the launcher's file asks for bf16."""
@@ -172,7 +225,7 @@ def test_bf16_shards_keep_memory_losses_and_what_is_trained_in_float32(tmp_path,
         for cache in trainer.memory.caches:
             state = cache.ttt_state(0)
             assert {x.dtype for x in (*state.weights, state.k, state.v, state.lr)} == {torch.float32}
-        losses = [record["audio_loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+        losses = [record["audio_loss"] for record in read_log(tmp_path / "metrics.jsonl")]
         assert trainer.progress.bad_steps == 0
         assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses)
 

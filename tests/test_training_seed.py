@@ -17,8 +17,8 @@ from training_runs import make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.training import modes, setup
+from modeling_moshi_ttt.training.checkpoint import full_state
 from modeling_moshi_ttt.training.run_config import LoraSettings, ModelSettings
-from modeling_moshi_ttt.training.state import full_state
 
 TTT = {"ttt_layers": "all", "ttt_mixer": "mlp"}
 

@@ -10,8 +10,8 @@ import pytest
 from accelerate import Accelerator
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
+from modeling_moshi_ttt.common.files import read_log
 from modeling_moshi_ttt.training import report, setup
-from modeling_moshi_ttt.training.report import read_metrics
 
 # What accelerate calls of wandb and of trackio, under their names: all of it is written down.
 STAND_IN = """
@@ -48,7 +48,7 @@ accelerator.end_training()
 
 def told(folder):
     """What the run itself wrote down, as trackers get it."""
-    return [{name: float(value) for name, value in record.items()} for record in read_metrics(folder / "metrics.jsonl")]
+    return [{name: float(value) for name, value in record.items()} for record in read_log(folder / "metrics.jsonl")]
 
 
 def test_wandb_and_trackio_get_settings_and_numbers(tmp_path):

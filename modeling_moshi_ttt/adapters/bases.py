@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MoshiConfig
 
 from ..common.files import atomic_write, read_json
+from ..common.run_folder import FINAL_RUN
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
@@ -99,7 +100,7 @@ def _held_ttt(folder: Path) -> dict[str, Any]:
 
 def adapter_run(folder: Path) -> dict[str, Any]:
     """The settings of the run that made the adapter, as far as they lie beside it."""
-    return read_json(folder / "run.json").get("run", {}) if (folder / "run.json").is_file() else {}
+    return read_json(folder / FINAL_RUN).get("run", {}) if (folder / FINAL_RUN).is_file() else {}
 
 
 def _run_ttt(folder: Path) -> dict[str, Any]:

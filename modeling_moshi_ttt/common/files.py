@@ -169,11 +169,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def tensors_written(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Around safetensors' writing, which has an error of its own for a full disk: OSError with the file, the reason and the cure."""
+    """Around the writing of tensors, for which safetensors has an error of its own: OSError with the place, the reason and the cure."""
     try:
         yield
-    except SafetensorError as error:
-        raise MoshiTTTOSError(f"{path} cannot be written ({error}); make room there and run the same command again.") from None
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MoshiTTTOSError(f"{path} cannot be written ({reason}); make room there and run the same command again.") from None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -185,17 +186,22 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: str | os.PathLike[str]) -> Path:
-    """Write manifest.json: relative name -> size in bytes and sha256, for every other file below `folder`."""
+def write_manifest(folder: str | os.PathLike[str], known: dict[str, Any] | None = None) -> Path:
+    """Write manifest.json: relative name -> size in bytes and sha256, for every other file below `folder`; `known` is this table where
+    the files were digested as they were written.
+    """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
-    table = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    table = known or {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
     atomic_write(folder / MANIFEST, json.dumps({"files": table}, indent=1))
     return folder / MANIFEST
 
 
-def check_manifest(folder: str | os.PathLike[str]) -> list[str]:
-    """Compare a folder with its manifest; returns problems as sentences, an empty list when all is well."""
+def check_manifest(folder: str | os.PathLike[str], rank: int = 0, world: int = 1) -> list[str]:
+    """Compare a folder with its manifest; returns problems as sentences, an empty list when all is well.
+
+    Of `world` processes that share the work, each reads the contents of every world-th file, from its `rank` on.
+    """
     folder = Path(folder)
     try:
         table = parse_json((folder / MANIFEST).read_bytes())["files"]
@@ -205,7 +211,7 @@ def check_manifest(folder: str | os.PathLike[str]) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return [f"{folder / MANIFEST} cannot be read ({error})."]
     problems = []
-    for name, (size, digest) in wanted.items():
+    for number, (name, (size, digest)) in enumerate(sorted(wanted.items())):
         try:
             path = inside(folder, name)
         except ValueError as error:
@@ -215,7 +221,7 @@ def check_manifest(folder: str | os.PathLike[str]) -> list[str]:
             problems.append(f"{name} is missing.")
         elif path.stat().st_size != size:
             problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {size}.")
-        elif sha256(path) != digest:
+        elif number % world == rank and sha256(path) != digest:
             problems.append(f"{name} has other contents than the manifest says.")
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     problems += [f"{name} is not in the manifest." for name in sorted(found - set(wanted))]

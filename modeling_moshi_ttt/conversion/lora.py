@@ -3,6 +3,7 @@
 A LoRA pair adds `scaling · B A` to a weight. Splitting, stacking and rotary order act on the rows of a weight, hence on B alone; A is
 shared by the parts that a joint projection is split into. On the way back q, k and v of a PEFT adapter may each have their own A: then
 the three stand side by side in a pair of three times the rank, and every other pair is filled up with zeros, so that the sum is the same.
+Embeddings that were trained whole (moshi-finetune's `lora.ft_embed`) are PEFT's `modules_to_save`.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,11 @@ def _adaptable(config: MoshiTTTConfig) -> list[Group]:
     return [group for group in moshi_groups(config) if len(group.kyutai_shape) == 2 and "emb" not in group.kyutai[0]]
 
 
+def _embeddings(config: MoshiTTTConfig) -> list[Group]:
+    """What moshi-finetune's `lora.ft_embed` trains whole beside LoRA: its parameters with "emb" in their names."""
+    return [group for group in moshi_groups(config) if "emb" in group.kyutai[0]]
+
+
 def lora_to_peft(state: Mapping[str, Tensor], config: MoshiTTTConfig) -> dict[str, Tensor]:
     """A moshi-finetune LoRA state dict under PEFT's names. Raises ValueError naming keys that are no LoRA weights of this model."""
     pairs = _pairs(state)
@@ -60,8 +66,9 @@ def lora_to_peft(state: Mapping[str, Tensor], config: MoshiTTTConfig) -> dict[st
                 downs = list(downs[0].chunk(len(split.kyutai)))
             found |= _to_peft(name, torch.stack(downs) if up.dim() == 3 else downs[0], up)
     known = {f"{_module(name)}.lora_{side}.weight" for name in used for side in "AB"}
-    check_names(state.keys(), known, "moshi-finetune's LoRA file")
-    return found
+    whole = [group for group in _embeddings(config) if group.kyutai[0] in state]
+    check_names(state.keys(), known | {group.kyutai[0] for group in whole}, "moshi-finetune's LoRA file")
+    return found | {PEFT_PREFIX + group.here[0]: group.to_here([state[group.kyutai[0]]])[0] for group in whole}
 
 
 def _to_peft(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
@@ -78,7 +85,9 @@ def peft_to_lora(state: Mapping[str, Tensor], config: MoshiTTTConfig, rank: int,
     Raises ValueError for TTT weights, which moshi-finetune has no place for, unless `keep_ttt` keeps them under their own names.
     """
     pairs = _pairs(state, PEFT_PREFIX)
-    ttt = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _saved(state).items()}
+    saved = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _saved(state).items()}
+    whole = [group for group in _embeddings(config) if group.here[0] in saved]
+    ttt = {name: tensor for name, tensor in saved.items() if name not in {group.here[0] for group in whole}}
     if ttt and not keep_ttt:
         raise MoshiTTTError(
             f"the adapter holds TTT weights ({sorted(ttt)[0]} and {len(ttt) - 1} more), which Kyutai's code has no place for; "
@@ -90,7 +99,7 @@ def peft_to_lora(state: Mapping[str, Tensor], config: MoshiTTTConfig, rank: int,
     check_names([name for name in state if ".lora_" in name], [name for name in state if name in known], "the PEFT adapter")
     split = {group: _from_peft(group, pairs, rank) for group in groups}
     shared = all(_one_a(parts) for parts in split.values())
-    found = dict(ttt)
+    found = ttt | {group.kyutai[0]: group.to_kyutai([saved[group.here[0]]])[0] for group in whole}
     for group, parts in split.items():
         found |= _to_lora(group, parts, rank if shared else 3 * rank, shared)
     return found
@@ -159,5 +168,6 @@ def peft_config(weights: Mapping[str, Tensor], config: MoshiTTTConfig, rank: int
         "bias": "none",
         "target_modules": [_module(name) for name in adapted if name not in stacked],
         "target_parameters": [name for name in adapted if name in stacked] or None,
+        "modules_to_save": sorted(_module(name.removeprefix(PEFT_PREFIX)) for name in _saved(weights)) or None,
         "inference_mode": True,
     }

@@ -9,12 +9,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..adapters.bases import BASE_CONFIG
 from ..common.files import atomic_write, read_json, read_log
 from ..common.packaged import resolve
+from ..common.run_folder import CURVE, PICTURES, RESULTS, RUN_CONFIG
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from .verify import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.json", "training_summary.json"
+CARD, SUMMARY = "README.md", "training_summary.json"
 # What only the people behind a model know: a JSON file in the run folder.
 CARD_FACTS = "card.json"
 FACT_KEYS = ("base_model", "datasets", "description", "hardware", "languages", "license", "time")
@@ -80,7 +81,7 @@ def write_card(folder: Path, repo_id: str, kind: str, facts: Facts) -> None:
         training=training_rows(run, summary, details),
         description=details.get("description", ""),
         evaluation=rows,
-        curve=(folder / "loss.png").is_file(),
+        curve=(folder / CURVE).is_file(),
         long_context=long_context_pictures(folder, results),
         languages=", ".join(details.get("languages", [])),
         license=data.license,
@@ -164,7 +165,7 @@ def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
 
 def long_context_pictures(folder: Path, results: dict[str, Any]) -> list[str]:
     """The pictures of loss against position, as far as they are there."""
-    names = [f"pictures/{name}.png" for name, part in results.get("tasks", {}).items() if part.get("kind") == "long_context"]
+    names = [f"{PICTURES}/{name}.png" for name, part in results.get("tasks", {}).items() if part.get("kind") == "long_context"]
     return [name for name in names if (folder / name).is_file()]
 
 

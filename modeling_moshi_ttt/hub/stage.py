@@ -9,10 +9,11 @@ import torch
 
 from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, is_adapter
 from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
+from ..common.run_folder import CURVE, FINAL, FINAL_RUN, METRICS, PICTURES, RESULTS, RUN_CONFIG
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .card import CARD, CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
+from .card import CARD, CARD_FACTS, SUMMARY, check_facts, summarise, without_paths, write_card
 from .probe import OLD_PROBE, compare, stage_probe
 from .verify import Facts, verify
 
@@ -27,8 +28,6 @@ AUTO_MAP = {
     "AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor",
 }
 PROCESSOR_CONFIG = "processor_config.json"
-# Where a run keeps its final model, its settings and its loss curve; where an evaluation keeps what it found.
-FINAL, FINAL_RUN, METRICS, CURVE, PICTURES = "final", "run.json", "metrics.jsonl", "loss.png", "pictures"
 KINDS = ("full", "adapter", "merged")
 
 

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from ..common.files import atomic_write
+from ..common.files import atomic_write, read_log
+from ..common.run_folder import TRACKING
 from ..errors_moshi_ttt import MoshiTTTError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -41,7 +42,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], run_dir: Path
     run_dir.mkdir(parents=True, exist_ok=True)
     options = {"wandb": {"name": run_dir.name, "dir": str(run_dir)}, "trackio": {"name": run_dir.name}}
     try:
-        accelerator.init_trackers("tracking", _flat(settings), options)
+        accelerator.init_trackers(TRACKING, _flat(settings), options)
     except Exception as error:  # each tracker has its own kinds
         raise MoshiTTTError(f"trackers is {list(names)} and does not start: {error} (trackers=[] goes on without)") from None
 
@@ -63,27 +64,14 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            atomic_write(path, "".join(line + "\n" for line in kept))
+            kept = [record for record in read_log(path) if record["step"] <= resumed_step]
+            atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; a line is on its way to the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float("inf")]
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that a kill has torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -106,7 +94,7 @@ def plot_curve(metrics: Path, picture: Path) -> None:
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
-    records = read_metrics(metrics)
+    records = read_log(metrics)
     train = [r for r in records if "loss" in r]
     checks = [r for r in records if "eval_loss" in r]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")

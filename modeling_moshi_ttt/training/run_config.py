@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -107,7 +108,15 @@ class CheckpointSettings:
     keep: Count = 3
     """How many stay beside the best."""
     sharded: Flag = False
-    """One file a rank."""
+    """Deprecated, goes in 0.4: every checkpoint holds what each rank wrote of it, for any number of ranks."""
+    final_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights in `final`; bfloat16 halves it."""
+
+    def __post_init__(self) -> None:
+        if self.sharded:
+            warnings.warn(
+                "checkpoint.sharded has no meaning any more, for every rank writes its part; it goes in 0.4", FutureWarning, stacklevel=2
+            )
 
 
 @settings_group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .run_config import OptimSettings
@@ -37,6 +38,18 @@ def rate_factor(step: int, settings: OptimSettings) -> float:
     if settings.schedule == "constant":
         return 1.0
     return _between(1.0, 0.0, (step - warmup) / max(settings.steps - warmup, 1))
+
+
+def longer(step: int, planned: int, settings: OptimSettings) -> str:
+    """What happens to the rates where a run that was planned for fewer steps goes on from `step`, in a sentence."""
+    then, now = rate_factor(min(step, planned - 1), replace(settings, steps=planned)), rate_factor(step, settings)
+    if settings.schedule == "constant":
+        how = "the schedule constant goes on"
+    else:
+        how = f"the schedule {settings.schedule} is stretched over all {settings.steps}, so from here on it is not a run planned for {planned}"
+    return (
+        f"optim.steps was {planned} and is {settings.steps}: {how}; the rates' factor was {then:.3g} and is {now:.3g} in step {step + 1}."
+    )
 
 
 def beta1(step: int, settings: OptimSettings) -> float:

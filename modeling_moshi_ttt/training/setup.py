@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -16,6 +17,7 @@ from ..adapters.bases import check_loadable, is_adapter, named_base, raw_config
 from ..common.files import read_json
 from ..common.hub import check_place
 from ..common.packaged import resolve
+from ..common.run_folder import FINAL
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..data.codec import read_processor
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
@@ -23,6 +25,9 @@ from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
 from .run_config import ModelSettings, RunConfig
+
+# How long one process waits for the others: longer than unpacking an archive or writing a final model takes, which one does for all.
+TIMEOUT = timedelta(hours=2)
 
 
 def load_processor(settings: ModelSettings) -> Any:
@@ -51,8 +56,8 @@ def check_start(path: str) -> None:
             f"model.path is {path}, an adapter: start from its base{base and f' ({base})'}, or make the two one model with "
             f"`moshi-ttt push {path} USER/NAME --merged` and start from that."
         )
-    if (place / "final").is_dir() and not (place / "config.json").is_file():
-        raise MoshiTTTError(f"model.path: {path} is a run folder; did you mean {place / 'final'}?")
+    if (place / FINAL).is_dir() and not (place / "config.json").is_file():
+        raise MoshiTTTError(f"model.path: {path} is a run folder; did you mean {place / FINAL}?")
     check_place(path, "model.path")
     raw_config(path, "model.path")
 
@@ -117,7 +122,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         project_dir=run.run_dir,
         step_scheduler_with_optimizer=False,
         # several windows may pass before one backward: buffers must not be rewritten in between
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:

@@ -3,46 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import logging
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..adapters.bases import name_auto_class, write_base_config
-from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
+from ..common.files import make_folder
+from ..common.lock import locked
 from ..common.packaged import known, names, resolve
+from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step
 from ..common.settings import describe
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
+from .moshi_finetune import load_moshi_finetune
 from .run_config import RunConfig, load_run_config
+from .signals import RunStopped, stop_requests
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("recipe", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
+    parser.add_argument("recipe", nargs="?", help=f"a YAML file, or a packaged one by its name: {', '.join(names('train'))}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, as in optim.lr=1e-4")
     packaged = ", ".join(names("accelerate"))
     parser.add_argument(
         "--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}"
     )
+    parser.add_argument("--from-moshi-finetune", metavar="FILE", help="a recipe of moshi-finetune in place of ours; what differs is told")
     parser.epilog = describe(RunConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step was reached."""
-    config = load_run_config(args.recipe, args.overrides)
+    words = ([args.recipe] if args.recipe else []) + args.overrides
+    if args.from_moshi_finetune:
+        config, differences = load_moshi_finetune(args.from_moshi_finetune, words)
+        words += ["--from-moshi-finetune", args.from_moshi_finetune]
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("Unlike moshi-finetune:", *differences, sep="\n  ")
+    elif args.recipe:
+        config = load_run_config(args.recipe, args.overrides)
+    else:
+        raise MoshiTTTError("no recipe is given; name a YAML file, or a packaged one (moshi-ttt train --help lists them).")
     if args.launch:
-        return launch(args.launch, [args.recipe, *args.overrides])
+        return launch(args.launch, words)
     try:
         train(config)
     except FloatingPointError as error:
         raise MoshiTTTError(str(error)) from None
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 
 def launch(launch_file: str, arguments: list[str]) -> int:
-    """`moshi-ttt train` with these arguments in every process of an accelerate configuration; the launcher's exit code."""
+    """`moshi-ttt train` with these arguments in every process of an accelerate configuration.
+
+    A signal that asks for a stop goes to the processes as SIGUSR1, which their launcher leaves them the time for; of SIGTERM it would kill
+    them 30 s later. A second Ctrl-C sends that.
+
+    Returns:
+        The launcher's exit code, or 128 + the number of the signal.
+    """
     path = resolve("accelerate", launch_file)
     if not Path(path).is_file():
         hint = known("accelerate", launch_file)
@@ -50,7 +75,16 @@ def launch(launch_file: str, arguments: list[str]) -> int:
             f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}"
         )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
-    return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], check=False).returncode
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the launcher, which inherits it
+    process = subprocess.Popen([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], start_new_session=True)
+    signal.signal(signal.SIGUSR1, before)
+    with stop_requests() as request:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                code = process.wait(timeout=1)
+                return 128 + request.signal if code and request.signal else code
+            if request.signal:  # again, where they were still starting
+                os.killpg(process.pid, signal.SIGTERM if request.repeated else signal.SIGUSR1)
 
 
 def train(config: RunConfig) -> Path:
@@ -62,6 +96,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         ValueError, OSError: settings, data or the run folder do not allow it; the message says what to change.
         FloatingPointError: too many steps in a row were not finite.
+        RunStopped: a signal asked for it; the checkpoint is saved.
     """
     from . import modes, setup
     from .report import start_trackers
@@ -71,8 +106,10 @@ def train(config: RunConfig) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
-    accelerator = setup.make_accelerator(config)
-    try:
+    with stop_requests() as request, contextlib.ExitStack() as held:
+        accelerator = setup.make_accelerator(config)
+        held.callback(accelerator.wait_for_everyone)
+        _lock(run_dir, accelerator, held)
         train_set, held_out, processor = _load_data(config, model_config, accelerator)
         model = setup.build_model(config.model, config.seed)
         processor.complete(model.config)
@@ -83,14 +120,29 @@ def train(config: RunConfig) -> Path:
         from .trainer import Trainer
 
         trainer = Trainer(config, model, train_set, held_out, accelerator)
-        trainer.fit()
-        if not _is_finished(run_dir, config.optim.steps):
+        trainer.fit(request)
+        if final_step(run_dir) != config.optim.steps:
             _finish(trainer, processor, run_dir)
+        elif accelerator.is_main_process:
+            print(f"This run is finished: {run_dir / FINAL} is of step {config.optim.steps}. Raise optim.steps to train on.", flush=True)
         if config.trackers:
             accelerator.end_training()
-        return run_dir / "final"
-    finally:
-        accelerator.wait_for_everyone()
+        return run_dir / FINAL
+
+
+def _lock(run_dir: Path, accelerator: Any, held: contextlib.ExitStack) -> None:
+    """Have the main process hold the run folder; where another one does, every process says so."""
+    from accelerate.utils import broadcast_object_list
+
+    refused: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            held.enter_context(locked(run_dir, "run_dir"))
+        except MoshiTTTOSError as error:
+            refused = [str(error)]
+    broadcast_object_list(refused)
+    if refused[0]:
+        raise MoshiTTTOSError(refused[0])
 
 
 def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
@@ -104,7 +156,7 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
 
     processor = setup.load_processor(config.model)
     processor.check_model(model_config)
-    cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / "codes", "data.cache"), processor)
+    cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / CODES, "data.cache"), processor)
 
     def progress(items: Any) -> Any:
         return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
@@ -118,42 +170,16 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     return train_set, held_out, processor
 
 
-def _is_finished(run_dir: Path, steps: int) -> bool:
-    """Whether `final` is there and belongs to the last step."""
-    try:
-        return bool(read_json(run_dir / "final" / "run.json").get("step") == steps)
-    except (FileNotFoundError, ValueError):
-        return False
-
-
-def _check_finite(state: dict[str, Any], run_dir: Path) -> None:
-    """ValueError where the training diverged: such a model is no result."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise MoshiTTTError(
-                f"{name} holds values that are not finite, so {run_dir / 'final'} was not written: the training diverged; "
-                "start anew with lower rates (optim.lr, optim.ttt_lr), or use an earlier checkpoint of this run."
-            )
-
-
 def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
     """Write the final model or adapter, the processor and the loss curve; every rank must call it."""
+    from .checkpoint import full_state
+    from .export import write_model
     from .report import plot_curve
-    from .state import full_state
 
-    accelerator = trainer.accelerator
-    state = full_state(trainer.model, keep=accelerator.is_main_process)
+    accelerator, run = trainer.accelerator, trainer.run
+    state = full_state(trainer.model)
     if accelerator.is_main_process:
-        _check_finite(state, run_dir)
         model = accelerator.unwrap_model(trainer.model)
-        with tensors_written(run_dir / "final"), atomic_folder(run_dir / "final") as folder:
-            model.save_pretrained(folder, state_dict=state)
-            if model is not trainer.bare:
-                write_base_config(folder, trainer.config)
-                name_auto_class(folder, trainer.config)
-            if processor is not None:
-                processor.save_pretrained(folder)
-            atomic_write(folder / "run.json", json.dumps({"step": trainer.progress.step, "run": trainer.run.to_dict()}, indent=1))
-            write_manifest(folder)
-        plot_curve(run_dir / "metrics.jsonl", run_dir / "loss.png")
+        write_model(run_dir / FINAL, model, state, processor, run, trainer.progress.step, run.checkpoint.final_dtype)
+        plot_curve(run_dir / METRICS, run_dir / CURVE)
     accelerator.wait_for_everyone()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..common.files import atomic_write, read_json, tensors_written
+from ..common.files import tensors_written
+from ..common.run_folder import CHECKPOINTS, METRICS, RUN_CONFIG, read_settings, write_settings
 from ..data.prepared import PreparedSet
 from ..data.settings import DataSettings
 from ..data.spoken_dialogues import Phrasebook
@@ -24,7 +25,7 @@ from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from ..version import __version__
 from . import modes
-from .checkpoint import CheckpointFolder, Snapshot, random_state, set_random_state
+from .checkpoint import CheckpointFolder, Snapshot, live_tensors, random_state, restore, set_random_state
 from .curriculum import Curriculum
 from .dialogues import DialoguePlan, DialogueReader
 from .lanes import Plan
@@ -33,14 +34,14 @@ from .noise import add_noise
 from .objective import objective, ratio
 from .report import MetricsFile, peak_memory, shown
 from .run_config import ModelSettings, RunConfig
-from .schedule import set_rates
-from .state import load_weights_and_moments, weights_and_moments
+from .schedule import longer, set_rates
+from .signals import RunStopped, StopRequest
 from .windows import Batch, Loader, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 
 logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on: they do not touch a number of it.
 FREE_SETTINGS = (
-    *("run_dir", "trackers", "checkpoint.every", "checkpoint.keep"),
+    *("run_dir", "trackers", "checkpoint.every", "checkpoint.keep", "checkpoint.sharded"),
     *("data.workers", "data.cache", "data.batch_size", "data.accumulation"),
 )
 
@@ -83,10 +84,10 @@ class Trainer:
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
         self.curriculum = None if run.curriculum is None else Curriculum(run.curriculum)
         self._read(train)
-        self.folder = CheckpointFolder(
-            self.run_dir / "checkpoints", run.checkpoint.keep, accelerator.process_index, accelerator.wait_for_everyone
-        )
+        self.folder = CheckpointFolder(self.run_dir / CHECKPOINTS, run.checkpoint.keep)
         self.progress = Progress()
+        self.request, self.stop_signal = StopRequest(), 0
+        self.planned_steps = run.optim.steps
         self.tokens_per_frame = 1 + self.config.num_codebooks
 
     def _read(self, train: PreparedSet | Phrasebook) -> None:
@@ -105,25 +106,27 @@ class Trainer:
 
     # ---- the loop
 
-    def fit(self) -> Progress:
-        """Train to the last step, from the newest checkpoint if there is one.
+    def fit(self, request: StopRequest | None = None) -> Progress:
+        """Train to the last step, from the newest checkpoint if there is one; after `request`, on any rank, to the end of its step.
 
         Raises:
+            RunStopped: it was requested, and the checkpoint is saved.
             ValueError: the run folder belongs to another configuration, or cannot be resumed with this number of processes.
             FloatingPointError: too many steps in a row were not finite; the batch is saved in the run folder.
             OSError: the disk is full, or a data worker died; the same command goes on.
         """
+        self.request = request or self.request
         resumed = self._resume()
         told = self.progress.step if resumed else -1
-        metrics = MetricsFile(self.run_dir / "metrics.jsonl", told) if self.accelerator.is_main_process else None
+        metrics = MetricsFile(self.run_dir / METRICS, told) if self.accelerator.is_main_process else None
         if self.progress.step == 0 and self.run.evaluate_start:
             self._tell(metrics, {"step": 0, **self.evaluate()})
         data = self.run.data
         rank = self.accelerator.process_index
         steps = iter(Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, rank, data.workers))
         bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
-        with worker_errors(), bar:
-            while self.progress.step < self.run.optim.steps:
+        with worker_errors(), bar, self.folder:
+            while self.progress.step < self.run.optim.steps and not self.stop_signal:
                 begin = time.perf_counter()
                 step = next(steps)
                 record = self._step(step, time.perf_counter() - begin, begin)
@@ -134,6 +137,8 @@ class Trainer:
                 bar.set_postfix_str(f"loss {loss} text {text}, {speed} tokens/s")
                 bar.update()
                 self._after_step(metrics)
+        if self.stop_signal and self.progress.step < self.run.optim.steps:
+            raise RunStopped(self.stop_signal, self.progress.step, self.run.optim.steps, str(self.folder.path(self.progress.step)))
         return self.progress
 
     def _after_step(self, metrics: MetricsFile | None) -> None:
@@ -146,7 +151,7 @@ class Trainer:
             if loss is not None and loss < self.progress.best_loss:
                 self.progress.best_loss, self.progress.best_step = loss, now
         keep_best = self.progress.best_step == now
-        if last or keep_best or (run.checkpoint.every and now % run.checkpoint.every == 0):
+        if last or keep_best or self.stop_signal or (run.checkpoint.every and now % run.checkpoint.every == 0):
             self.save()
 
     def _step(self, step: Step, waited: float, begin: float) -> dict[str, Any]:
@@ -157,11 +162,13 @@ class Trainer:
         factor = set_rates(self.optimizer.param_groups, self.rates, self.progress.step, self.run.optim)
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        totals = torch.zeros(5, dtype=torch.float64, device=device)  # text loss, audio loss, frames, answers right, answers
+        # text loss, audio loss, frames, answers right, answers, ranks that were asked to stop
+        totals = torch.zeros(6, dtype=torch.float64, device=device)
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
                 totals[[0, 1, 3, 4]] += self._micro_batch(micro, batches, whole)
             totals[2] += sum(batch.frames for batch in batches)
+        totals[5] = self.request.signal is not None
         totals = self.accelerator.reduce(totals, "sum")
         norm = self._clip()
         finite = bool(torch.isfinite(totals).all() and torch.isfinite(norm))
@@ -170,7 +177,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.place = step.state
-        right, answers = totals[3:].tolist()
+        right, answers, asked = totals[3:].tolist()
+        if asked:
+            self.stop_signal = self.request.signal or signal.SIGTERM
         if self.curriculum is not None:
             self.curriculum.update(right / max(answers, 1))
             self.progress.curriculum = self.curriculum.state_dict()
@@ -300,18 +309,13 @@ class Trainer:
     # ---- checkpoints
 
     def save(self) -> Path:
-        """Write a checkpoint of everything that the run needs to go on."""
-        sharded = self.run.checkpoint.sharded
-        weights, moments = weights_and_moments(self.model, self.optimizer, sharded, keep=sharded or self.accelerator.is_main_process)
+        """Begin to write a checkpoint of everything that the run needs to go on; training may go on meanwhile."""
         randoms, plain = random_state()
         own = {**randoms, **{f"memory.{name}": tensor for name, tensor in self.memory.state_dict().items()}}
-        shared = {"model": weights, "optimizer": moments}
-        if sharded:
-            own |= {f"model.{name}": tensor for name, tensor in weights.items()} | {f"optimizer.{name}": t for name, t in moments.items()}
-            shared = {}
         state = {"progress": vars(self.progress), "random": plain, "world": self.accelerator.num_processes, "run": self.run.to_dict()}
         state |= {"data": self.data_mark, "version": __version__}
-        return self.folder.save(self.progress.step, Snapshot(state, shared, own), self.progress.best_step)
+        snapshot = Snapshot(state, live_tensors(self.model, self.optimizer), own)
+        return self.folder.save(self.progress.step, snapshot, self.progress.best_step)
 
     def _resume(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one; check that the folder belongs to this configuration."""
@@ -319,17 +323,13 @@ class Trainer:
         path = self.folder.newest()
         if path is None:
             return False
-        snapshot = self.folder.load(path, ("model", "optimizer"))
+        snapshot = self.folder.read(path)
         self._check_world(snapshot.state)
         self._check_data(path, snapshot.state)
-        sharded, own = self.run.checkpoint.sharded, snapshot.own
-        shared = snapshot.shared
-        if sharded:
-            shared = {part: _below(own, f"{part}.") for part in ("model", "optimizer")}
-        load_weights_and_moments(self.model, self.optimizer, shared["model"], shared["optimizer"], sharded)
-        if own:
-            self.memory.load_state_dict(_below(own, "memory."))
-            set_random_state(own, snapshot.state["random"])
+        restore(path, self.model, self.optimizer, self.folder.group)
+        if snapshot.own:
+            self.memory.load_state_dict(_below(snapshot.own, "memory."))
+            set_random_state(snapshot.own, snapshot.state["random"])
         self.progress = Progress(**snapshot.state["progress"])
         if "version" not in snapshot.state:
             self._take_over(path)
@@ -337,6 +337,8 @@ class Trainer:
         if self.curriculum is not None:
             self.curriculum.load_state_dict(self.progress.curriculum)
         logger.info("Going on from %s.", path)
+        if self.planned_steps < self.run.optim.steps:
+            logger.warning("%s", longer(self.progress.step, self.planned_steps, self.run.optim))
         return True
 
     def _take_over(self, path: Path) -> None:
@@ -355,7 +357,6 @@ class Trainer:
             return
         reasons = {
             "the ranks' carried memories cannot be dealt out anew (data.carry)": self.run.data.carry != "none",
-            "sharded checkpoints hold one part a rank (checkpoint.sharded)": self.run.checkpoint.sharded,
             "LoRA's dropout draws from each rank's own generator (lora.dropout)": self.run.lora is not None and self.run.lora.dropout > 0,
         }
         for reason, holds in reasons.items():
@@ -373,25 +374,25 @@ class Trainer:
 
     def _check_folder(self) -> None:
         """The folder's run_config.json must say what this run says, but for what touches no number."""
-        path = self.run_dir / "run_config.json"
         now = _fixed(self.run.to_dict()) | {"rows of a step": self.rows}
         if self.run.data.carry != "none" or (self.run.lora is not None and self.run.lora.dropout > 0):
             # memories and dropout belong to micro-batches, so these cannot be exchanged for one another
             now |= {"data.batch_size": self.run.data.batch_size, "data.accumulation": self.run.data.accumulation}
-        if path.exists():
-            before = read_json(path).get("fixed")
-            if not isinstance(before, dict):
-                raise MoshiTTTError(f"{path} was not written by a training run here; use another run_dir.")
+        if (self.run_dir / RUN_CONFIG).exists():
+            before = read_settings(self.run_dir)["fixed"]
             # settings that came with a later version were at their defaults
             unset = _fixed(RunConfig("", ModelSettings(""), DataSettings(""), mode="full").to_dict())
             before = {key: value for key, value in unset.items() if key in now} | before
+            self.planned_steps = before["optim.steps"]
+            if self.planned_steps < now["optim.steps"]:
+                before |= {"optim.steps": now["optim.steps"]}  # a run may become longer
             keys = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
             if keys:
                 changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
                 raise MoshiTTTError(f"{self.run_dir} belongs to another configuration: {changes}. Use its settings, or another run_dir.")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            atomic_write(path, json.dumps({"run": self.run.to_dict(), "fixed": now}, indent=1))
+            write_settings(self.run_dir, self.run.to_dict(), now)
         self.accelerator.wait_for_everyone()
 
 
