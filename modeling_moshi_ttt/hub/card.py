@@ -11,7 +11,7 @@ from ..common.files import atomic_write, read_json, read_log
 from ..common.packaged import resolve
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
-from .verify import Facts, human_size
+from .facts import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD, RUN_CONFIG, RESULTS, SUMMARY = "README.md", "run_config.json", "results.json", "training_summary.json"

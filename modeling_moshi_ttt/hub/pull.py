@@ -13,8 +13,9 @@ from huggingface_hub import HfApi, constants
 from ..common.files import MANIFEST, check_manifest
 from ..common.hub import hub_errors
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from .facts import Facts
 from .remote import check_base, check_ours, look, unwanted
-from .verify import Facts, verify
+from .verify import verify
 
 CLIENT_FOLDER = ".cache"
 

@@ -20,9 +20,9 @@ from ..common.files import read_json
 from ..common.hub import hub_errors
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE
 from ..errors_moshi_ttt import MoshiTTTError
+from .facts import Facts
 from .remote import Remote, check_base, look_for_push
-from .stage import choose_kind, locate, stage
-from .verify import Facts
+from .stage import choose_kind, hub_base, locate, stage
 
 
 @dataclass
@@ -93,8 +93,6 @@ def _check_tag(api: HfApi, repo_id: str, tag: str | None, remote: Remote | None)
 
 def _check_adapter(api: HfApi, folder: Path, base: str | None) -> str:
     """The revision of the base that the adapter will name: its own, else the newest commit, for a base that moves on is another base."""
-    from ..adapters.checks import hub_base
-
     name, revision = hub_base(read_json(folder / ADAPTER_CONFIG), base)
     there = check_base(api, name, revision, adapter_layers(folder))
     return revision or there.sha
