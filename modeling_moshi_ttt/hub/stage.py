@@ -12,7 +12,7 @@ from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, chec
 from ..common.checkpoint_files import check_links, copy_companions
 from ..common.files import atomic_write, inside, read_json, write_manifest
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, ShardWriter, TensorFiles
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
 from .facts import Facts
@@ -44,10 +44,10 @@ def locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
     """(the checkpoint's folder, the run's folder) for a run folder or a checkpoint folder, which is then both."""
     root = Path(source)
     if not root.is_dir():
-        raise MoshiTTTOSError(f"{root}: there is no such folder")
+        raise MoshiTTTFileNotFoundError(f"{root}: there is no such folder")
     if not is_adapter(root) and not (root / "config.json").is_file():
         if not (root / FINAL).is_dir():
-            raise MoshiTTTOSError(
+            raise MoshiTTTFileNotFoundError(
                 f"{root} holds neither a config.json, nor an {ADAPTER_CONFIG}, nor a folder {FINAL!r} with one: nothing to push"
             )
         return root / FINAL, root
@@ -190,7 +190,7 @@ def copy_results(source: Path, target: Path, wanted: bool) -> None:
     """An evaluation's results.json and the pictures of its parts."""
     if not (source / RESULTS).is_file():
         if wanted:
-            raise MoshiTTTOSError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
+            raise MoshiTTTFileNotFoundError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
         return
     results = read_json(source / RESULTS)
     atomic_write(target / RESULTS, json.dumps(without_paths(results), indent=1))

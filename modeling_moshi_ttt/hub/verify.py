@@ -13,7 +13,7 @@ from ..adapters.bases import ADAPTER_WEIGHTS, base_config, check_model_type, is_
 from ..common.files import MANIFEST, check_manifest, read_json
 from ..common.safetensor_files import PICKLES, TensorFiles
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .carried_code import folder_code
 from .facts import Facts, Shapes, count, finite_problems, refuse, shape_problems
@@ -46,7 +46,7 @@ def verify(folder: str | os.PathLike[str], run_probe: bool = True) -> Facts:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MoshiTTTOSError(f"{folder}: there is no such folder")
+        raise MoshiTTTFileNotFoundError(f"{folder}: there is no such folder")
     refuse(folder_problems(folder), folder)
     if is_adapter(folder):
         facts = verify_adapter(folder, run_probe)
