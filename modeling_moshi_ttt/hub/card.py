@@ -191,12 +191,3 @@ def evaluation_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             interval = f"{low}–{high}" if low == low else "–"
             rows.append({"task": task, "score": score, "interval": interval, "chance": CHANCE, "protocol": protocol, "result": entry})
     return rows
-
-
-def without_paths(value: Any) -> Any:
-    """Settings or results for others to read: absolute paths of this machine keep their last part only."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value

@@ -14,8 +14,9 @@ from ..common.files import atomic_write, inside, read_json, write_manifest
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, ShardWriter, TensorFiles
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .card import CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, without_paths, write_card
+from .card import CARD_FACTS, RESULTS, RUN_CONFIG, SUMMARY, check_facts, summarise, write_card
 from .facts import Facts
+from .private import without_paths
 from .probe import compare, stage_probe
 from .verify import verify, verify_adapter
 
@@ -30,6 +31,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor",
 }
 PROCESSOR_CONFIG = "processor_config.json"
+CONFIGURATIONS = ("*config.json", "audio_tokenizer/*config.json")
 # Where a run keeps its final model, its settings and its loss curve; where an evaluation keeps what it found.
 FINAL, FINAL_RUN, METRICS, CURVE, PICTURES = "final", "run.json", "metrics.jsonl", "loss.png", "pictures"
 KINDS = ("full", "adapter", "merged")
@@ -113,7 +115,7 @@ def stage(
     copy_companions(folder, target)
     for path in model_files():
         shutil.copyfile(path, target / path.name)
-    add_auto_map(target)
+    rewrite_configurations(target)
     copy_run(folder, run, target)
     copy_results(Path(results) if results else run, target, wanted=results is not None)
     facts = verify(target)
@@ -179,7 +181,7 @@ def copy_run(folder: Path, run: Path, target: Path) -> None:
     if (run / METRICS).is_file():
         atomic_write(target / SUMMARY, json.dumps(summarise(run / METRICS), indent=1))
     elif (folder / SUMMARY).is_file():
-        shutil.copyfile(folder / SUMMARY, target / SUMMARY)
+        atomic_write(target / SUMMARY, json.dumps(without_paths(read_json(folder / SUMMARY)), indent=1))
     if (run / CARD_FACTS).is_file():
         atomic_write(target / CARD_FACTS, json.dumps(check_facts(read_json(run / CARD_FACTS)), indent=1))
     if (run / CURVE).is_file():
@@ -201,10 +203,12 @@ def copy_results(source: Path, target: Path, wanted: bool) -> None:
             shutil.copyfile(picture, target / PICTURES / picture.name)
 
 
-def add_auto_map(target: Path) -> None:
-    """Say in the configurations which of the shipped files hold the classes."""
-    for name in ("config.json", PROCESSOR_CONFIG):
-        if (target / name).is_file():
-            content = read_json(target / name)
-            content["auto_map"] = AUTO_MAP if name == "config.json" else {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-            (target / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+def rewrite_configurations(target: Path) -> None:
+    """Say in the configurations which of the shipped files hold the classes, and nothing of the machine they were written on."""
+    for path in [path for pattern in CONFIGURATIONS for path in target.glob(pattern)]:
+        content = without_paths(read_json(path))
+        if path == target / "config.json":
+            content["auto_map"] = AUTO_MAP
+        elif path == target / PROCESSOR_CONFIG:
+            content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
