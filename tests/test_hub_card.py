@@ -12,8 +12,9 @@ from hub_checkpoints import save_adapter, save_checkpoint, small_model
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 
+from modeling_moshi_ttt.common.checkpoint_files import copy_companions
 from modeling_moshi_ttt.hub.card import check_facts, summarise, write_card
-from modeling_moshi_ttt.hub.stage import copy_others, stage
+from modeling_moshi_ttt.hub.stage import stage
 from modeling_moshi_ttt.hub.verify import verify
 
 RUN = {
@@ -182,24 +183,24 @@ def test_links_of_the_hubs_cache_are_followed_and_links_elsewhere_are_refused(ca
     """A snapshot in the Hub's cache is links to blobs throughout; a link to a file that belongs to somebody else must not be published."""
     plain, snapshot = tmp_path / "plain", tmp_path / "models--user--plain" / "snapshots" / "abc"
     plain.mkdir()
-    for name in ("vocabulary.txt", "audio_tokenizer/config.json"):
+    for name in ("vocab.txt", "audio_tokenizer/config.json"):
         blob, link = tmp_path / "models--user--plain" / "blobs" / name.replace("/", "-"), snapshot / name
         for path in (plain / name, blob, link):
             path.parent.mkdir(parents=True, exist_ok=True)
         (plain / name).write_text(name)
         blob.write_text(name)
         link.symlink_to(blob)
-    (plain / "again.txt").symlink_to("vocabulary.txt")
+    (plain / "merges.txt").symlink_to("vocab.txt")
     for number, folder in enumerate((plain, snapshot)):
-        copy_others(folder, tmp_path / str(number))
+        copy_companions(folder, tmp_path / str(number))
         assert (tmp_path / str(number) / "audio_tokenizer" / "config.json").read_text() == "audio_tokenizer/config.json"
         assert not any(path.is_symlink() for path in (tmp_path / str(number)).rglob("*"))
-    assert (tmp_path / "0" / "again.txt").read_text() == "vocabulary.txt"
+    assert (tmp_path / "0" / "merges.txt").read_text() == "vocab.txt"
     (tmp_path / "secret.txt").write_text("secret")
     for folder in (plain, snapshot):
         (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
         with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret.txt, outside its folder"):
-            copy_others(folder, tmp_path / "refused")
+            copy_companions(folder, tmp_path / "refused")
     assert not (tmp_path / "refused" / "notes.txt").exists()
 
 

@@ -10,10 +10,11 @@ from huggingface_hub import HfApi, constants
 
 from modeling_moshi_ttt import cli
 from modeling_moshi_ttt.hub.carried_code import STAMP, describe_code, folder_code, runs_here
+from modeling_moshi_ttt.hub.facts import Facts
 from modeling_moshi_ttt.hub.pull import pull
 from modeling_moshi_ttt.hub.push import push
 from modeling_moshi_ttt.hub.stage import model_files
-from modeling_moshi_ttt.hub.verify import Facts, verify
+from modeling_moshi_ttt.hub.verify import verify
 from modeling_moshi_ttt.versions_moshi_ttt import TRANSFORMERS
 
 REPO = "user/name"

@@ -16,8 +16,9 @@ from transformers import AutoModel, TorchAoConfig
 
 from modeling_moshi_ttt import cli
 from modeling_moshi_ttt.common.files import write_manifest
+from modeling_moshi_ttt.hub.facts import human_size
 from modeling_moshi_ttt.hub.probe import OLD_PROBE, PROBE, make_probe, probe_loss, write_probe
-from modeling_moshi_ttt.hub.verify import human_size, verify
+from modeling_moshi_ttt.hub.verify import verify
 from modeling_moshi_ttt.training import modes
 from modeling_moshi_ttt.training.run_config import ModelSettings
 from modeling_moshi_ttt.training.setup import build_model

@@ -15,7 +15,7 @@ from training_runs import make_model
 from transformers import AutoModel
 
 from modeling_moshi_ttt import MoshiTTTConfig
-from modeling_moshi_ttt.adapters import checks as adapter
+from modeling_moshi_ttt.adapters import bases as adapter
 from modeling_moshi_ttt.cli import main
 from modeling_moshi_ttt.common.files import atomic_write, check_manifest, read_log
 from modeling_moshi_ttt.hub.verify import expected_shapes, verify

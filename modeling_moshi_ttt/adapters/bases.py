@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import MoshiConfig
+from transformers import MoshiConfig, set_seed
 
 from ..common.files import atomic_write, read_json
+from ..common.packaged import resolve
 from ..common.run_folder import FINAL_RUN
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
@@ -23,6 +24,7 @@ AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers
 TTT_LAYER = re.compile(r"decoder\.model\.layers\.(\d+)\.(ttt|ttt_gate|ttt_layernorm)\.")
 # What an adapter and its base must agree on, and how a message calls it. Of another size, a base would lose or gain layers unnoticed.
 _SIZES = ("hidden_size", "num_hidden_layers", "ffn_dim", "num_codebooks", "vocab_size", "audio_vocab_size")
+_LOSS_WEIGHTS = ("text_padding_weight", "semantic_loss_weight")
 _TTT = {"ttt_layers": "TTT layers", "ttt_mixer": "TTT mixer", "ttt_mini_batch_size": "TTT mini-batch size"}
 
 
@@ -103,22 +105,42 @@ def adapter_run(folder: Path) -> dict[str, Any]:
     return read_json(folder / FINAL_RUN).get("run", {}) if (folder / FINAL_RUN).is_file() else {}
 
 
-def _run_ttt(folder: Path) -> dict[str, Any]:
-    """TTT fields that the run put on top of its base's configuration."""
-    return dict(adapter_run(folder).get("model", {}).get("ttt") or {})
+def _run_fields(folder: Path) -> dict[str, Any]:
+    """Fields that the run put on top of its base's configuration."""
+    model = adapter_run(folder).get("model", {})
+    return dict(model.get("ttt") or {}) | {name: model[name] for name in _LOSS_WEIGHTS if model.get(name) is not None}
 
 
-def base_config(folder: Path, base: str, revision: str | None = None) -> MoshiTTTConfig:
+def base_config(folder: Path, base: str | None = None, revision: str | None = None) -> MoshiTTTConfig:
     """The configuration an adapter's base must have: from beside it, or from the base itself with the TTT settings of the adapter's run.
 
+    The base is `base` at `revision`, or the one that the adapter names; where it names none, the fresh weights that its run started from.
     Raises ValueError for a base that is missing, of another type, or with other TTT layers than the adapter's weights.
     """
+    if base is None:
+        base, revision = named_base(folder)
     if (folder / BASE_CONFIG).is_file():
         config = MoshiTTTConfig.from_dict(read_json(folder / BASE_CONFIG))
+    elif base:
+        config = _as_ours(raw_config(base, "the adapter's base", revision), **_run_fields(folder))
     else:
-        config = _as_ours(raw_config(base, "the adapter's base", revision), **_run_ttt(folder))
+        config = _as_ours(read_json(_fresh_start(folder)), **_run_fields(folder))
     check_weights(folder, config, base)
     return config
+
+
+def _fresh_start(folder: Path) -> str:
+    """The config.json whose fresh weights the adapter's run started from; ValueError where it started from none."""
+    path = resolve("model", str(adapter_run(folder).get("model", {}).get("path", "")))
+    if not path.endswith(".json"):
+        raise MoshiTTTError(f"the adapter names no base model: name it in {folder / ADAPTER_CONFIG}, as base_model_name_or_path")
+    return path
+
+
+def fresh_model(config: MoshiTTTConfig, dtype: str, seed: int) -> MoshiTTTForConditionalGeneration:
+    """A model with fresh weights, the same for the same seed in every process."""
+    set_seed(seed)
+    return MoshiTTTForConditionalGeneration(config).to(getattr(torch, dtype))
 
 
 def raw_config(name: str, what: str, revision: str | None = None) -> dict[str, Any]:
@@ -163,7 +185,7 @@ def checked_config(folder: Path, base: str, revision: str | None = None) -> Mosh
     Fields that the adapter's run set itself may differ, and a base without TTT layers gets fresh ones, which the adapter then fills.
     """
     config, raw = base_config(folder, base, revision), raw_config(base, "the adapter's base", revision)
-    own, chosen = _as_ours(raw), set(_run_ttt(folder))
+    own, chosen = _as_ours(raw), set(_run_fields(folder))
     has_ttt = own.ttt_layers and not _is_plain(raw)  # a configuration of ours without the field stands for its default
     named = {name: name for name in _SIZES} | (_TTT if has_ttt else {})
     if base == named_base(folder)[0]:
@@ -173,8 +195,17 @@ def checked_config(folder: Path, base: str, revision: str | None = None) -> Mosh
     return config
 
 
-def load_base(folder: Path, base: str, revision: str | None = None, dtype: Any = "auto") -> MoshiTTTForConditionalGeneration:
-    """A base with the configuration that an adapter needs, which is compared before any weights are read; ValueError where they differ."""
+def load_base(folder: Path, base: str | None = None, revision: str | None = None, dtype: Any = "auto") -> MoshiTTTForConditionalGeneration:
+    """The base of an adapter, as in `base_config`, whose configuration is compared before any weights are read; ValueError where it differs.
+
+    Fresh weights are made again in the dtype of the run.
+    """
+    if base is None:
+        base, revision = named_base(folder)
+    if not base:
+        _fresh_start(folder)
+        run = adapter_run(folder)
+        return fresh_model(base_config(folder, base), run["model"].get("dtype", "float32"), int(run["seed"]))
     config = checked_config(folder, base, revision)
     options: dict[str, Any] = {"revision": revision} if revision else {}
     with torch.random.fork_rng(devices=[]):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
+from .temporary import temporary_folder, temporary_path
 
 MANIFEST = "manifest.json"
 
@@ -32,16 +34,16 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` to `path` so that a reader, or a kill at any moment, sees the old file or the new one and nothing between."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = temporary_path(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 
@@ -107,7 +109,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is no JSON object, or the file is no text; the message names it.
     """
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]  # splitlines would also split inside JSON texts
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -125,6 +127,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def check_folder(path: str | os.PathLike[str], mark: str) -> None:
     """ValueError where `path` is a file, or a folder that holds something but no file of the name with which its writer marks it."""
     path = Path(path)
+    recover_folder(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / mark).is_file())):
         raise MoshiTTTError(f"{path} is there and holds no {mark}, so no earlier run made it; name another folder, or remove it yourself.")
 
@@ -142,29 +145,54 @@ def clear_folder(path: str | os.PathLike[str], mark: str) -> None:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling folder to fill; on success it becomes `path` (an older one is replaced), on an error it vanishes."""
+    """Yield a temporary sibling folder to fill; on success it becomes `path` (an older one is replaced), on an error it vanishes.
+
+    At no moment is `path` absent where there was one, on systems that can exchange two folders; elsewhere `recover_folder` brings it back.
+    """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
+    recover_folder(path)
+    with temporary_folder(path) as temporary:
         yield temporary
         for item in sorted(temporary.rglob("*")):
             _sync(item)
         _sync(temporary)
         os.chmod(temporary, 0o755)
-        if path.exists():
-            # a folder cannot replace a full one in one step: move the old aside, so that one of the two is always whole
-            old = path.parent / f".{path.name}.old.tmp"
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
+        if not path.exists():
             os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
+        elif not _exchange(temporary, path):
+            shutil.rmtree(_aside(path), ignore_errors=True)
+            os.replace(path, _aside(path))
             os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            shutil.rmtree(_aside(path), ignore_errors=True)
     _sync(path.parent)
+
+
+def _aside(path: Path) -> Path:
+    """Where an old folder stands for the moment in which the new one takes its place."""
+    return path.parent / f".{path.name}.old.tmp"
+
+
+def recover_folder(path: str | os.PathLike[str]) -> None:
+    """Bring back a folder whose replacement was killed while it stood aside."""
+    path = Path(path)
+    if not path.exists() and _aside(path).is_dir() and not _aside(path).is_symlink():
+        os.replace(_aside(path), path)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot (it takes Linux's renameat2)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    reason = ctypes.get_errno()
+    if reason in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(reason, os.strerror(reason), str(second))
 
 
 @contextmanager

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MimiConfig, MimiModel
 
-from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_base_config
+from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_config, write_base_config
+from ..common.checkpoint_files import copy_companions
 from ..common.files import atomic_folder, atomic_write, parse_json, read_json
 from ..common.hub import hub_errors, is_hub_name
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
-from ..hub.stage import copy_others
 from . import old_ttt
 from .kyutai_config import MOSHI_7B, kyutai_from_config, published, split_codebooks
 from .lora import lora_to_peft, peft_config, peft_to_lora
@@ -235,7 +235,7 @@ def from_moshi(folder: Path, weights: Path | None, out: Path, options: Options) 
     _write_model(out, config, ((name, files.fetch(name)) for name in own), options)
     if codec:
         _write_codec(out, MimiConfig(**_codec_fields(folder)), ((name.removeprefix(CODEC_PREFIX), files.fetch(name)) for name in codec))
-    copy_others(folder, out)
+    copy_companions(folder, out)
     if codec and (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
@@ -321,7 +321,7 @@ def from_kyutai_lora(folder: Path, weights: Path | None, out: Path, options: Opt
 
 def from_peft(folder: Path, weights: Path | None, out: Path, options: Options) -> str:
     """A PEFT adapter as moshi-finetune's LoRA file."""
-    from ..adapters.checks import base_config, read_adapter_config
+    from ..adapters.checks import read_adapter_config  # it needs PEFT
 
     settings, config = read_adapter_config(folder), base_config(folder)
     if settings.get("use_rslora") or settings.get("use_dora") or settings.get("rank_pattern") or settings.get("alpha_pattern"):

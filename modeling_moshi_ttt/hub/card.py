@@ -12,7 +12,7 @@ from ..common.packaged import resolve
 from ..common.run_folder import CURVE, PICTURES, RESULTS, RUN_CONFIG
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
-from .verify import Facts, human_size
+from .facts import Facts, human_size
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD, SUMMARY = "README.md", "training_summary.json"
@@ -192,12 +192,3 @@ def evaluation_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             interval = f"{low}–{high}" if low == low else "–"
             rows.append({"task": task, "score": score, "interval": interval, "chance": CHANCE, "protocol": protocol, "result": entry})
     return rows
-
-
-def without_paths(value: Any) -> Any:
-    """Settings or results for others to read: absolute paths of this machine keep their last part only."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value

@@ -1,6 +1,7 @@
 """Fetch a checkpoint from the Hugging Face Hub, check it against its manifest, load it, run its probe, and say what it holds.
 
-DEST appears only when all of that is well. A pull that was broken off goes on where it stopped when it is repeated.
+A repository without a manifest, as `push_to_hub` of a model makes it, has nothing to be checked against, and needs --unchecked. DEST
+appears only when all of that is well. A pull that was broken off goes on where it stopped when it is repeated.
 """
 
 import argparse
@@ -10,29 +11,45 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from ..common.files import MANIFEST, check_manifest
+from ..common.files import MANIFEST, check_folder, check_manifest
 from ..common.hub import hub_errors
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from .facts import Facts
 from .remote import check_base, check_ours, look, unwanted
-from .verify import Facts, verify
+from .verify import verify
 
 CLIENT_FOLDER = ".cache"
+MARK = "moshi-ttt-pull"  # in a folder of what has arrived so far: only such a one is gone on with, cleared and removed
 
 
-def pull(repo_id: str, dest: str | os.PathLike[str], revision: str | None = None, api: HfApi | None = None) -> Facts:
+def pull(
+    repo_id: str, dest: str | os.PathLike[str], revision: str | None = None, api: HfApi | None = None, unchecked: bool = False
+) -> Facts:
     """Download `repo_id` at a branch, tag or commit into the new folder `dest`.
 
+    Args:
+        unchecked: take a repository without a manifest too.
+
     Raises:
-        ValueError: another kind of model (seen before any weights are read), no such revision, files that differ from the manifest.
+        ValueError: another kind of model (seen before any weights are read), no such revision, files that differ from the manifest, or no
+            manifest.
         OSError: a transfer that failed. FileExistsError: `dest` holds something already.
     """
     api, dest = api or HfApi(), Path(dest).absolute()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise MoshiTTTOSError(f"{dest} holds something already; choose a new folder")
-    part = dest.parent / f".{dest.name}.part"
-    with hub_errors(f"pulling {repo_id}", then=f"what has arrived is kept in {part}; run the same command again to go on"):
+    place = dest.parent / f".{dest.name}.part"
+    part = place / "files"
+    then = f"what has arrived is kept in {place}; run the same command again to go on"
+    with hub_errors(f"pulling {repo_id}", then, api.token):
         remote = look(api, repo_id, revision)
         check_ours(remote)
+        if MANIFEST not in remote.files and not unchecked:
+            raise MoshiTTTError(
+                f"{repo_id} holds no {MANIFEST}, so nothing tells whether what arrives is what was put there; take it with --unchecked, or ask "
+                "its owner to `moshi-ttt push` it"
+            )
+        _claim(place)
         base = None
         if remote.adapter:
             base = check_base(api, str(remote.adapter.get("base_model_name_or_path")), remote.adapter.get("revision"), remote.ttt_layers)
@@ -43,7 +60,17 @@ def pull(repo_id: str, dest: str | os.PathLike[str], revision: str | None = None
     if dest.exists():
         dest.rmdir()
     part.rename(dest)
+    shutil.rmtree(place)
     return facts
+
+
+def _claim(place: Path) -> None:
+    """Make the folder of what arrives, or go on with the one of a pull before; a link or another's folder in its place is refused."""
+    if place.is_symlink():
+        raise MoshiTTTError(f"{place} is a link; remove it, or choose another DEST")
+    check_folder(place, MARK)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / MARK).touch()
 
 
 def _check(part: Path, repo_id: str, wanted: set[str]) -> None:
@@ -67,11 +94,12 @@ def _check(part: Path, repo_id: str, wanted: set[str]) -> None:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo_id", metavar="USER/NAME", help="what to fetch")
     parser.add_argument("dest", metavar="DEST", help="a new folder")
+    parser.add_argument("--unchecked", action="store_true", help="also where no manifest tells what should arrive")
     parser.add_argument("--revision", help=f"branch, tag or commit (default: {constants.DEFAULT_REVISION})")
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = pull(args.repo_id, args.dest, args.revision)
+    facts = pull(args.repo_id, args.dest, args.revision, unchecked=args.unchecked)
     print(facts.describe())
     print(f"pulled into {args.dest}")
     return 0

@@ -26,6 +26,7 @@ class Remote:
     config: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     manifest: list[str] = field(default_factory=list)
+    private: bool = False
     code: Range | None = None  # the transformers that its code, if any, is for
 
     @property
@@ -47,7 +48,7 @@ def look(api: HfApi, repo_id: str, revision: str | None = None) -> Remote:
         raise MoshiTTTError(f"{repo_id!r} is no repository's name; write USER/NAME")
     info = api.model_info(repo_id, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or []]
-    remote = Remote(repo_id, str(info.sha), names)
+    remote = Remote(repo_id, str(info.sha), names, private=bool(info.private))
     with TemporaryDirectory() as folder:
         for name in names:
             inside(folder, name)

@@ -4,18 +4,22 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, is_adapter
-from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
+from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, check_model_type, is_adapter, write_base_config
+from ..common.checkpoint_files import check_links, copy_companions
+from ..common.files import atomic_write, inside, read_json, write_manifest
 from ..common.run_folder import CURVE, FINAL, FINAL_RUN, METRICS, PICTURES, RESULTS, RUN_CONFIG
-from ..common.safetensor_files import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
+from ..common.safetensor_files import DEFAULT_SHARD_SIZE, ShardWriter, TensorFiles
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from .card import CARD, CARD_FACTS, SUMMARY, check_facts, summarise, without_paths, write_card
-from .probe import OLD_PROBE, compare, stage_probe
-from .verify import Facts, verify
+from .card import CARD_FACTS, SUMMARY, check_facts, summarise, write_card
+from .facts import Facts
+from .private import without_paths
+from .probe import compare, stage_probe
+from .verify import verify, verify_adapter
 
 PACKAGE = Path(__file__).parent.parent
 HOME_ONLY = ("__init__.py", "cli.py", "former_names.py", "version.py")
@@ -28,6 +32,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_moshi_ttt.MoshiTTTProcessor",
 }
 PROCESSOR_CONFIG = "processor_config.json"
+CONFIGURATIONS = ("*config.json", "audio_tokenizer/*config.json")
 KINDS = ("full", "adapter", "merged")
 
 
@@ -63,6 +68,25 @@ def choose_kind(folder: Path, kind: str | None) -> str:
     return kind or ("adapter" if adapter else "full")
 
 
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~"))
+
+
+def hub_base(adapter_config: dict[str, Any], base: str | None) -> tuple[str, str | None]:
+    """(repository, revision) of the base that others can load; ValueError where the adapter only knows a folder of this machine."""
+    own = adapter_config.get("base_model_name_or_path")
+    if base:
+        return base, None
+    if not own:
+        raise MoshiTTTError(f"{ADAPTER_CONFIG} names no base model; name it with --base user/name, or push the two as one with --merged")
+    if _is_local(own):
+        raise MoshiTTTError(
+            f"the adapter's base is {own!r}, a folder of this machine, which nobody else could load; push the base first and name it with "
+            "--base user/name, or push the two as one with --merged"
+        )
+    return own, adapter_config.get("revision")
+
+
 def stage(
     source: str | os.PathLike[str],
     target: Path,
@@ -82,16 +106,15 @@ def stage(
     """
     folder, run = locate(source)
     kind = choose_kind(folder, kind)
+    check_links(folder)
     if kind == "full":
         loss = _stage_full(folder, target, max_shard_size)
     else:
-        from ..adapters.checks import stage_adapter, stage_merged  # they need PEFT
-
         loss = stage_adapter(folder, target, base, pin) if kind == "adapter" else stage_merged(folder, target, max_shard_size)
-    copy_others(folder, target)
+    copy_companions(folder, target)
     for path in model_files():
         shutil.copyfile(path, target / path.name)
-    add_auto_map(target)
+    rewrite_configurations(target)
     copy_run(folder, run, target)
     copy_results(Path(results) if results else run, target, wanted=results is not None)
     facts = verify(target)
@@ -115,31 +138,37 @@ def _stage_full(folder: Path, target: Path, max_shard_size: int | str) -> float:
     return loss
 
 
-REWRITTEN = (MANIFEST, OLD_PROBE, CARD, CARD_FACTS, SUMMARY, "config.json", ADAPTER_CONFIG, FINAL_RUN, RUN_CONFIG, RESULTS)
+def stage_adapter(folder: Path, target: Path, base: str | None, pin: str | None = None) -> float:
+    """The adapter, naming a base that others can load, at revision `pin`; returns the loss of adapter and base on the probe."""
+    from ..adapters.checks import load_adapter  # it needs PEFT
+
+    verify_adapter(folder, run_probe=False)
+    adapter_config = read_json(folder / ADAPTER_CONFIG)
+    name, revision = hub_base(adapter_config, base)
+    model = load_adapter(folder)
+    loss = stage_probe(model, folder, target)
+    write_base_config(target, model.config)
+    adapter_config |= {"base_model_name_or_path": name, "revision": pin or revision, "auto_mapping": AUTO_MAPPING, "task_type": None}
+    atomic_write(target / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True))
+    shutil.copyfile(folder / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
+    return loss
 
 
-def _is_weights(path: Path) -> bool:
-    return path.name in (SINGLE, INDEX, ADAPTER_WEIGHTS) or (path.name.startswith("model-") and path.suffix == ".safetensors")
+def stage_merged(folder: Path, target: Path, max_shard_size: int | str) -> float:
+    """Adapter and base as one whole model; returns its loss on the probe."""
+    from ..adapters.checks import load_adapter  # it needs PEFT
 
-
-def copy_others(folder: Path, target: Path) -> None:
-    """Processor, tokenizer, codec, generation configuration: what stands beside the weights, apart from pickles, code and hidden files.
-
-    Links are followed where they stay in the folder, or lead to the blobs of a snapshot in the Hub's cache; ValueError names any other.
-    """
-    homes = [folder.resolve()] + ([folder.resolve().parents[1] / "blobs"] if folder.resolve().parent.name == "snapshots" else [])
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        replaced = len(name.parts) == 1 and (_is_weights(path) or path.name in REWRITTEN)
-        if hidden or replaced or path.suffix in (*PICKLES, ".py", ".pyc"):
-            continue
-        if not any(path.resolve().is_relative_to(home) for home in homes):
-            raise MoshiTTTError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there, or remove the link")
-        if path.is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            if not (target / name).exists():
-                shutil.copyfile(path, target / name)
+    verify_adapter(folder, run_probe=False)
+    adapted = load_adapter(folder)
+    dtype = adapted.base_model.dtype
+    model = adapted.merge_and_unload().to(dtype)
+    loss = stage_probe(model, folder, target)
+    with ShardWriter(target, max_shard_size) as writer:
+        writer.add_all(model.state_dict().items())
+    model.config.save_pretrained(target)
+    if model.can_generate():
+        model.generation_config.save_pretrained(target)
+    return loss
 
 
 def copy_run(folder: Path, run: Path, target: Path) -> None:
@@ -151,7 +180,7 @@ def copy_run(folder: Path, run: Path, target: Path) -> None:
     if (run / METRICS).is_file():
         atomic_write(target / SUMMARY, json.dumps(summarise(run / METRICS), indent=1))
     elif (folder / SUMMARY).is_file():
-        shutil.copyfile(folder / SUMMARY, target / SUMMARY)
+        atomic_write(target / SUMMARY, json.dumps(without_paths(read_json(folder / SUMMARY)), indent=1))
     if (run / CARD_FACTS).is_file():
         atomic_write(target / CARD_FACTS, json.dumps(check_facts(read_json(run / CARD_FACTS)), indent=1))
     if (run / CURVE).is_file():
@@ -159,21 +188,26 @@ def copy_run(folder: Path, run: Path, target: Path) -> None:
 
 
 def copy_results(source: Path, target: Path, wanted: bool) -> None:
-    """An evaluation's results.json and pictures."""
+    """An evaluation's results.json and the pictures of its parts."""
     if not (source / RESULTS).is_file():
         if wanted:
             raise MoshiTTTFileNotFoundError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
         return
-    atomic_write(target / RESULTS, json.dumps(without_paths(read_json(source / RESULTS)), indent=1))
-    for picture in sorted((source / PICTURES).glob("*.png")):
-        (target / PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(picture, target / PICTURES / picture.name)
+    results = read_json(source / RESULTS)
+    atomic_write(target / RESULTS, json.dumps(without_paths(results), indent=1))
+    for name in results.get("tasks", {}):
+        picture = inside(source / PICTURES, f"{name}.png")
+        if picture.is_file():
+            (target / PICTURES).mkdir(exist_ok=True)
+            shutil.copyfile(picture, target / PICTURES / picture.name)
 
 
-def add_auto_map(target: Path) -> None:
-    """Say in the configurations which of the shipped files hold the classes."""
-    for name in ("config.json", PROCESSOR_CONFIG):
-        if (target / name).is_file():
-            content = read_json(target / name)
-            content["auto_map"] = AUTO_MAP if name == "config.json" else {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-            (target / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+def rewrite_configurations(target: Path) -> None:
+    """Say in the configurations which of the shipped files hold the classes, and nothing of the machine they were written on."""
+    for path in [path for pattern in CONFIGURATIONS for path in target.glob(pattern)]:
+        content = without_paths(read_json(path))
+        if path == target / "config.json":
+            content["auto_map"] = AUTO_MAP
+        elif path == target / PROCESSOR_CONFIG:
+            content["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ..adapters.bases import check_loadable, is_adapter, named_base, raw_config
+from ..adapters.bases import check_loadable, fresh_model, is_adapter, named_base, raw_config
 from ..common.files import read_json
 from ..common.hub import check_place
 from ..common.packaged import resolve
@@ -89,7 +89,7 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     config, dtype, path = model_config(settings), getattr(torch, settings.dtype), resolve("model", settings.path)
     set_seed(seed)
     if path.endswith(".json"):
-        model = MoshiTTTForConditionalGeneration(config).to(dtype)
+        model = fresh_model(config, settings.dtype, seed)
     else:
         try:
             model = MoshiTTTForConditionalGeneration.from_pretrained(path, dtype=dtype, **settings.config_changes)
