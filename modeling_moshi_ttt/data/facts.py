@@ -35,7 +35,10 @@ ASK = {
 }
 LEAD_INS = ("hello", "by the way", "listen")
 CORRECTIONS = ("no", "sorry", "wait")
-VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb".split()
+VOICES = (
+    "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb m5 m6 m7 Denis Diogo Gene Henrique Hugo Jacky Lee "
+    "Marco Mario Michael Nguyen Reed david"
+).split()
 HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2 linda max steph travis".split()
 HELD_OUT_SHARE = 5  # one combination of facts in so many is held out
 
@@ -59,6 +62,7 @@ class ScriptSettings:
     kinds: of facts that are told: name, number, place and like.
     facts: how many are told in a dialogue.
     digits: of a number.
+    frames: of a row of training at level 0 and at level 1; dialogues follow one another until it is full.
     lead: talk before the facts, in half of the dialogues where its lowest is 0.
     start: talk between telling and asking at level 0.
     distance: talk between telling and asking at level 1.
@@ -66,21 +70,22 @@ class ScriptSettings:
     corrections: share of the dialogues in which a fact is told anew and asked again.
     voices: how many speak.
     renderings: of a fact's phrases by each voice.
-    talk_renderings: of a sentence of talk by each voice.
+    sentences: of talk that each voice says, each rendered once.
     seed: of the phrases' renderings.
     """
 
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     facts: list[int] = field(default_factory=lambda: [1, 2])
     digits: list[int] = field(default_factory=lambda: [1, 1])
+    frames: list[int] = field(default_factory=lambda: [112, 192])
     lead: list[int] = field(default_factory=lambda: [0, 80])
     start: list[int] = field(default_factory=lambda: [2, 12])
     distance: list[int] = field(default_factory=lambda: [60, 90])
     echo: float = 0.5
     corrections: float = 0.3
-    voices: int = 16
-    renderings: int = 3
-    talk_renderings: int = 1
+    voices: int = 32
+    renderings: int = 2
+    sentences: int = 40
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,11 +93,11 @@ class ScriptSettings:
         check_numbers(
             self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS
         )
-        check_numbers(self, voices=(1, len(VOICES)), renderings=1, talk_renderings=1)
+        check_numbers(self, frames=1, voices=(1, len(VOICES)), renderings=1, sentences=(1, len(talk(False))))
         for kind in self.kinds:
             if kind not in KINDS:
                 raise MoshiTTTError(f"kinds holds {kind!r}; the kinds of facts are {', '.join(KINDS)}.")
-        for name in ("facts", "digits", "lead", "start", "distance"):
+        for name in ("frames", "facts", "digits", "lead", "start", "distance"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise MoshiTTTError(f"{name} is {bounds}, it must be a lowest and a highest.")

@@ -131,6 +131,8 @@ class OptimSettings:
     schedule: "onecycle" is moshi-finetune's, torch's OneCycleLR with its defaults: rates rise from 1/25 and fall to 1/250000, and AdamW's
         beta1 falls from 0.95 to 0.85 meanwhile and rises back, in place of the first of `betas`. "cosine" and "constant" keep beta1.
     clip: largest norm of all gradients together.
+    ttt_write_cost: what an open gate costs: this times the mean of the TTT layers' gates over frames, heads and layers is added to what is
+        minimized, in a curriculum times its level.
     warmup: share of the steps in which rates rise.
     max_bad_steps: steps in a row that are not finite, before the run stops.
     """
@@ -143,6 +145,7 @@ class OptimSettings:
     betas: list[float] = field(default_factory=lambda: [BETA1, 0.95])
     weight_decay: float = 0.1
     clip: float = 1.0
+    ttt_write_cost: float = 0.0
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     warmup: float = 0.05
     max_bad_steps: int = 5
@@ -233,7 +236,7 @@ def _check(run: RunConfig) -> None:
     check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
     check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share, user_code_noise=share)
-    check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12)
+    check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12, ttt_write_cost=0)
     check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
     check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
     if run.lora is not None:

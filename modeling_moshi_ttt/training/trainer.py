@@ -29,7 +29,7 @@ from .dialogues import DialoguePlan, DialogueReader
 from .lanes import Plan
 from .memory import LaneMemory
 from .noise import add_noise
-from .objective import objective, ratio
+from .objective import objective, open_gates, ratio
 from .report import MetricsFile, peak_memory, shown
 from .run_config import DataSettings, ModelSettings, RunConfig
 from .schedule import set_rates
@@ -156,11 +156,12 @@ class Trainer:
         factor = set_rates(self.optimizer.param_groups, self.rates, self.progress.step, self.run.optim)
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        totals = torch.zeros(5, dtype=torch.float64, device=device)  # text loss, audio loss, frames, answers right, answers
+        price = self._write_price(micro_batches)
+        totals = torch.zeros(6, dtype=torch.float64, device=device)  # text loss, audio loss, answers right, answers, open gates, frames
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
-                totals[[0, 1, 3, 4]] += self._micro_batch(micro, batches, whole)
-            totals[2] += sum(batch.frames for batch in batches)
+                totals[:5] += self._micro_batch(micro, batches, whole, price)
+            totals[5] += sum(batch.frames for batch in batches)
         totals = self.accelerator.reduce(totals, "sum")
         norm = self._clip()
         finite = bool(torch.isfinite(totals).all() and torch.isfinite(norm))
@@ -169,12 +170,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.place = step.state
-        right, answers = totals[3:].tolist()
+        *losses, right, answers, gates, frames = totals.tolist()
         if self.curriculum is not None:
             self.curriculum.update(right / max(answers, 1))
             self.progress.curriculum = self.curriculum.state_dict()
         self._count(finite, micro_batches)
-        *losses, frames = totals[:3].tolist()
         text, audio = (loss if weight > 0 else None for loss, weight in zip(losses, whole.tolist()))
         took = time.perf_counter() - begin
         return {
@@ -189,24 +189,38 @@ class Trainer:
             "data_wait": waited / took,
             "peak_memory_gb": peak_memory(self.accelerator.device),
             **({} if answers == 0 else {"answer_accuracy": right / answers}),
+            **({} if not self.run.optim.ttt_write_cost else {"write_gate": ratio(gates, frames)}),
             **({} if self.curriculum is None else {"level": self.curriculum.level}),
         }
 
-    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
-        """Forward through windows that follow one another, then one backward; returns (text loss, audio loss, answers right, answers) [4]."""
-        data, total, parts = self.run.data, None, torch.zeros(4, dtype=torch.float64, device=whole.device)
+    def _write_price(self, micro_batches: list[list[Batch]]) -> float:
+        """What the open gate of one frame adds to what is minimized: `optim.ttt_write_cost` over the frames of the whole step."""
+        cost = self.run.optim.ttt_write_cost
+        if not cost:
+            return 0.0
+        frames = sum(batch.frames for batches in micro_batches for batch in batches)
+        whole = self.accelerator.reduce(torch.tensor(float(frames), device=self.accelerator.device), "sum")
+        return cost * (1.0 if self.curriculum is None else self.curriculum.level) / max(float(whole), 1.0)
+
+    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor, price: float) -> torch.Tensor:
+        """Forward through windows that follow one another, then one backward; returns (text loss, audio loss, answers right, answers, open
+        gates) [5]."""
+        data, total, parts = self.run.data, None, torch.zeros(5, dtype=torch.float64, device=whole.device)
+        costly = bool(self.run.optim.ttt_write_cost)
         for turn, batch in enumerate(batches):
             cache = self.memory.enter(micro, batch.reset)
             noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
-            output = self.model(
-                **noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True
-            )
+            how = {"past_key_values": cache, "use_cache": cache is not None, "output_write_gates": costly, "return_dict": True}
+            output = self.model(**noisy.inputs(), num_items_in_batch=whole, **how)
             loss = objective(output.text_loss, output.audio_loss, data.text_weight)
+            if output.write_gates:
+                gates = open_gates(output.write_gates, batch.attention_mask)
+                parts[4] += gates.detach()
+                loss = loss + price * gates
             total = loss if total is None else total + loss
             parts[:2] += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
             if batch.asked is not None:
-                parts[2] += (output.logits.argmax(dim=-1) == batch.text_labels)[batch.asked].sum()
-                parts[3] += batch.asked.sum()
+                parts[2:4] += torch.stack(answer_hits(output.logits, batch.text_labels, batch.asked)).to(parts)
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
         self.accelerator.backward(total * self.accelerator.num_processes)
         self.memory.leave(micro)
@@ -404,6 +418,17 @@ def word_hits(logits: torch.Tensor, labels: torch.Tensor, padding_ids: list[int]
     """How many text labels [B, T] that are words the logits [B, T, V] put first, and how many there are."""
     words = (labels >= 0) & ~torch.isin(labels, torch.tensor(padding_ids, device=labels.device))
     return ((logits.argmax(dim=-1) == labels) & words).sum(), words.sum()
+
+
+def answer_hits(logits: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the words that `asked` [B, T] marks the logits [B, T, V] spell right from their first token to their last, and how many
+    there are. (Most tokens of a word that takes several follow from the first: counting tokens calls half of the guesses right.)
+    """
+    begins = asked & ~torch.nn.functional.pad(asked, (1, 0))[:, :-1]
+    word = begins.flatten().cumsum(0) - 1  # [B T], which one a frame belongs to
+    wrong = (logits.argmax(dim=-1) != labels) & asked
+    missed = torch.bincount(word[wrong.flatten()], minlength=int(begins.sum()))
+    return (missed == 0).sum(), begins.sum()
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
