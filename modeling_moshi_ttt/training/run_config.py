@@ -11,7 +11,7 @@ from ..data.facts import ScriptSettings
 from ..errors_moshi_ttt import MoshiTTTError
 
 Mode = Literal["frozen", "lora", "ttt", "lora+ttt", "full"]
-Carry = Literal["none", "state", "state+attention"]
+Carry = Literal["none", "state", "state+attention", "state+next"]
 BETA1 = 0.9
 MADE = "made"  # as data.train: dialogues drawn as they are needed
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
@@ -83,7 +83,9 @@ class DataSettings:
         alignments and speakers.
     cache: folder of the Mimi codes, encoded once, and of what was downloaded or unpacked; None keeps it in the run folder.
     window_seconds: length of one window.
-    carry: what a batch row takes on from window to window ("none": shuffled windows).
+    carry: what a batch row takes on from window to window ("none": shuffled windows). "state+next" takes the fast weights on into the next
+        recording as well, so that a memory learns to live with what others have written.
+    next_share: of the recordings that begin with the fast weights of the one before, with carry "state+next".
     tbptt_windows: windows through which gradients flow before the state is cut from its past.
     batch_size, accumulation: windows of a micro-batch on one process, and micro-batches of a step.
     own_noise, user_noise, text_noise: share of frames whose input is replaced by random codes (text: by padding) while labels stay, and
@@ -105,6 +107,7 @@ class DataSettings:
     batch_size: int = 1
     accumulation: int = 1
     carry: Carry = "none"
+    next_share: float = 0.75
     tbptt_windows: int = 1
     own_noise: float = 0.0
     user_noise: float = 0.0
@@ -235,7 +238,7 @@ def _check(run: RunConfig) -> None:
     check_numbers(run, evaluate_every=0, seed=SEEDS)
     check_numbers(run.model, "model.", text_padding_weight=0, semantic_loss_weight=0)
     check_numbers(run.data, "data.", window_seconds=0.08, batch_size=1, accumulation=1, tbptt_windows=1, text_weight=0, workers=0)
-    check_numbers(run.data, "data.", own_noise=share, user_noise=share, text_noise=share, user_code_noise=share)
+    check_numbers(run.data, "data.", next_share=share, own_noise=share, user_noise=share, text_noise=share, user_code_noise=share)
     check_numbers(run.optim, "optim.", steps=1, lr=ABOVE_ZERO, ttt_lr=0, gate_lr=0, weight_decay=0, clip=1e-12, ttt_write_cost=0)
     check_numbers(run.optim, "optim.", warmup=share, max_bad_steps=1)
     check_numbers(run.checkpoint, "checkpoint.", every=0, keep=1)
@@ -250,7 +253,7 @@ def _check(run: RunConfig) -> None:
         )
     check_columns(run.data.columns)
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
-        raise MoshiTTTError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state' or 'state+attention'.")
+        raise MoshiTTTError("data.tbptt_windows is > 1 but data.carry is 'none'; choose carry 'state', 'state+next' or 'state+attention'.")
     _check_made(run)
     if run.evaluate_every and run.data.evaluation is None:
         raise MoshiTTTError("evaluate_every is set but data.evaluation is missing; name a manifest there or set evaluate_every: 0.")

@@ -78,7 +78,7 @@ class Trainer:
         self.model, self.wrapped_optimizer = accelerator.prepare(model, optimizer)
         self.optimizer = getattr(self.wrapped_optimizer, "optimizer", self.wrapped_optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size)
+        self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size, run.data.next_share)
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
         self.curriculum = None if run.curriculum is None else Curriculum(run.curriculum)
         self._read(train)
@@ -208,8 +208,9 @@ class Trainer:
         data, total, parts = self.run.data, None, torch.zeros(5, dtype=torch.float64, device=whole.device)
         costly = bool(self.run.optim.ttt_write_cost)
         for turn, batch in enumerate(batches):
-            cache = self.memory.enter(micro, batch.reset)
-            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
+            seeds = self._seeds(micro, turn)
+            cache = self.memory.enter(micro, batch.reset, seeds)
+            noisy = add_noise(batch, data, self.config.audio_vocab_size, seeds, self.config.text_padding_ids[0])
             how = {"past_key_values": cache, "use_cache": cache is not None, "output_write_gates": costly, "return_dict": True}
             output = self.model(**noisy.inputs(), num_items_in_batch=whole, **how)
             loss = objective(output.text_loss, output.audio_loss, data.text_weight)
