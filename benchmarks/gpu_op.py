@@ -119,7 +119,7 @@ def layer_work(case: Case, backend: str, device: str) -> tuple[Callable[[], obje
     """One frame with a state, without gradients, and forward with backward of a whole layer in bf16."""
     config = SimpleNamespace(
         hidden_size=case.heads * case.dim, ttt_mixer=case.mixer, ttt_num_heads=case.heads, ttt_head_dim=case.dim, ttt_mini_batch_size=case.b, ttt_base_lr=0.1,
-        ttt_inner_norm="layer_norm", ttt_rope="mini_batch", ttt_norm_eps=1e-6, scan_checkpoint_group_size=16, ttt_implementation=backend,
+        ttt_inner_norm="layer_norm", ttt_write_threshold=0.0, ttt_rope="mini_batch", ttt_norm_eps=1e-6, scan_checkpoint_group_size=16, ttt_implementation=backend,
     )  # fmt: skip
     layer = LAYERS[case.mixer](config).to(device, torch.bfloat16)
     x = torch.randn(case.rows, case.frames, config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)

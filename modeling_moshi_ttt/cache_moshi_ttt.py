@@ -284,6 +284,15 @@ class MoshiTTTCache(Cache):
             reset_mask=chosen if self.state.reset_mask is None else self.state.reset_mask | chosen,
         )
 
+    def begin_next(self, rows: torch.Tensor) -> None:
+        """Let these rows (bool `[B]`) begin another recording with the TTT memory that they have: no word or code of the one before goes in.
+
+        The attention window is `reset_attention`'s.
+        """
+        begins = rows.to(self.frames.device)[:, None, None]
+        codes = torch.where(begins, self.initial_tokens, self.codes)
+        self.state = replace(self.state, codes=codes, labels=self.labels.masked_fill(begins, IGNORED))
+
     def reset_attention(self) -> None:
         """Drop the attention window and keep the TTT memory, the positions and the delay history."""
         state = self.state

@@ -131,6 +131,8 @@ class MoshiTTTConfig(MoshiConfig):
         ttt_mini_batch_size (`int`, defaults to 16): frames per inner mini-batch; 1 is online gradient descent.
         ttt_base_lr (`float`, *optional*): inner learning rate; 1.0 for `"linear"`, 0.1 for `"mlp"` unless given; with
             `ttt_inner_norm="none"` `ttt_head_dim / 2` for `"linear"`, 2.0 for `"mlp"`.
+        ttt_write_threshold (`float`, defaults to 0.0):
+            A frame whose gate, `sigmoid(x·w_h + b_h)` from 0 to 1, is below it writes nothing; 0 lets every frame write, as published.
         ttt_rope (`str`, defaults to `"mini_batch"`): rotary positions inside the TTT layer: `"mini_batch"` (t mod b), `"absolute"` or
             `"none"`.
         ttt_gate_init (`float`, defaults to 0.1): start of `gating_alpha`; the layer's output is scaled by its tanh.
@@ -161,7 +163,7 @@ class MoshiTTTConfig(MoshiConfig):
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", "norm": "keep_full_weight"}
     # What `Trainer` does not gather in evaluation: predictions are (logits, audio_logits).
     keys_to_ignore_at_inference = [
-        "text_loss", "audio_loss", "last_hidden_state", "cache", "hidden_states", "attentions", "inner_losses",
+        "text_loss", "audio_loss", "last_hidden_state", "cache", "hidden_states", "attentions", "inner_losses", "write_gates",
     ]  # fmt: skip
 
     # Every frame has 1 + K labels. It makes `Trainer` say that it leaves out `label_smoothing_factor`, which the losses here do not take.
@@ -173,6 +175,7 @@ class MoshiTTTConfig(MoshiConfig):
     ttt_head_dim: int | None = None
     ttt_mini_batch_size: int = 16
     ttt_base_lr: float | int | None = None
+    ttt_write_threshold: float | int = 0.0
     ttt_rope: str = "mini_batch"
     ttt_gate_init: float | int = 0.1
     ttt_norm_eps: float = 1e-6
@@ -245,6 +248,10 @@ class MoshiTTTConfig(MoshiConfig):
         if self.semantic_loss_weight == 0 and self.num_codebooks == 1:
             raise MoshiTTTError(
                 "`semantic_loss_weight=0` leaves no codebook with a weight (`num_codebooks=1`), so no audio would be trained."
+            )
+        if not 0 <= self.ttt_write_threshold < 1:
+            raise MoshiTTTError(
+                f"`ttt_write_threshold={self.ttt_write_threshold}` must be at least 0 and below 1, as the gates are; choose 0 to let every frame write."
             )
         for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:

@@ -38,14 +38,15 @@ TTT_MIXERS = {"linear": TTTLinear, "mlp": TTTMLP}
 
 
 class LayerOutput(NamedTuple):
-    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, and its attention
-    weights where they are at hand."""
+    """A layer's output `[B, T, E]`, its new keys and values (see [`MoshiTTTAttention`]), what became of its TTT memory, its attention
+    weights where they are at hand, and its write gates where they were asked for."""
 
     hidden_states: torch.Tensor
     key_values: KeyValues | None
     ttt_state: TTTState | None
     inner_losses: TTTInnerLosses | None
     attentions: torch.Tensor | None
+    write_gates: torch.Tensor | None
 
 
 class TTTGate(nn.Module):
@@ -87,18 +88,20 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         past: KeyValues | None = None,
         ttt_state: TTTState | None = None,
         output_inner_losses: bool = False,
+        output_write_gates: bool = False,
     ) -> LayerOutput:
         """`[B, T, E]` -> `[B, T, E]`, with the layer's memory in and out by argument."""
         attended, key_values, attentions = self.self_attn(self.input_layernorm(hidden_states), frames, past)
         hidden_states = hidden_states + attended
-        inner_losses = None
+        inner_losses, write_gates = None, None
         if self.ttt is not None:
             inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.reset_mask)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
+            write_gates = self.ttt.write_gate(inputs[0]) if output_write_gates else None
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses, attentions)
+        return LayerOutput(hidden_states, key_values, ttt_state, inner_losses, attentions, write_gates)
 
 
 class MoshiTTTPreTrainedModel(PreTrainedModel):
@@ -211,6 +214,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         output_attentions: bool | None = None,
         output_inner_losses: bool = False,
         cache: MoshiTTTCache | None = None,
+        output_write_gates: bool = False,
     ) -> MoshiTTTModelOutput:
         """Run frames through all layers.
 
@@ -221,6 +225,7 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             output_hidden_states: also return the input of every layer; `config.output_hidden_states` when None.
             output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
             output_inner_losses: also return the inner losses of every TTT layer.
+            output_write_gates: also return the gates of every TTT layer.
         """
         past_key_values = given_cache(cache, past_key_values)
         if output_hidden_states is None:
@@ -235,7 +240,8 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
         hidden_states, seen, outputs, attentions = inputs_embeds, [], [], []
         for i, layer in enumerate(self.layers):
             key_values, state = (past.state.key_values[i], past.state.ttt_states[i]) if past is not None else (None, None)
-            output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, output_inner_losses=output_inner_losses)
+            asked = {"output_inner_losses": output_inner_losses, "output_write_gates": output_write_gates}
+            output = layer(hidden_states, frames=frames, past=key_values, ttt_state=state, **asked)
             seen.append(hidden_states)
             hidden_states = output.hidden_states
             if output_attentions:
@@ -254,6 +260,9 @@ class MoshiTTTModel(MoshiTTTPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
             inner_losses={i: output.inner_losses for i, output in enumerate(outputs) if output.inner_losses is not None}
             if output_inner_losses
+            else None,
+            write_gates={i: output.write_gates for i, output in enumerate(outputs) if output.write_gates is not None}
+            if output_write_gates
             else None,
         )
 
@@ -328,6 +337,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         output_hidden_states: also return the hidden states before each layer, and the last; `config.output_hidden_states` when None.
         output_attentions: also return the attention weights of every layer, by eager attention; `config.output_attentions` when None.
         output_inner_losses: also return the TTT layers' inner losses.
+        output_write_gates: also return how far the TTT layers opened their memory to each frame.
         return_dict: False gives a plain tuple of what is not None; `config.return_dict` when None.
         others: what PEFT's task types pass beside these (`labels`, `inputs_embeds`, ...); None, or it is refused.
 
@@ -391,6 +401,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         output_inner_losses: bool = False,
         return_dict: bool | None = None,
         cache: MoshiTTTCache | None = None,
+        output_write_gates: bool = False,
         **others: Any,
     ) -> MoshiTTTOutput | tuple:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
@@ -411,6 +422,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_inner_losses=output_inner_losses,
+            output_write_gates=output_write_gates,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
         text_loss, audio_loss = self._losses(logits, audio_logits, steps, weights, whole)

@@ -33,6 +33,8 @@ class MoshiTTTModelOutput(_OutputWithCache):
         hidden_states: `[B, T, E]` before each layer, and `last_hidden_state`, when asked for.
         attentions: `[B, H, T, S + T]` attention weights of each layer over S remembered frames and the T new ones, when asked for.
         inner_losses: the inner losses of each TTT layer by its number, when asked for.
+        write_gates: `[B, T, H]` from 0 to 1, how far each head of a TTT layer opened its memory to each frame, by the layer's number, when
+            asked for.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -40,6 +42,7 @@ class MoshiTTTModelOutput(_OutputWithCache):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
+    write_gates: dict[int, torch.Tensor] | None = None
 
 
 @dataclass
@@ -51,7 +54,7 @@ class MoshiTTTOutput(_OutputWithCache):
         text_loss, audio_loss: weighted mean cross-entropies in nats.
         logits: `[B, T, V]`; step t predicts text frame t.
         audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
-        last_hidden_state, cache, hidden_states, attentions, inner_losses: as in [`MoshiTTTModelOutput`].
+        last_hidden_state, cache, hidden_states, attentions, inner_losses, write_gates: as in [`MoshiTTTModelOutput`].
     """
 
     loss: torch.Tensor | None = None
@@ -64,6 +67,7 @@ class MoshiTTTOutput(_OutputWithCache):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     inner_losses: dict[int, TTTInnerLosses] | None = None
+    write_gates: dict[int, torch.Tensor] | None = None
 
 
 @dataclass
@@ -90,6 +94,8 @@ def put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
     result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
     if result.hidden_states is not None:
         result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
+    if result.write_gates is not None:
+        result.write_gates = {layer: take_frames(gates, order, 1) for layer, gates in result.write_gates.items()}
     if result.attentions is not None:
         frames = order.shape[1]  # the keys of remembered frames, before those of these frames, stay where they are
         by_query = (take_frames(weights, order, 2) for weights in result.attentions)

@@ -40,7 +40,7 @@ class TTTLayer(nn.Module):
     """What both mixers share; use `TTTLinear` or `TTTMLP`.
 
     `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_inner_norm ("layer_norm" or "none"),
-    ttt_rope ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing
+    ttt_write_threshold, ttt_rope ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing
     of a
     stream: its state goes in and comes out of `forward`.
     """
@@ -130,6 +130,15 @@ class TTTLayer(nn.Module):
             out = self.post_norm(out.flatten(2))
         return self.wo(out.to(self.ttt_norm_weight.dtype)).to(hidden_states.dtype), state
 
+    def write_gate(self, hidden_states: Tensor) -> Tensor:
+        """How far each head opens its memory to each frame, `[B, T, H]` from 0 to 1; a frame's inner learning rate is ttt_base_lr / D
+        times it. 0 where it is below ttt_write_threshold: such a frame writes nothing, and no gradient flows to its gate.
+        """
+        x, weight = _at_least_float32(hidden_states), _at_least_float32(self.learnable_ttt_lr_weight).squeeze(1)
+        gate = torch.sigmoid(F.linear(x, weight) + _at_least_float32(self.learnable_ttt_lr_bias).squeeze(1))
+        threshold = self.config.ttt_write_threshold
+        return gate.masked_fill(gate < threshold, 0.0) if threshold else gate
+
     @torch.no_grad()
     def inner_losses(
         self,
@@ -193,8 +202,7 @@ class TTTLayer(nn.Module):
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         norm_weight, norm_bias = _at_least_float32(self.ttt_norm_weight), _at_least_float32(self.ttt_norm_bias)
         target = _standardise(v - k) * norm_weight + norm_bias
-        logits = F.linear(_at_least_float32(x), _at_least_float32(self.learnable_ttt_lr_weight).squeeze(1))
-        lr = self.config.ttt_base_lr / dim * torch.sigmoid(logits + _at_least_float32(self.learnable_ttt_lr_bias).squeeze(1))  # [B, T, H]
+        lr = self.config.ttt_base_lr / dim * self.write_gate(x)  # [B, T, H]
         learned = _at_least_float32(self.learnable_token_weight)
         count = torch.arange(1, len(learned) + 1, device=learned.device, dtype=learned.dtype)
         return TTTInputs(q, k, target + k, lr, (1 / count + learned).clamp(min=0), norm_weight, norm_bias)

@@ -36,6 +36,8 @@ def test_layers_are_stored_as_a_list(layers, expected):
         ({"ttt_mixer": "gru"}, "ttt_mixer='gru'.*'linear', 'mlp'"),
         ({"ttt_rope": "yarn"}, "ttt_rope='yarn'"),
         ({"ttt_inner_norm": "rms"}, "ttt_inner_norm='rms'.*'layer_norm', 'none'"),
+        ({"ttt_write_threshold": 1.0}, "ttt_write_threshold=1.0.*below 1"),
+        ({"ttt_write_threshold": -0.1}, "ttt_write_threshold=-0.1.*at least 0"),
         ({"ttt_implementation": "cuda"}, "ttt_implementation='cuda'"),
         ({"ttt_mini_batch_size": 0}, "ttt_mini_batch_size=0.*at least 1"),
         ({"scan_checkpoint_group_size": 0}, "scan_checkpoint_group_size=0"),

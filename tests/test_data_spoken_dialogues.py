@@ -70,13 +70,10 @@ def test_a_question_asks_for_the_newest_value():
         assert 1 <= len(newest) <= 3
 
 
-def test_the_level_sets_the_distance(book):
+def test_the_level_sets_the_distance():
     """At 0 facts are asked at once and always repeated; at 1 after `distance`, corrected in some dialogues, repeated in some."""
-    settings = ScriptSettings(corrections=0.5, echo=0.5)
-    lengths = {
-        level: np.mean([len(book.stitch(Script(settings, random.Random(seed), level)).text) for seed in range(50)]) for level in (0, 0.5, 1)
-    }
-    assert lengths[0] + 20 < lengths[0.5] < lengths[1] - 20
+    lengths = {level: np.mean([len(turns(seed, level, distance=[60, 90])) for seed in range(50)]) for level in (0.0, 0.5, 1.0)}
+    assert lengths[0.0] + 1 < lengths[0.5] < lengths[1.0] - 1
     roles = {level: [Counter(turn.role for turn in turns(seed, level)) for seed in range(60)] for level in (0.0, 1.0)}
     assert all(count["echo"] == count["tell"] == count["ask"] for count in roles[0.0])
     assert not any(count["correct"] for count in roles[0.0])
@@ -84,22 +81,25 @@ def test_the_level_sets_the_distance(book):
     assert 10 < sum(bool(count["echo"]) for count in roles[1.0]) < 50
 
 
-def test_stitched_dialogues_are_whole_frames(book, processor):
-    """Every stream as long as the text; what is asked is marked, and its words are the answers."""
+@pytest.mark.parametrize(("level", "frames"), [(0.0, 100), (0.5, 130), (1.0, 160)])
+def test_rows_are_full_of_dialogues(book, processor, level, frames):
+    """Every stream as long as the level says; what is asked is marked, and its words are the answers."""
     for seed in range(30):
-        script = Script(ScriptSettings(facts=[2, 2], digits=[1, 4]), random.Random(seed))
-        one = book.stitch(script)
-        assert one.user.shape == one.moshi.shape == (8, len(one.text))
+        settings = ScriptSettings(frames=[100, 160], facts=[1, 2], digits=[1, 2], lead=[0, 4], distance=[0, 12])
+        one = book.stitch(settings, random.Random(seed), level)
+        assert len(one.text) == frames
+        assert one.user.shape == one.moshi.shape == (8, frames)
         assert one.asked.shape == one.text.shape
-        words = {word for word, _ in processor.words(torch.where(one.asked, one.text, book.padding))}
+        words = [word for word, _ in processor.words(torch.where(one.asked, one.text, book.padding))]
         assert words
-        assert words <= set(facts.answers())
+        assert all(word in facts.answers() for word in words[:-1])
+        assert any(answer.startswith(words[-1]) for answer in facts.answers())  # the row may end in the midst of it
         begins = (one.asked & ~one.asked.roll(1)).nonzero()[:, 0]
         assert all(one.text[begin - 1] == book.end_of_padding for begin in begins)
 
 
 def test_the_same_seed_is_the_same_dialogue(book):
-    first, again, other = (book.stitch(Script(ScriptSettings(), random.Random(seed))) for seed in (1, 1, 2))
+    first, again, other = (book.stitch(ScriptSettings(), random.Random(seed)) for seed in (1, 1, 2))
     assert torch.equal(first.user, again.user)
     assert torch.equal(first.text, again.text)
     assert not torch.equal(first.text[:50], other.text[:50]) or not torch.equal(first.user[:, :50], other.user[:, :50])
@@ -128,7 +128,7 @@ def test_a_phrasebook_is_encoded_once(tmp_path, processor, monkeypatch):
     monkeypatch.setattr(facts, "talk", lambda held_out: ["the old man sang all night"])
     monkeypatch.setattr(facts, "phrases", lambda: ["my name is Nora", "hello", *facts.talk(False)])
     monkeypatch.setattr(facts, "answers", lambda: ["Nora"])
-    settings = ScriptSettings(voices=2, renderings=2)
+    settings = ScriptSettings(voices=2, renderings=2, sentences=1)
     made = phrasebook(settings, processor, tmp_path)
     read = phrasebook(settings, processor, tmp_path, progress=lambda pieces: pytest.fail("encoded again"))
     assert made.voices == read.voices == facts.VOICES[:2]
@@ -140,7 +140,7 @@ def test_a_phrasebook_is_encoded_once(tmp_path, processor, monkeypatch):
         }
         assert made.clips[voice]["hello"][0].shape[1] < made.clips[voice]["my name is Nora"][0].shape[1]
         assert all(torch.equal(a, b) for phrase in made.clips[voice] for a, b in zip(made.clips[voice][phrase], read.clips[voice][phrase]))
-    assert made.mark != phrasebook(ScriptSettings(voices=1, renderings=2), processor, tmp_path).mark
+    assert made.mark != phrasebook(ScriptSettings(voices=1, renderings=2, sentences=1), processor, tmp_path).mark
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,8 @@ def test_a_phrasebook_is_encoded_once(tmp_path, processor, monkeypatch):
         ({"distance": [9, 3]}, r"distance\n.*must be a lowest and a highest"),
         ({"digits": [1, 5]}, "digits"),
         ({"voices": 99}, "voices"),
+        ({"sentences": 999}, "sentences"),
+        ({"frames": [90, 10]}, r"frames is \[90, 10\]"),
         ({"echo": 1.5}, "echo"),
     ],
 )

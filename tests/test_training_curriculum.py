@@ -1,5 +1,7 @@
 """Made dialogues in the trainer: the level follows the accuracy, and an interrupted run goes on to the bit."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,9 +14,9 @@ from modeling_moshi_ttt.training.curriculum import Curriculum
 from modeling_moshi_ttt.training.dialogues import DialoguePlan, DialogueReader
 from modeling_moshi_ttt.training.noise import add_noise
 from modeling_moshi_ttt.training.run_config import CurriculumSettings, load_run_config
-from modeling_moshi_ttt.training.trainer import Trainer
+from modeling_moshi_ttt.training.trainer import Trainer, answer_hits
 
-SCRIPT = ScriptSettings(facts=[1, 1], lead=[0, 4], start=[0, 0], distance=[4, 8])
+SCRIPT = ScriptSettings(frames=[40, 60], facts=[1, 1], lead=[0, 4], start=[0, 0], distance=[4, 8])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,27 @@ def test_a_run_with_a_curriculum_goes_on_to_the_bit(tmp_path, book, monkeypatch)
     assert parts.plan.drawn == whole.plan.drawn == 6
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters()):
         assert torch.equal(one, other), name
+
+
+def test_an_answer_is_right_when_all_of_its_tokens_are():
+    labels = torch.tensor([[3, 5, 6, 7, 3, 8, 3], [9, 3, 3, 3, 3, 5, 6]])
+    asked = torch.tensor([[0, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1, 1]]).bool()
+    said = labels.clone()
+    said[0, 3], said[1, 5], said[0, 0] = 4, 4, 4  # the end of the first word, the begin of the last, and a frame that is no answer
+    logits = torch.nn.functional.one_hot(said, 10).float()
+    assert [int(count) for count in answer_hits(logits, labels, asked)] == [2, 4]
+    assert [int(count) for count in answer_hits(logits, labels, torch.zeros_like(asked))] == [0, 0]
+
+
+def test_open_gates_cost_what_the_level_says(tmp_path, book):
+    """Training with a cost closes gates; the log tells how far they open."""
+    gates = {}
+    for name, cost in (("free", 1e-12), ("dear", 100.0)):
+        run = make_run(tmp_path / name, data={"train": "made"}, dialogues=SCRIPT, optim={"steps": 6, "lr": 1e-2, "ttt_write_cost": cost})
+        Trainer(run, make_model(vocab_size=512, audio_vocab_size=128, num_codebooks=8), book, None, Accelerator(cpu=True)).fit()
+        gates[name] = [json.loads(line)["write_gate"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert gates["free"][0] == pytest.approx(gates["dear"][0])
+    assert gates["dear"][-1] < gates["free"][-1] - 0.005
 
 
 def test_the_log_tells_accuracy_and_level(tmp_path, book):

@@ -38,7 +38,10 @@ ASK = {
 }
 LEAD_INS = ("hello", "by the way", "listen")
 CORRECTIONS = ("no", "sorry", "wait")
-VOICES = "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb".split()
+VOICES = (
+    "f1 f2 f3 m1 m2 m3 m4 Alex Alicia Andrea Annie adam antonio belinda benjamin caleb m5 m6 m7 Denis Diogo Gene Henrique Hugo Jacky Lee "
+    "Marco Mario Michael Nguyen Reed david"
+).split()
 HELD_OUT_VOICES = "f5 m8 Andy Mike robert steph2 linda max steph travis".split()
 HELD_OUT_SHARE = 5  # one combination of facts in so many is held out
 
@@ -66,6 +69,8 @@ class ScriptSettings:
     """How many are told in a dialogue."""
     digits: Bounds = field(default_factory=lambda: [1, 1])
     """How many a number has."""
+    frames: Bounds = field(default_factory=lambda: [112, 192])
+    """Of a row of training at level 0 and at level 1; dialogues follow one another until it is full."""
     lead: Bounds = field(default_factory=lambda: [0, 80])
     """Talk before the facts, in half of the dialogues where its lowest is 0."""
     start: Bounds = field(default_factory=lambda: [2, 12])
@@ -76,12 +81,12 @@ class ScriptSettings:
     """Share of the dialogues in which Moshi repeats what it is told."""
     corrections: Share = 0.3
     """Share of the dialogues in which a fact is told anew and asked again."""
-    voices: Annotated[Count, Field(le=len(VOICES))] = 16
+    voices: Annotated[Count, Field(le=len(VOICES))] = 32
     """How many speak."""
-    renderings: Count = 3
+    renderings: Count = 2
     """Renderings of a fact's phrases by each voice."""
-    talk_renderings: Count = 1
-    """Renderings of a sentence of talk by each voice."""
+    sentences: Annotated[Count, Field(le=240)] = 40
+    """Sentences of talk that each voice says, each rendered once."""
     seed: Seed = 0
     """Seed of the renderings."""
 

@@ -12,7 +12,7 @@ from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER
 from .words import Policy
 
-Carry = Literal["none", "state", "state+attention"]
+Carry = Literal["none", "state", "state+attention", "state+next"]
 # What a parquet column is for, and its usual names; "audio_path" and "speaker_to_channel" are MultiTalkFT's.
 COLUMNS = {
     "audio": ("audio",),
@@ -52,7 +52,10 @@ class DataSettings:
     accumulation: Count = 1
     """Micro-batches of a step."""
     carry: Carry = "none"
-    """What a batch row takes on from window to window ("none": shuffled windows)."""
+    """What a batch row takes on from window to window ("none": shuffled windows). "state+next" takes the fast weights on into the next
+    recording as well, so that a memory learns to live with what others have written."""
+    next_share: Share = 0.75
+    """Share of the recordings that begin with the fast weights of the one before, with carry "state+next"."""
     tbptt_windows: Count = 1
     """Windows through which gradients flow before the state is cut from its past."""
     own_noise: Share = 0.0

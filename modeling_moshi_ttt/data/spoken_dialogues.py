@@ -27,7 +27,7 @@ from . import facts
 from .espeak import BLOCK_RATE, SAMPLE_RATE, Espeak, at_codec_rate
 from .facts import VOICES, Fact, ScriptSettings
 
-LAYOUT = "phrases-4"  # raise it when the way of rendering or of encoding phrases changes
+LAYOUT = "phrases-5"  # raise it when the way of rendering or of encoding phrases changes
 ACCENT = "en-us"
 MOSHI_VOICE = "f4"
 PAUSE = (1, 3)  # frames of silence before a user's turn
@@ -35,6 +35,7 @@ GAPS = ((1, 3), (4, 20))  # frames between phrases that are encoded in one track
 LONG_GAPS = 0.3  # share of the latter
 REPLY = 2  # frames between the end of a user's turn and Moshi's first word: the end of padding stands in the last of them
 PIECE = 30  # phrases of a voice that are encoded at once
+TRACKS = 4  # voices that are encoded side by side: more take longer, for want of cache
 LEAD = 6  # frames of silence before Moshi's words
 TAIL = 1  # frames after a phrase that are kept with it: the sound before them can be told from their codes
 SILENCE = 30  # frames of silence after the last phrase of a piece; pauses are cut from them
@@ -73,12 +74,21 @@ class Script:
         rng: of everything in it.
         level: of the curriculum, 0 to 1.
         held_out: facts together and sentences of talk that training never draws, or those that it does.
+        sentences: of talk; all of them where it is None.
         new_ways: ways to tell, correct and ask that training never draws, or those that it does.
     """
 
-    def __init__(self, settings: ScriptSettings, rng: random.Random, level: float = 1.0, held_out: bool = False, new_ways: bool = False):
+    def __init__(
+        self,
+        settings: ScriptSettings,
+        rng: random.Random,
+        level: float = 1.0,
+        held_out: bool = False,
+        new_ways: bool = False,
+        sentences: Sequence[str] | None = None,
+    ):
         self.settings, self.rng, self.level, self.held_out, self.new_ways = settings, rng, level, held_out, new_ways
-        self.sentences = facts.talk(held_out)
+        self.sentences = facts.talk(held_out) if sentences is None else sentences
 
     def turns(self, length: Any) -> Iterator[Turn]:
         """The turns; `length()` says how many frames there are by now, so that talk lasts as long as it should."""
@@ -135,7 +145,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One dialogue in aligned frames. `asked` marks the words that answer a question."""
+    """Dialogues in aligned frames. `asked` marks the words that answer a question."""
 
     user: Tensor  # [K, T]
     moshi: Tensor  # [K, T]
@@ -156,6 +166,8 @@ class Phrasebook:
         self.clips, self.silence = clips, silence  # voice -> phrase -> codes [K, T]; [N, K, SILENCE]
         self.mute = clips[MOSHI_VOICE][""][0][:, -1:]  # [K, 1], what silence settles at
         self.voices = [voice for voice in clips if voice != MOSHI_VOICE]
+        talk = facts.talk(False)
+        self.talk = {voice: [sentence for sentence in talk if sentence in clips[voice]] for voice in self.voices}
         self.words = {word: processor.encode_word(word) for word in facts.answers()}
         self.padding, self.end_of_padding = processor.text_padding_ids
 
@@ -164,9 +176,12 @@ class Phrasebook:
         pieces = [self.silence[rng.randrange(len(self.silence))] for _ in range(-(-frames // SILENCE))]
         return torch.cat(pieces, 1)[:, :frames]
 
-    def stitch(self, script: Script) -> Dialogue:
-        """One dialogue of a script."""
-        rng, voice = script.rng, script.rng.choice(self.voices)
+    def stitch(self, settings: ScriptSettings, rng: random.Random, level: float = 1.0) -> Dialogue:
+        """One row of training: dialogues of one voice, one after another until it is full."""
+        voice = rng.choice(self.voices)
+        script = Script(settings, rng, level, sentences=self.talk[voice])
+        low, high = settings.frames
+        frames = round(low + level * (high - low))
         user, moshi, text, asked = [], [], [], []
 
         def silent(frames: int) -> None:
@@ -188,24 +203,23 @@ class Phrasebook:
             text.extend([*tokens, *[self.padding] * (frames - len(tokens))])
             asked.extend([counts and t < len(tokens) for t in range(frames)])
 
-        for turn in script.turns(lambda: len(text)):
-            if turn.by_moshi:
-                for index, word in enumerate(turn.phrases):
-                    silent(REPLY if index == 0 else 1)
-                    reply(word, turn.role == "answer")
-            else:
-                silent(rng.randint(*PAUSE))
-                for phrase in turn.phrases:
-                    hear(rng.choice(self.clips[voice][phrase]))
-        silent(rng.randint(*PAUSE))
-        return Dialogue(torch.cat(user, 1).long(), torch.cat(moshi, 1).long(), torch.tensor(text), torch.tensor(asked))
+        while len(text) < frames:
+            for turn in script.turns(lambda: len(text)):
+                if turn.by_moshi:
+                    for index, word in enumerate(turn.phrases):
+                        silent(REPLY if index == 0 else 1)
+                        reply(word, turn.role == "answer")
+                else:
+                    silent(rng.randint(*PAUSE))
+                    for phrase in turn.phrases:
+                        hear(rng.choice(self.clips[voice][phrase]))
+        whole = torch.cat(user, 1).long(), torch.cat(moshi, 1).long(), torch.tensor(text), torch.tensor(asked)
+        return Dialogue(*(stream[..., :frames] for stream in whole))
 
 
 def phrasebook(settings: ScriptSettings, processor: Any, folder: Path, progress: Any = iter) -> Phrasebook:
     """The phrases of training, from `folder` where they were encoded before with this codec, else rendered and encoded now."""
-    about = json.dumps(
-        [LAYOUT, settings.voices, settings.renderings, settings.talk_renderings, settings.seed, facts.phrases(), facts.answers()]
-    )
+    about = json.dumps([LAYOUT, settings.voices, settings.renderings, settings.sentences, settings.seed, facts.phrases(), facts.answers()])
     path = folder / f"phrases-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         atomic_write(path, _packed(*_encoded(settings, processor, progress)))
@@ -228,14 +242,17 @@ def _packed(clips: list[Clip], silence: Tensor) -> bytes:
 
 
 def _encoded(settings: ScriptSettings, processor: Any, progress: Any) -> tuple[list[Clip], Tensor]:
-    """Every phrase by every voice, all voices side by side, each in an order of its own; and the silence after it."""
+    """Every phrase and some of the talk by every voice, all voices side by side, each in an order of its own; and the silence after it."""
     espeak, rng = Espeak(), random.Random(settings.seed)
-    talk = set(facts.talk(False))
-    said = [phrase for phrase in facts.phrases() for _ in range(settings.talk_renderings if phrase in talk else settings.renderings)]
-    orders = {voice: rng.sample(said, len(said)) for voice in VOICES[: settings.voices]}
+    talk = facts.talk(False)
+    said = [phrase for phrase in facts.phrases() if phrase not in talk for _ in range(settings.renderings)]
+    orders = {}
+    for voice in VOICES[: settings.voices]:
+        orders[voice] = said + rng.sample(talk, settings.sentences)
+        rng.shuffle(orders[voice])
     clips: list[Clip] = []
     silence: list[Tensor] = []
-    for first in progress(range(0, len(said), PIECE)):
+    for first in progress(range(0, len(said) + settings.sentences, PIECE)):
         found, after = _encode({voice: order[first : first + PIECE] for voice, order in orders.items()}, espeak, processor, rng)
         clips += found
         silence.append(after)
@@ -264,7 +281,8 @@ def _encode(said: dict[str, list[str]], espeak: Espeak, processor: Any, rng: ran
         rows.append(at_codec_rate(np.concatenate(parts)))
         ends.append(places[-1][-1])
     total = (max(ends) + SILENCE) * processor.frame_size
-    codes = processor.encode_audio(torch.from_numpy(np.stack([np.pad(row, (0, total - len(row))) for row in rows])))  # [V, K, T]
+    sound = torch.from_numpy(np.stack([np.pad(row, (0, total - len(row))) for row in rows]))
+    codes = torch.cat([processor.encode_audio(part) for part in sound.split(TRACKS)])  # [V, K, T]
     clips = [(voice, phrase, codes[row, :, start:end]) for row, voice, phrase, start, end in places]
     return clips, torch.stack([codes[row, :, end : end + SILENCE] for row, end in enumerate(ends)])
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data.facts import ScriptSettings
-from ..data.spoken_dialogues import Phrasebook, Script
+from ..data.spoken_dialogues import Phrasebook
 from .curriculum import Curriculum
 from .windows import Batch, make_batch
 
@@ -51,7 +51,7 @@ class DialogueReader(Dataset[Batch]):
         self.book, self.settings, self.seed, self.delays = book, settings, seed, list(delays)
 
     def __getitem__(self, draws: Sequence[Draw]) -> Batch:  # type: ignore[override]
-        dialogues = [self.book.stitch(Script(self.settings, random.Random(f"{self.seed} {draw.number}"), draw.level)) for draw in draws]
+        dialogues = [self.book.stitch(self.settings, random.Random(f"{self.seed} {draw.number}"), draw.level) for draw in draws]
         rows = [(one.text.numpy(), np.stack([one.moshi.numpy(), one.user.numpy()]), True) for one in dialogues]
         batch = make_batch(rows, self.delays, torch.ones(len(rows), dtype=torch.bool), [f"dialogue {draw.number}" for draw in draws])
         batch.asked = torch.zeros_like(batch.input_ids, dtype=torch.bool)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
@@ -19,24 +21,37 @@ class LaneMemory:
 
     Args:
         model: the bare MoshiTTTForConditionalGeneration (for its configuration and device).
-        carry: "none" makes no cache at all; "state" drops the attention window between windows; "state+attention" keeps everything.
+        carry: "none" makes no cache at all; "state" drops the attention window between windows; "state+attention" keeps everything;
+            "state+next" is "state", and some recordings begin with the fast weights of the one before.
         micro_batches, rows: how many caches, and their batch size.
+        next_share: how many recordings do, with carry "state+next".
     """
 
-    def __init__(self, model: Any, carry: Carry, micro_batches: int, rows: int):
+    def __init__(self, model: Any, carry: Carry, micro_batches: int, rows: int, next_share: float = 0.0):
         self.model, self.carry, self.rows = model, carry, rows
+        self.next_share = next_share if carry == "state+next" else 0.0
         self.caches: list[MoshiTTTCache] = []
         if carry != "none":
             self.caches = [MoshiTTTCache(model.config, rows, device=model.device) for _ in range(micro_batches)]
 
-    def enter(self, micro: int, reset: torch.Tensor) -> MoshiTTTCache | None:
-        """The cache for the next window of a micro-batch, rows of `reset` [B] started anew; None where nothing is carried."""
+    def enter(self, micro: int, reset: torch.Tensor, seeds: Sequence[tuple[int, ...]] = ()) -> MoshiTTTCache | None:
+        """The cache for the next window of a micro-batch, rows of `reset` [B] started anew; None where nothing is carried.
+
+        Args:
+            seeds: one for each row, of what decides whether a recording begins with the fast weights of the one before; without them
+                none does.
+        """
         if not self.caches:
             return None
         cache = self.caches[micro]
+        if seeds and self.next_share:
+            draws = [np.random.default_rng((*seed, 1)).random() for seed in seeds]
+            kept = torch.tensor(draws, device=reset.device) < self.next_share
+            cache.begin_next(reset & kept)
+            reset = reset & ~kept
         if bool(reset.any()):
             cache.reset(reset)
-        if self.carry == "state":
+        if self.carry != "state+attention":
             cache.reset_attention()
         if cache.state.reset_mask is None:
             # ranks must agree on which parameters get a gradient: where no row begins, that of the initial fast weights is 0

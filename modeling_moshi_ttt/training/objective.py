@@ -21,6 +21,15 @@ def objective(text: Loss | None, audio: Loss | None, text_weight: float) -> Loss
     return text_weight * text + audio
 
 
+def open_gates(gates: dict[int, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """How far the TTT layers open, summed over the frames that are there and averaged over heads and layers.
+
+    Args:
+        gates: `[B, T, H]` of each layer, as the model gives with `output_write_gates`. mask: `[B, T]`, 1 for frames that are there.
+    """
+    return (torch.stack([gate.mean(-1) for gate in gates.values()]).mean(0) * mask).sum()
+
+
 def ratio(total: float, count: float) -> float | None:
     """`total / count`; None over nothing, which is no 0."""
     return total / count if count > 0 else None

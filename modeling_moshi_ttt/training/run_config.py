@@ -90,6 +90,9 @@ class OptimSettings:
     """Weight decay of AdamW, not on norms, biases, gates and inner learning-rate parameters."""
     clip: Positive = 1.0
     """Largest norm of all gradients together."""
+    ttt_write_cost: NotNegative = 0.0
+    """What an open gate costs: this times the mean of the TTT layers' gates over frames, heads and layers is added to what is minimized, in
+    a curriculum times its level."""
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     """"onecycle" is moshi-finetune's, torch's OneCycleLR with its defaults: rates rise from 1/25 and fall to 1/250000, and AdamW's beta1
     falls from 0.95 to 0.85 meanwhile and rises back, in place of the first of `betas`. "cosine" and "constant" keep beta1."""
@@ -185,7 +188,7 @@ def _check(run: RunConfig) -> None:
         )
     if run.data.tbptt_windows > 1 and run.data.carry == "none":
         raise MoshiTTTError(
-            f"`data.tbptt_windows={run.data.tbptt_windows}` must be 1 with `data.carry=none`; choose carry 'state' or 'state+attention'."
+            f"`data.tbptt_windows={run.data.tbptt_windows}` must be 1 with `data.carry=none`; choose carry 'state', 'state+next' or 'state+attention'."
         )
     _check_made(run)
     if run.evaluate_every and run.data.evaluation is None:

@@ -31,7 +31,7 @@ from .dialogues import DialoguePlan, DialogueReader
 from .lanes import Plan
 from .memory import LaneMemory
 from .noise import add_noise
-from .objective import objective, ratio
+from .objective import objective, open_gates, ratio
 from .report import MetricsFile, peak_memory, shown
 from .run_config import ModelSettings, RunConfig
 from .schedule import longer, set_rates
@@ -80,7 +80,7 @@ class Trainer:
         self.model, self.wrapped_optimizer = accelerator.prepare(model, optimizer)
         self.optimizer = getattr(self.wrapped_optimizer, "optimizer", self.wrapped_optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size)
+        self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size, run.data.next_share)
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
         self.curriculum = None if run.curriculum is None else Curriculum(run.curriculum)
         self._read(train)
@@ -162,13 +162,14 @@ class Trainer:
         factor = set_rates(self.optimizer.param_groups, self.rates, self.progress.step, self.run.optim)
         weights = [self.memory.loss_weights(micro, batches) for micro, batches in enumerate(micro_batches)]
         whole = self.accelerator.reduce(torch.stack(weights).sum(dim=(0, 1)), "sum")  # [2]
-        # text loss, audio loss, frames, answers right, answers, ranks that were asked to stop
-        totals = torch.zeros(6, dtype=torch.float64, device=device)
+        price = self._write_price(micro_batches)
+        # text loss, audio loss, answers right, answers, open gates, frames, ranks that were asked to stop
+        totals = torch.zeros(7, dtype=torch.float64, device=device)
         for micro, batches in enumerate(micro_batches):
             with self._sync(last=micro == len(micro_batches) - 1):
-                totals[[0, 1, 3, 4]] += self._micro_batch(micro, batches, whole)
-            totals[2] += sum(batch.frames for batch in batches)
-        totals[5] = self.request.signal is not None
+                totals[:5] += self._micro_batch(micro, batches, whole, price)
+            totals[5] += sum(batch.frames for batch in batches)
+        totals[6] = self.request.signal is not None
         totals = self.accelerator.reduce(totals, "sum")
         norm = self._clip()
         finite = bool(torch.isfinite(totals).all() and torch.isfinite(norm))
@@ -177,14 +178,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.place = step.state
-        right, answers, asked = totals[3:].tolist()
+        *losses, right, answers, gates, frames, asked = totals.tolist()
         if asked:
             self.stop_signal = self.request.signal or signal.SIGTERM
         if self.curriculum is not None:
             self.curriculum.update(right / max(answers, 1))
             self.progress.curriculum = self.curriculum.state_dict()
         self._count(finite, micro_batches)
-        *losses, frames = totals[:3].tolist()
         text, audio = (loss if weight > 0 else None for loss, weight in zip(losses, whole.tolist()))
         took = time.perf_counter() - begin
         return {
@@ -199,24 +199,39 @@ class Trainer:
             "data_wait": waited / took,
             "peak_memory_gb": peak_memory(self.accelerator.device),
             **({} if answers == 0 else {"answer_accuracy": right / answers}),
+            **({} if not self.run.optim.ttt_write_cost else {"write_gate": ratio(gates, frames)}),
             **({} if self.curriculum is None else {"level": self.curriculum.level}),
         }
 
-    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor) -> torch.Tensor:
-        """Forward through windows that follow one another, then one backward; returns (text loss, audio loss, answers right, answers) [4]."""
-        data, total, parts = self.run.data, None, torch.zeros(4, dtype=torch.float64, device=whole.device)
+    def _write_price(self, micro_batches: list[list[Batch]]) -> float:
+        """What the open gate of one frame adds to what is minimized: `optim.ttt_write_cost` over the frames of the whole step."""
+        cost = self.run.optim.ttt_write_cost
+        if not cost:
+            return 0.0
+        frames = sum(batch.frames for batches in micro_batches for batch in batches)
+        whole = self.accelerator.reduce(torch.tensor(float(frames), device=self.accelerator.device), "sum")
+        return cost * (1.0 if self.curriculum is None else self.curriculum.level) / max(float(whole), 1.0)
+
+    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor, price: float) -> torch.Tensor:
+        """Forward through windows that follow one another, then one backward; returns (text loss, audio loss, answers right, answers, open
+        gates) [5]."""
+        data, total, parts = self.run.data, None, torch.zeros(5, dtype=torch.float64, device=whole.device)
+        costly = bool(self.run.optim.ttt_write_cost)
         for turn, batch in enumerate(batches):
-            cache = self.memory.enter(micro, batch.reset)
-            noisy = add_noise(batch, data, self.config.audio_vocab_size, self._seeds(micro, turn), self.config.text_padding_ids[0])
-            output = self.model(
-                **noisy.inputs(), past_key_values=cache, use_cache=cache is not None, num_items_in_batch=whole, return_dict=True
-            )
+            seeds = self._seeds(micro, turn)
+            cache = self.memory.enter(micro, batch.reset, seeds)
+            noisy = add_noise(batch, data, self.config.audio_vocab_size, seeds, self.config.text_padding_ids[0])
+            how = {"past_key_values": cache, "use_cache": cache is not None, "output_write_gates": costly, "return_dict": True}
+            output = self.model(**noisy.inputs(), num_items_in_batch=whole, **how)
             loss = objective(output.text_loss, output.audio_loss, data.text_weight)
+            if output.write_gates:
+                gates = open_gates(output.write_gates, batch.attention_mask)
+                parts[4] += gates.detach()
+                loss = loss + price * gates
             total = loss if total is None else total + loss
             parts[:2] += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
             if batch.asked is not None:
-                parts[2] += (output.logits.argmax(dim=-1) == batch.text_labels)[batch.asked].sum()
-                parts[3] += batch.asked.sum()
+                parts[2:4] += torch.stack(answer_hits(output.logits, batch.text_labels, batch.asked)).to(parts)
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
         self.accelerator.backward(total * self.accelerator.num_processes)
         self.memory.leave(micro)
@@ -400,6 +415,17 @@ def word_hits(logits: torch.Tensor, labels: torch.Tensor, padding_ids: list[int]
     """How many text labels [B, T] that are words the logits [B, T, V] put first, and how many there are."""
     words = (labels >= 0) & ~torch.isin(labels, torch.tensor(padding_ids, device=labels.device))
     return ((logits.argmax(dim=-1) == labels) & words).sum(), words.sum()
+
+
+def answer_hits(logits: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of the words that `asked` [B, T] marks the logits [B, T, V] spell right from their first token to their last, and how many
+    there are. (Most tokens of a word that takes several follow from the first: counting tokens calls half of the guesses right.)
+    """
+    begins = asked & ~torch.nn.functional.pad(asked, (1, 0))[:, :-1]
+    word = begins.flatten().cumsum(0) - 1  # [B T], which one a frame belongs to
+    wrong = (logits.argmax(dim=-1) != labels) & asked
+    missed = torch.bincount(word[wrong.flatten()], minlength=int(begins.sum()))
+    return (missed == 0).sum(), begins.sum()
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
