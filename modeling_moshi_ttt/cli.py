@@ -19,6 +19,8 @@ COMMANDS = {
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
     "export": ("modeling_moshi_ttt.training.export", "turn a checkpoint of a run into a model or adapter of its own"),
     "respond": ("modeling_moshi_ttt.live.respond", "answer a recording, or a folder of them, with the sound and words of a model"),
+    "serve": ("modeling_moshi_ttt.live.serve", "let people talk to a model: a page in the browser, Kyutai's protocol, many callers at once"),
+    "talk": ("modeling_moshi_ttt.live.talk", "talk to a model in a terminal, with this machine's microphone and loudspeaker"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
     "plot": ("modeling_moshi_ttt.evaluation.plots", "draw the curves of a run or of an evaluation"),
@@ -56,7 +58,7 @@ def _load(module_name: str) -> ModuleType:
 
 
 def _missing_package(error: ModuleNotFoundError) -> str:
-    return f"this command needs the package {error.name!r}; install it with: pip install 'moshi-ttt[train,eval]'"
+    return f"this command needs the package {error.name!r}; install it with: pip install 'moshi-ttt[train,eval,serve]'"
 
 
 def _run(module_name: str, name: str, arguments: Sequence[str]) -> int:

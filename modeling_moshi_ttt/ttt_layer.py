@@ -36,6 +36,17 @@ class TTTInnerLosses(NamedTuple):
     drift: Tensor  # [B, N] norm of (weights after it - W_0), over all heads
 
 
+class TTTOpenLosses(NamedTuple):
+    """What a state alone tells: losses as in [`TTTInnerLosses`], the mean over heads and over the tokens of the open mini-batch.
+
+    They are NaN in a row whose mini-batch has just ended, and so always at b = 1.
+    """
+
+    initial: Tensor  # [B] at W_0
+    current: Tensor  # [B] at the weights that the mini-batch started from
+    drift: Tensor  # [B] norm of (these weights - W_0), over all heads
+
+
 class TTTLayer(nn.Module):
     """What both mixers share; use `TTTLinear` or `TTTMLP`.
 
@@ -167,24 +178,37 @@ class TTTLayer(nn.Module):
             for end in ends:
                 before = state.weights
                 _, state = self.op(*(token[:, start:end] for token in tokens), *shared, state, **self._op_options())
+                k, v = inputs.k[:, end - 1 : end], inputs.v[:, end - 1 : end]
                 for losses, weights in zip(found, (initial, before, state.weights)):
-                    losses.append(self._inner_loss(weights, inputs, end - 1))
-                moved = [(after - first).square().sum((1, 2, 3)) for after, first in zip(state.weights, initial)]
-                found[3].append(sum(moved, torch.zeros(())).sqrt())
+                    losses.append(self._inner_loss(weights, k, v)[:, 0])
+                found[3].append(_distance(state.weights, initial))
                 start = end
         position = torch.tensor([*ends], device=x.device, dtype=torch.int64) + frames - 1
         empty = x.new_zeros(len(x), 0, self.config.ttt_num_heads)
         at_first, before_it, after_it, drift = (torch.stack(values, 1) if values else empty for values in found)
         return TTTInnerLosses(position, at_first, before_it, after_it, drift if found[3] else empty[..., 0])
 
-    def _inner_loss(self, weights: tuple[Tensor, ...], inputs: TTTInputs, frame: int) -> Tensor:
-        """`[B, H]` of the token at this frame; its target is v - k."""
-        k, v = inputs.k[:, frame], inputs.v[:, frame]  # [B, H, D]
-        z = torch.einsum("bhd,bhdf->bhf", k.to(weights[0].dtype), weights[0]) + weights[1].squeeze(2)
+    @torch.no_grad()
+    def open_losses(self, state: TTTState) -> TTTOpenLosses:
+        """What a live state shows of its learning without another frame: from the tokens of its open mini-batch, which it keeps."""
+        initial = self.initial_state(1).weights
+        there = torch.arange(state.mini_batch_size, device=state.frames.device) < state.position[:, None]  # [B, b]
+
+        def mean(weights: tuple[Tensor, ...]) -> Tensor:
+            losses = self._inner_loss(weights, state.k, state.v).mean(-1)  # [B, b]
+            return losses.masked_fill(~there, 0).sum(1) / there.sum(1)  # NaN where there is no token
+
+        first = mean(tuple(w.expand(state.batch_size, *w.shape[1:]) for w in initial))
+        return TTTOpenLosses(first, mean(state.weights), _distance(state.weights, initial))
+
+    def _inner_loss(self, weights: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
+        """`[B, T, H]` of tokens `[B, T, H, D]`; the target is v - k."""
+        z = torch.einsum("bthd,bhdf->bthf", k.to(weights[0].dtype), weights[0]) + weights[1].transpose(1, 2)
         if len(weights) == 4:
-            z = torch.einsum("bhf,bhfd->bhd", F.gelu(z, approximate="tanh"), weights[2]) + weights[3].squeeze(2)
+            z = torch.einsum("bthf,bhfd->bthd", F.gelu(z, approximate="tanh"), weights[2]) + weights[3].transpose(1, 2)
         if self.config.ttt_inner_norm == "layer_norm":
-            z = F.layer_norm(z, z.shape[-1:], eps=self.config.ttt_norm_eps) * inputs.norm_weight + inputs.norm_bias
+            norm_weight, norm_bias = _at_least_float32(self.ttt_norm_weight), _at_least_float32(self.ttt_norm_bias)
+            z = F.layer_norm(z, z.shape[-1:], eps=self.config.ttt_norm_eps) * norm_weight + norm_bias
         return (z - (v - k)).square().mean(-1)
 
     def _op_options(self) -> dict[str, Any]:
@@ -271,6 +295,12 @@ class _ExactLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def _distance(weights: tuple[Tensor, ...], initial: tuple[Tensor, ...]) -> Tensor:
+    """`[B]`, the norm of what fast weights have moved."""
+    moved = [(after - first).square().sum((1, 2, 3)) for after, first in zip(weights, initial)]
+    return torch.stack(moved).sum(0).sqrt()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

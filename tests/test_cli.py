@@ -79,7 +79,7 @@ def test_an_absent_package_is_named_with_its_cure(command, capsys):
     command.run = lambda args: import_module("no_such_package_anywhere")
     assert cli.main(["try"]) == cli.FAILED
     assert "'no_such_package_anywhere'" in (message := capsys.readouterr().err)
-    assert "pip install 'moshi-ttt[train,eval]'" in message
+    assert "pip install 'moshi-ttt[train,eval,serve]'" in message
 
 
 def test_interruption_is_quiet(command, capsys):

@@ -282,3 +282,20 @@ def test_what_does_not_fit_is_refused_by_name(arguments, message):
 def test_rope_needs_an_even_head():
     with pytest.raises(ValueError, match="ttt_head_dim is 7; ttt_rope 'mini_batch' turns pairs"):
         TTTLinear(layer_config(ttt_head_dim=7))
+
+
+@pytest.mark.parametrize("mixer", ["linear", "mlp"])
+@pytest.mark.parametrize("inner_norm", ["layer_norm", "none"])
+def test_a_live_state_shows_the_losses_that_a_measurement_finds(mixer, inner_norm):
+    """Frame 3 repeats frame 2, which a measurement passes over and an open mini-batch of two holds; rows may stand apart."""
+    layer = make_layer(mixer, ttt_inner_norm=inner_norm, ttt_mini_batch_size=2, ttt_rope="none")
+    x = torch.randn(2, 4, layer.config.hidden_size, dtype=torch.float64)
+    x[:, 3] = x[:, 2]
+    found = layer.inner_losses(x)
+    _, state = layer(x[:, :3])
+    shown = layer.open_losses(state)
+    torch.testing.assert_close(shown.initial, found.initial[:, 1].mean(-1))
+    torch.testing.assert_close(shown.current, found.before[:, 1].mean(-1))
+    torch.testing.assert_close(shown.drift, found.drift[:, 0])
+    _, apart = layer(x[:, 3:], state, attention_mask=torch.tensor([[1], [0]]))
+    torch.testing.assert_close(layer.open_losses(apart).current.nan_to_num(-1), torch.stack([-torch.ones_like(shown.drift[0]), shown.current[1]]))

@@ -21,14 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..adapters.bases import check_loadable, is_adapter, load_merged
-from ..common.files import atomic_write, check_folder, make_folder, read_json
-from ..common.hub import local_folder
+from ..common.files import atomic_write, check_folder, make_folder
 from ..data.audio import audio_pieces, read_audio, write_audio
 from ..errors_moshi_ttt import MoshiTTTError
-from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
-from ..processing_moshi_ttt import MoshiTTTProcessor
 from ..tokens_moshi_ttt import MAIN_SPEAKER
+from .loading import load_model
 from .session import ABOUT, MoshiTTTSession
 
 RATE = 24000  # at which recordings are read to be checked
@@ -56,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer and write everything; what was asked for wrongly is refused before the first answer."""
     jobs = _jobs(args)
-    model, processor = _load(args)
+    model, processor = load_model(args.model, args.adapter)
     seconds, lines, begin = 0.0, [], time.perf_counter()
     with tqdm(
         total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames"
@@ -152,25 +149,6 @@ def _checked_seconds(path: Path) -> float:
             raise MoshiTTTError(f"{path}: has {len(piece)} channels; a recording is mono, the user, or stereo with the user right.")
         samples += piece.shape[1]
     return samples / RATE
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and processor; ValueError where there are none, or an adapter stands in a model's place."""
-    folder = local_folder(args.model)
-    if is_adapter(folder):
-        raise MoshiTTTError(f"--model is {args.model}, an adapter; give its base as --model and {args.model} as --adapter.")
-    adapter = local_folder(args.adapter) if args.adapter else None
-    if adapter is None:
-        check_loadable(read_json(folder / "config.json"), args.model)
-        model: Any = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
-    else:
-        model = load_merged(adapter, str(folder))
-    own = [place for place in (folder, adapter) if place is not None and (place / "processor_config.json").is_file()]
-    if not own:
-        raise MoshiTTTError(
-            f"--model is {args.model}, which holds no processor (processor_config.json); save it there with save_pretrained."
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), MoshiTTTProcessor.from_pretrained(own[0])
 
 
 def _session(args: argparse.Namespace, model: Any, processor: Any, rows: int) -> MoshiTTTSession:

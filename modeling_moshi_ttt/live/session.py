@@ -120,6 +120,9 @@ class MoshiTTTSession:
             raise MoshiTTTError(
                 f"`sample_rate={sample_rate}` has no sample in a frame of 80 ms; give the rate of the sound in Hz, as 24000."
             )
+        begun = (self.stream.state.calls > 0).cpu()
+        if bool(begun.any()):
+            self.stream.step(None, begun)  # hears the end of a prompt, and returns a frame of it that nobody is to hear
         self._before_sound()
 
     def _silent(self) -> RowSound:
@@ -301,14 +304,8 @@ class MoshiTTTSession:
             OSError: the folder cannot be written.
         """
         check_folder(folder, ABOUT)
-        tensors = {f"{row}.{name}": x.cpu().contiguous() for row in range(self.batch_size) for name, x in self.row_state(row).items()}
         seeds = self.stream.state.seeds.tolist() if self.stream.seeded else None
-        about = {"format": FORMAT, "batch_size": self.batch_size, "sample_rate": self.sample_rate, "seeds": seeds}
-        with atomic_folder(folder) as place:
-            with tensors_written(folder):
-                save_file(tensors, place / TENSORS)
-            (place / ABOUT).write_text(json.dumps(about | _belongs_to(self.stream.model, self.processor), indent=1) + "\n")
-            write_manifest(place)
+        write_session(folder, [self.row_state(row) for row in range(self.batch_size)], seeds, belongs_to(self.stream.model, self.processor))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: Any, processor: Any) -> MoshiTTTSession:
@@ -317,28 +314,63 @@ class MoshiTTTSession:
         Raises:
             ValueError: the folder is not whole, of another format, or of another model or codec.
         """
-        if not (Path(folder) / ABOUT).is_file():
-            raise MoshiTTTError(f"{folder} holds no {ABOUT}; name a folder that a session was saved to.")
-        if problems := check_manifest(folder):
-            raise MoshiTTTError(f"the session in {folder} is not whole: {problems[0]}")
-        about = read_json(Path(folder) / ABOUT)
-        with of_shape(f"{folder}/{ABOUT}", "name a folder that a session was saved to."):
-            if about["format"] != FORMAT:
-                raise MoshiTTTError(f"`format={about['format']}` must be {FORMAT}")
-            rows, rate, seeds = int(about["batch_size"]), int(about["sample_rate"]), about["seeds"]
-        for what, digest in _belongs_to(model, processor).items():
-            if about.get(what) != digest:
-                raise MoshiTTTError(
-                    f"the session in {folder} is of another {what} ({about.get(what)}, here {digest}); load it with its own."
-                )
-        session = cls(model, processor, rows, rate, seeds=seeds)
-        tensors = load_file(Path(folder) / TENSORS)
-        for row in range(rows):
-            session.load_row(row, {name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(row)})
+        saved = read_session(folder, belongs_to(model, processor))
+        session = cls(model, processor, len(saved.rows), saved.sample_rate, seeds=saved.seeds)
+        for row, state in enumerate(saved.rows):
+            session.load_row(row, state)
         return session
 
 
-def _belongs_to(model: Any, processor: Any) -> dict[str, str]:
+class SavedSession(NamedTuple):
+    """What a folder of a session holds."""
+
+    rows: list[dict[str, Tensor]]  # as `row_state` gave them
+    sample_rate: int
+    seeds: list[int] | None  # None where they were drawn
+
+
+def write_session(
+    folder: str | os.PathLike[str], rows: Sequence[dict[str, Tensor]], seeds: list[int] | None, owner: dict[str, str]
+) -> None:
+    """Write rows, as `row_state` gave them, as a session of `owner` (see [`belongs_to`]); no model is needed for it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    tensors = {f"{row}.{name}": x.cpu().contiguous() for row, state in enumerate(rows) for name, x in state.items()}
+    about = {"format": FORMAT, "batch_size": len(rows), "sample_rate": int(rows[0]["sample_rate"]), "seeds": seeds}
+    with atomic_folder(folder) as place:
+        with tensors_written(folder):
+            save_file(tensors, place / TENSORS)
+        (place / ABOUT).write_text(json.dumps(about | owner, indent=1) + "\n")
+        write_manifest(place)
+
+
+def read_session(folder: str | os.PathLike[str], owner: dict[str, str]) -> SavedSession:
+    """What [`write_session`] wrote.
+
+    Raises:
+        ValueError: the folder is not whole, of another format, or of another owner than this one.
+    """
+    if not (Path(folder) / ABOUT).is_file():
+        raise MoshiTTTError(f"{folder} holds no {ABOUT}; name a folder that a session was saved to.")
+    if problems := check_manifest(folder):
+        raise MoshiTTTError(f"the session in {folder} is not whole: {problems[0]}")
+    about = read_json(Path(folder) / ABOUT)
+    with of_shape(f"{folder}/{ABOUT}", "name a folder that a session was saved to."):
+        if about["format"] != FORMAT:
+            raise MoshiTTTError(f"`format={about['format']}` must be {FORMAT}")
+        rows, rate, seeds = int(about["batch_size"]), int(about["sample_rate"]), about["seeds"]
+    for what, digest in owner.items():
+        if about.get(what) != digest:
+            raise MoshiTTTError(f"the session in {folder} is of another {what} ({about.get(what)}, here {digest}); load it with its own.")
+    tensors = load_file(Path(folder) / TENSORS)
+    states = [{name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(row)} for row in range(rows)]
+    return SavedSession(states, rate, seeds)
+
+
+def belongs_to(model: Any, processor: Any) -> dict[str, str]:
+    """Digests of the model and the codec that a session needs to go on."""
     return {"model": _fingerprint(model), "codec": _fingerprint(processor.codec)}
 
 
