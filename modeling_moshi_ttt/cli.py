@@ -19,7 +19,10 @@ COMMANDS = {
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
     "export": ("modeling_moshi_ttt.training.export", "turn a checkpoint of a run into a model or adapter of its own"),
     "respond": ("modeling_moshi_ttt.live.respond", "answer a recording, or a folder of them, with the sound and words of a model"),
-    "serve": ("modeling_moshi_ttt.live.serve", "let people talk to a model: a page in the browser, Kyutai's protocol, many callers at once"),
+    "serve": (
+        "modeling_moshi_ttt.live.serve",
+        "let people talk to a model: a page in the browser, Kyutai's protocol, many callers at once",
+    ),
     "talk": ("modeling_moshi_ttt.live.talk", "talk to a model in a terminal, with this machine's microphone and loudspeaker"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),

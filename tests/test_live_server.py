@@ -213,19 +213,18 @@ def test_pause_save_and_resume_over_the_line(serve, model, processor):
 
 def test_a_conversation_that_began_anew_is_another(serve):
     frames, restart = noise(3, 4), bytes([protocol.CONTROL, protocol.RESTART])
-    with serve() as (_, port):
-        with connect(f"ws://127.0.0.1:{port}/api/chat?format=pcm&seed=5") as line:
-            said = []
-            for _ in range(2):
-                for frame in frames:
-                    line.send(b"\x01" + (frame * 32767).astype("<i2").tobytes())
-                sound = []
-                while len(sound) < 3:
-                    if (message := line.recv(30))[0] == protocol.AUDIO:
-                        sound.append(message)
-                said.append(sound)
-                line.send(restart)
-                time.sleep(0.2)
+    with serve() as (_, port), connect(f"ws://127.0.0.1:{port}/api/chat?format=pcm&seed=5") as line:
+        said = []
+        for _ in range(2):
+            for frame in frames:
+                line.send(b"\x01" + (frame * 32767).astype("<i2").tobytes())
+            sound = []
+            while len(sound) < 3:
+                if (message := line.recv(30))[0] == protocol.AUDIO:
+                    sound.append(message)
+            said.append(sound)
+            line.send(restart)
+            time.sleep(0.2)
     assert said[0] == said[1]
 
 
