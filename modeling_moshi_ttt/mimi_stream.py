@@ -240,8 +240,9 @@ class MimiStream:
             wave, after = self._decode(piece.clamp(min=0), state)
             state = _where(there, after, state)
             sound.append(wave.masked_fill(~there[:, None], 0))
+        whole = torch.cat(sound, dim=-1)
         self.states = (self.states[0], state)  # last: a call that raises before has changed nothing
-        return torch.cat(sound, dim=-1)
+        return whole
 
     def _decode(self, codes: Tensor, before: CausalState) -> tuple[Tensor, CausalState]:
         decoder: Any = self.codec.decoder
