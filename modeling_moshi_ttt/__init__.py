@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .common.packaged import packaged
     from .errors_moshi_ttt import MoshiTTTError
     from .live.session import MoshiTTTSession, SessionFrame
-    from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTOutput, MoshiTTTPreTrainedModel
+    from .modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTModel, MoshiTTTPreTrainedModel
+    from .outputs_moshi_ttt import MoshiTTTOutput
     from .processing_moshi_ttt import MoshiTTTProcessor
     from .quantization_moshi_ttt import MoshiTTTInt8Config
     from .stream_moshi_ttt import MoshiTTTFrame, MoshiTTTStream

@@ -39,7 +39,8 @@ class MoshiTTTProjection(nn.Module):
         return r"in LoRA's `target_modules` name its `linear`, as in r'decoder\..*\.self_attn\.(q|v)_proj\.linear'"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x)
+        projected: torch.Tensor = self.linear(x)
+        return projected
 
 
 class MoshiTTTAttention(MoshiAttention):
@@ -50,7 +51,7 @@ class MoshiTTTAttention(MoshiAttention):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, MoshiTTTProjection(getattr(self, name).linear))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: torch.Tensor, frames: Frames, past: KeyValues | None
     ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None]:
         """`[B, T, E]` -> `[B, T, E]`; the new keys and values `[B, H, T, D]`, or the rings with them where `frames.slot` is given; and what
@@ -65,7 +66,7 @@ class MoshiTTTAttention(MoshiAttention):
         elif past is not None:
             # A loaded memory may be of another dtype than this model.
             k, v = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(frames.implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(frames.implementation, eager_attention_forward)  # type: ignore[arg-type]
         dropout = self.attention_dropout if self.training else 0.0
         attended, weights = attend(self, q, k, v, frames.visible, dropout=dropout, scaling=self.scaling)  # [B, T, H, D]
         return self.o_proj(attended.flatten(2)), new, weights
@@ -77,7 +78,7 @@ def rotary_embedding(positions: torch.Tensor, config: MoshiTTTConfig, dtype: tor
     The frequencies are float32 whatever the model's dtype: in bfloat16 they are off by a tenth beyond a thousand frames.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)  # type: ignore[index,call-overload,operator]
+    frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)  # type: ignore[index,operator]
     angles = positions[..., None].float() * frequencies  # [B, T, D / 2]
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .versions_moshi_ttt import check_transformers
 
@@ -168,28 +168,42 @@ class MoshiTTTConfig(MoshiConfig):
 
     # Every frame has 1 + K labels. It makes `Trainer` say that it leaves out `label_smoothing_factor`, which the losses here do not take.
     problem_type: str | None = "multi_label_classification"  # type: ignore[assignment]
-    ttt_layers: list[int] | str = "middle"
+    if TYPE_CHECKING:  # once `check` has worked them out
+        ttt_layers: list[int]
+        ttt_num_heads: int
+        ttt_head_dim: int
+        ttt_base_lr: float | int
+        num_user_codebooks: int
+        audio_delays: list[int]
+        text_padding_ids: list[int]
+        audio_vocab_size: int
+        head_dim: int
+        num_key_value_heads: int
+
+        def __init__(self, **fields: Any) -> None: ...  # of which these may still be None or text
+    else:
+        ttt_layers: list[int] | str = "middle"
+        ttt_num_heads: int | None = None
+        ttt_head_dim: int | None = None
+        ttt_base_lr: float | int | None = None
+        num_user_codebooks: int | None = None
+        audio_delays: list[int] | None = None
+        text_padding_ids: list[int] | None = None
     ttt_mixer: str = "mlp"
     ttt_inner_norm: str = "layer_norm"
-    ttt_num_heads: int | None = None
-    ttt_head_dim: int | None = None
     ttt_mini_batch_size: int = 16
-    ttt_base_lr: float | int | None = None
     ttt_write_threshold: float | int = 0.0
     ttt_rope: str = "mini_batch"
     ttt_gate_init: float | int = 0.1
     ttt_norm_eps: float = 1e-6
     scan_checkpoint_group_size: int = 16
     ttt_implementation: str = "auto"
-    num_user_codebooks: int | None = None
-    sliding_window: int | None = 3000
-    audio_delays: list[int] | None = None
+    sliding_window: int | None = 3000  # type: ignore[assignment]
     silence_codes: list[list[int]] | None = None
-    text_padding_ids: list[int] | None = None
     text_padding_weight: float | int = 0.5
     semantic_loss_weight: float | int = 100.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.audio_vocab_size is None and self.audio_encoder_config is None:
             self.audio_vocab_size = 2048
         # As a dict, the parent fills in what the depth decoder shares with the model: vocabularies, widths, codebooks.
@@ -198,7 +212,7 @@ class MoshiTTTConfig(MoshiConfig):
         self._check_numbers()  # before the parent divides by them
         if isinstance(self.dtype, str):  # which the parent looks up in torch
             _check_dtype(self.dtype)
-        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})  # type: ignore[no-untyped-call]
         self.check()
 
     def check(self) -> None:
@@ -352,7 +366,7 @@ class MoshiTTTConfig(MoshiConfig):
         return [0, *self.audio_delays]
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As the parent's; a plain Moshi checkpoint's configuration is read as one of this class, TTT fields at their defaults."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
@@ -365,7 +379,7 @@ class MoshiTTTConfig(MoshiConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused
         alike.
         """

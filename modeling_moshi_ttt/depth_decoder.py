@@ -24,7 +24,8 @@ KeyValues = tuple[torch.Tensor, torch.Tensor]
 
 def embed_or_zero(table: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Embed `tokens` `[...]` to `[..., E]`; a negative token (Moshi's zero token, -1) embeds to exactly 0."""
-    return table(tokens.clamp(min=0)) * (tokens >= 0).unsqueeze(-1)
+    embedded: torch.Tensor = table(tokens.clamp(min=0)) * (tokens >= 0).unsqueeze(-1)
+    return embedded
 
 
 # What PEFT shows of a module that it cannot adapt.
@@ -55,7 +56,8 @@ class DepthProjection(nn.Module):
         self.linear = DepthLinear(input_size, output_size, num_codebooks)
 
     def forward(self, x: torch.Tensor, codebook: int | None = None) -> torch.Tensor:
-        return self.linear(x, codebook)
+        projected: torch.Tensor = self.linear(x, codebook)
+        return projected
 
 
 class DepthAttention(nn.Module):
@@ -63,8 +65,8 @@ class DepthAttention(nn.Module):
 
     def __init__(self, config: MoshiDepthConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        width, num_codebooks = config.num_attention_heads * config.head_dim, config.num_codebooks
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        width, num_codebooks = config.num_attention_heads * self.head_dim, config.num_codebooks
         self.q_proj = DepthProjection(config.hidden_size, width, num_codebooks)
         self.k_proj = DepthProjection(config.hidden_size, width, num_codebooks)
         self.v_proj = DepthProjection(config.hidden_size, width, num_codebooks)
@@ -76,7 +78,8 @@ class DepthAttention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)).permute(1, 2, 0, 3) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(attended.permute(2, 0, 1, 3).flatten(-2))
+        output: torch.Tensor = self.o_proj(attended.permute(2, 0, 1, 3).flatten(-2))
+        return output
 
     def step(self, x: torch.Tensor, codebook: int, past: KeyValues | None) -> tuple[torch.Tensor, KeyValues]:
         """One codebook, `[N, E]` -> `[N, E]`, attending to the codebooks before it in `past`."""
@@ -100,7 +103,8 @@ class DepthMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, codebook: int | None = None) -> torch.Tensor:
         gate, value = self.fc1(x, codebook).chunk(2, dim=-1)
-        return self.fc2(self.activation(gate) * value, codebook)
+        output: torch.Tensor = self.fc2(self.activation(gate) * value, codebook)
+        return output
 
 
 class DepthDecoderLayer(GradientCheckpointingLayer):
@@ -116,7 +120,8 @@ class DepthDecoderLayer(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[K, N, E]` -> `[K, N, E]`."""
         x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        output: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
 
     def step(self, x: torch.Tensor, codebook: int, past: KeyValues | None) -> tuple[torch.Tensor, KeyValues]:
         """One codebook, `[N, E]` -> `[N, E]`."""
@@ -178,14 +183,14 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
     def init_weights(self) -> None:
         """As the parent's, unless another model does it."""
         if not self._part:
-            super().init_weights()
+            super().init_weights()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MoshiFlexibleLinear):
             init.normal_(module.weight, std=self.config.initializer_range)
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
 
     def _embed(self, tokens: torch.Tensor, codebook: int) -> torch.Tensor:
         """The token before `codebook`: the text token before the first, else the code before it. `[N]` -> `[N, E]`."""
@@ -207,7 +212,8 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
         x = embedded + self.input_projections(hidden_states.expand(len(inputs), -1, -1))
         for layer in self.layers:
             x = layer(x)
-        return self.lm_heads(x)
+        logits: torch.Tensor = self.lm_heads(x)
+        return logits
 
     def decode(self, hidden_states: torch.Tensor, text_tokens: torch.Tensor, forced: torch.Tensor, sample: Sampler) -> torch.Tensor:
         """Choose the K codes of one frame one after the other.

@@ -66,8 +66,8 @@ def align(
     if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         return AlignedFrames(codes, text_labels, audio_labels, mask, None)
     order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    moved = (None if x is None else take_frames(x, order, x.dim() - 1) for x in (codes, text_labels, audio_labels, mask))
-    return AlignedFrames(*moved, order=order)
+    text, audio = (None if x is None else take_frames(x, order, x.dim() - 1) for x in (text_labels, audio_labels))
+    return AlignedFrames(take_frames(codes, order, 2), text, audio, take_frames(mask, order, 1), order)
 
 
 def delay_frames(config: Any, frames: AlignedFrames, code_history: torch.Tensor | None, label_history: torch.Tensor | None) -> DelayedSteps:

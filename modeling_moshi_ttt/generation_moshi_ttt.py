@@ -236,7 +236,7 @@ class MoshiTTTGenerationMixin(GenerationMixin):
             output.cache = past
         if not settings.get("use_cache", True):
             output.cache = None
-        return output if settings.get("return_dict_in_generate", True) else output.sequences
+        return output if settings.get("return_dict_in_generate", True) else output.to_tuple()[0]
 
 
 def _output(

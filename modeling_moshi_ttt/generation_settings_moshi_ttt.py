@@ -152,7 +152,7 @@ class Listener:
             self.text = torch.cat([self.text, text[:, None]], dim=1)
         self.lengths = self.lengths + self.running
         if self.criteria:
-            self.running = self.running & ~self.criteria(self.text, None)  # type: ignore[arg-type]
+            self.running = self.running & ~self.criteria(self.text, None)
         return bool(self.criteria) and not bool(self.running.any())
 
     def end(self) -> None:

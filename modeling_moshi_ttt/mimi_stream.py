@@ -108,7 +108,8 @@ class CausalPass:
             tail = torch.where((self.before.position == 0)[:, None, None], x[..., :1], tail)
         x = torch.cat([tail, x], -1)
         self.after[f"tails.{name}"] = x[..., x.shape[-1] - tail.shape[-1] :].clone()
-        return layer.conv(x)
+        convolved: Tensor = layer.conv(x)
+        return convolved
 
     def convolve_transposed(self, layer: MimiConvTranspose1d, x: Tensor) -> Tensor:
         """[B, C, L] -> [B, C', L · stride]; what reaches beyond waits for the next piece."""
@@ -159,7 +160,8 @@ class CausalPass:
         self.after[f"keys.{i}"], self.after[f"values.{i}"] = keys[:, :, k.shape[2] :], values[:, :, v.shape[2] :]
         grouped = attention.num_key_value_groups > 1
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, scale=attention.scaling, enable_gqa=grouped)
-        return attention.o_proj(y.transpose(1, 2).flatten(2))
+        attended: Tensor = attention.o_proj(y.transpose(1, 2).flatten(2))
+        return attended
 
 
 class MimiStream:
@@ -240,8 +242,9 @@ class MimiStream:
             wave, after = self._decode(piece.clamp(min=0), state)
             state = _where(there, after, state)
             sound.append(wave.masked_fill(~there[:, None], 0))
+        whole = torch.cat(sound, dim=-1)
         self.states = (self.states[0], state)  # last: a call that raises before has changed nothing
-        return torch.cat(sound, dim=-1)
+        return whole
 
     def _decode(self, codes: Tensor, before: CausalState) -> tuple[Tensor, CausalState]:
         decoder: Any = self.codec.decoder

@@ -189,7 +189,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoshiFlexibleLinear):
             init.normal_(module.weight, std=self.config.initializer_range)
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
 
 
 class MoshiTTTModel(MoshiTTTPreTrainedModel):
@@ -313,7 +313,7 @@ class MoshiTTTForCausalLM(MoshiTTTPreTrainedModel):
         return self.lm_head(outputs.last_hidden_state), outputs
 
 
-class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerationMixin):
+class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerationMixin):  # type: ignore[misc]  # `output_modalities`
     """Moshi with TTT layers: trains on aligned frames, talks frame by frame through [`new_stream`].
 
     Frames go in aligned in time, as the processor makes them; the model delays and shifts them itself. With `past_key_values` they
@@ -362,13 +362,15 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.model.embed_tokens
+        table: nn.Module = self.decoder.model.embed_tokens
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.decoder.lm_head
+        head: nn.Module = self.decoder.lm_head
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.decoder.lm_head = new_embeddings
@@ -382,8 +384,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The input of the temporal transformer: delayed tokens `[B, S, T]` -> summed embeddings `[B, T, E]`; -1 adds exactly 0."""
-        audio = sum(embed_or_zero(table, tokens[:, 1 + k]) for k, table in enumerate(self.embed_tokens))
-        return audio + embed_or_zero(self.decoder.model.embed_tokens, tokens[:, 0])
+        summed: torch.Tensor = sum(embed_or_zero(table, tokens[:, 1 + k]) for k, table in enumerate(self.embed_tokens))  # type: ignore[assignment]
+        return summed + embed_or_zero(self.decoder.model.embed_tokens, tokens[:, 0])
 
     def forward(
         self,
@@ -403,7 +405,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         cache: MoshiTTTCache | None = None,
         output_write_gates: bool = False,
         **others: Any,
-    ) -> MoshiTTTOutput | tuple:
+    ) -> MoshiTTTOutput | tuple[Any, ...]:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
         _refuse(others)
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
@@ -469,7 +471,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         """Teacher-forced logits `[B, K, T, card]` of the steps' codes in `outputs` `[B, 1 + K, T]`."""
         tokens = outputs.transpose(1, 2).flatten(0, 1)  # [B T, 1 + K]
         logits = self.depth_decoder(hidden_states.flatten(0, 1), tokens[:, 0], tokens[:, 1:])  # [K, B T, card]
-        return logits.unflatten(1, hidden_states.shape[:2]).transpose(0, 1)
+        by_row: torch.Tensor = logits.unflatten(1, hidden_states.shape[:2]).transpose(0, 1)
+        return by_row
 
     def _weights(self, steps: DelayedSteps) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Loss weights of the text labels `[B, T]` and of the audio labels `[B, K, T]`."""

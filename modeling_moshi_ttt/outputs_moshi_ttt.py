@@ -89,9 +89,8 @@ class MoshiTTTGenerateOutput(_OutputWithCache):
 
 def put_back(result: MoshiTTTOutput, order: torch.Tensor) -> None:
     """Bring outputs of packed frames back to where the caller's frames stood."""
-    result.logits = take_frames(result.logits, order, 1)
-    result.audio_logits = take_frames(result.audio_logits, order, 2)
-    result.last_hidden_state = take_frames(result.last_hidden_state, order, 1)
+    for name, dim in (("logits", 1), ("audio_logits", 2), ("last_hidden_state", 1)):
+        setattr(result, name, take_frames(getattr(result, name), order, dim))
     if result.hidden_states is not None:
         result.hidden_states = tuple(take_frames(hidden, order, 1) for hidden in result.hidden_states)
     if result.write_gates is not None:

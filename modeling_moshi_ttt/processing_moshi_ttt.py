@@ -55,7 +55,7 @@ class MoshiTTTProcessor(ProcessorMixin):
     ) -> None:
         if isinstance(audio_tokenizer, str):
             audio_tokenizer = MimiModel.from_pretrained(audio_tokenizer)
-        super().__init__(feature_extractor, tokenizer)
+        super().__init__(feature_extractor, tokenizer)  # type: ignore[no-untyped-call]
         self.num_codebooks = num_codebooks
         self.text_padding_ids = [*(TEXT_PADDING_IDS if text_padding_ids is None else text_padding_ids)]
         check_padding_ids(self.text_padding_ids)
@@ -80,11 +80,12 @@ class MoshiTTTProcessor(ProcessorMixin):
         """The audio tokenizer; ValueError when this processor was made without one."""
         if self.audio_tokenizer is None:
             raise MoshiTTTError('this processor has no audio_tokenizer; load one with from_pretrained(..., audio_tokenizer="kyutai/mimi").')
-        return self.audio_tokenizer
+        codec: MimiModel = self.audio_tokenizer
+        return codec
 
     @property
     def sampling_rate(self) -> int:
-        return self.feature_extractor.sampling_rate
+        return int(self.feature_extractor.sampling_rate)
 
     @property
     def frame_size(self) -> int:
@@ -102,7 +103,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         self,
         audio: Any = None,
         sampling_rate: int | None = None,
-        words: Sequence | None = None,
+        words: Sequence[Any] | None = None,
         *,
         chunk_start: float = 0.0,
         chunk_end: float | None = None,
@@ -338,7 +339,7 @@ class MoshiTTTProcessor(ProcessorMixin):
 
     def text_frames(
         self,
-        words: Sequence,
+        words: Sequence[Any],
         n_frames: int,
         start: float = 0.0,
         end: float = math.inf,
@@ -362,7 +363,7 @@ class MoshiTTTProcessor(ProcessorMixin):
             return []
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise MoshiTTTError(f"words hold {word!r}, which has half of a character; write it whole.")
-        ids = self.tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
         if self.tokenizer.unk_token_id in ids:
             raise MoshiTTTError(f"words hold {word!r}, which the tokenizer cannot encode; spell it with characters that it knows.")
         special = {*self.text_padding_ids, *self.tokenizer.all_special_ids}
@@ -381,7 +382,7 @@ class MoshiTTTProcessor(ProcessorMixin):
 
     def decode_text(self, ids: Any) -> str:
         """The text of one stream of frames [T], without padding."""
-        return self.tokenizer.decode([token for _, token in self._said(ids)], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode([token for _, token in self._said(ids)], skip_special_tokens=True)).strip()
 
     def post_process_multimodal_output(
         self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
@@ -438,7 +439,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         """Everything into one folder; the codec's weights go to its sub-folder `audio_tokenizer`."""
         if self.audio_tokenizer is not None:
             self.audio_tokenizer.save_pretrained(f"{save_directory}/{self.CODEC_FOLDER}")
-        files = super().save_pretrained(save_directory)
+        files: list[str] = super().save_pretrained(save_directory)
         if push_to_hub:  # from a folder of its own: the base class would take the codec, saved just before, for one already uploaded
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files

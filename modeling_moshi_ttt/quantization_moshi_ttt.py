@@ -80,7 +80,8 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`[..., in]`, int8 `[out, in]`, `[out]` -> `[..., out]`; packed where torch has the kernel, that is on a CPU."""
     if x.device.type == "cpu" and x.dtype != torch.float64:
-        return torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, scale.to(x.dtype)).view(*x.shape[:-1], -1)
+        product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, scale.to(x.dtype))
+        return product.view(*x.shape[:-1], -1)
     return nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
 
 

@@ -135,4 +135,5 @@ def _filters(up: int, down: int, width: int) -> Tensor:
     times = (torch.arange(-width, width + 1, dtype=torch.float64) - phases) * cut  # [up, taps]
     beta = torch.tensor(KAISER_BETA, dtype=torch.float64)
     window = torch.special.i0(beta * (1 - (times / ZERO_CROSSINGS).clamp(-1, 1) ** 2).sqrt()) / torch.special.i0(beta)
-    return torch.sinc(times) * window * (times.abs() <= ZERO_CROSSINGS) * cut
+    taps: Tensor = torch.sinc(times) * window * (times.abs() <= ZERO_CROSSINGS) * cut
+    return taps

@@ -145,9 +145,20 @@ def make_seeds(seeds: Any, batch_size: int, device: torch.device, generator: tor
 
 def gumbel(keys: Tensor, count: int) -> Tensor:
     """Standard Gumbel noise `[..., count]` float32 under `keys` `[...]`, for the likeliest entry, the next one and so on."""
-    bits = _mix(keys[..., None] + torch.arange(1, count + 1, device=keys.device) * _STEP)
+    bits = _mix(keys[..., None] + _multiples(count, keys.device))
     uniform = ((bits >> 40 & 0xFFFFFF).float() + 0.5) / 2**24  # 24 bits, the mantissa of a float32
     return -(-uniform.log()).log()
+
+
+def _multiples(count: int, device: torch.device) -> Tensor:
+    """`[count]` int64, the first multiples of _STEP, which wrap; 16 bits of it at a time.
+
+    Compiled for a CPU, one product with the entries' numbers would be taken for the index of a loop, which must not overflow: the loop then
+    ran past its end.
+    """
+    entries = torch.arange(1, count + 1, device=device)
+    parts = [entries * (_STEP >> shift & 0xFFFF) << shift for shift in (0, 16, 32, 48)]
+    return parts[0] + parts[1] + parts[2] + parts[3]
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -79,12 +79,12 @@ def decode_step(
     unit = normalise(_read(query, z1[:, 1:], share, factors, weights), eps)[0]
     out = place.clean(torch.addcmul(query + norm.bias, unit, norm.weight).view(q.shape))
 
-    tokens = tuple(place.store(old, x) for old, x in zip((state.k, state.v, state.lr), (k, v, lr)))
+    k, v, lr = (place.store(old, x) for old, x in zip((state.k, state.v, state.lr), (k, v, lr)))
     after = state.weights
     if place.some_end:
         after = tuple(w.view(x.shape) for w, x in zip(_move(weights, factors, share * place.ends), after))
-        factors, tokens = factors.map_with(place.forget), tuple(map(place.clear, tokens))
-    return out, TTTState.of(after, *tokens, state.frames + place.arrived, factors)
+        factors, k, v, lr = factors.map_with(place.forget), *map(place.clear, (k, v, lr))
+    return out, TTTState.of(after, k, v, lr, state.frames + place.arrived, factors)
 
 
 class _Lockstep:

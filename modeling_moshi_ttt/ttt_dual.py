@@ -78,4 +78,5 @@ def gelu_slope(z: Tensor) -> Tensor:
     """Derivative of the tanh form of GELU."""
     root = (2 / torch.pi) ** 0.5
     tanh = (root * (z + 0.044715 * z**3)).tanh()
-    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * root * (1 + 3 * 0.044715 * z**2)
+    slope: Tensor = 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * root * (1 + 3 * 0.044715 * z**2)
+    return slope

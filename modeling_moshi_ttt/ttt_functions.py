@@ -10,12 +10,14 @@ from torch import Tensor
 
 def normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """z `[..., D]` at mean 0 and variance 1, and its mean and inverse standard deviation `[..., 1]`."""
-    return torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
+    normed: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
+    return normed
 
 
 def normalise_backward(d: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """dz: d without its mean and its part along the normalised z, times rstd."""
-    return torch.ops.aten.native_layer_norm_backward.default(d, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+    dz: Tensor = torch.ops.aten.native_layer_norm_backward.default(d, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+    return dz
 
 
 # The tanh form of GELU is z gate with gate = (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3). Everything is taken
@@ -42,7 +44,8 @@ class Gelu(NamedTuple):
     def curvature(self) -> Tensor:
         """Second derivative: gate (1 - gate) (2 (2 u)' + z (2 u)'' + z (2 u)'^2 (1 - 2 gate)), where z (2 u)'' = 6 r - 2 S."""
         inner = torch.rsub(self.gate, 9, alpha=18).mul_(self.lift).add_(12).mul_(self.rise).sub_(2 * _SCALE)
-        return torch.ops.aten.sigmoid_backward(inner, self.gate)
+        curved: Tensor = torch.ops.aten.sigmoid_backward(inner, self.gate)
+        return curved
 
     def rows(self, count: int) -> Gelu:
         """Of the first so many rows."""

@@ -13,6 +13,8 @@ Letters: B rows, H heads, N mini-batches of b tokens (BT: padded to a power of t
 import contextlib
 import functools
 import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +98,7 @@ def _too_large(b: int, dim: int, available: int) -> str | None:
 
 @functools.cache
 def _shared_bytes(device: torch.device) -> int:
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def scan_mini_batches(
@@ -129,7 +131,7 @@ class _Scan(torch.autograd.Function):
     """Gradients to q, k, v, lr, token_weight, norm_weight, norm_bias and the first fast weights; not differentiable twice."""
 
     @staticmethod
-    def forward(ctx, complete: Tensor, group: int, eps: float, normed: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, complete: Tensor, group: int, eps: float, normed: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         fast = len(inputs) - 7
         results = _call("forward", list(inputs), complete, group, eps, normed)
         ctx.save_for_backward(complete, *inputs[:7], *results[1 + fast :])
@@ -137,7 +139,7 @@ class _Scan(torch.autograd.Function):
         return tuple(results[: 1 + fast])
 
     @staticmethod
-    def backward(ctx, d_out: Tensor, *d_after: Tensor):
+    def backward(ctx: Any, d_out: Tensor, *d_after: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("triton")
         complete, *kept = ctx.saved_tensors
         gradients = _call("backward", [d_out, *d_after, *kept], complete, ctx.group, ctx.eps, ctx.normed)
@@ -222,7 +224,7 @@ def _precision(q: Tensor) -> str:
     return "tf32x3" if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
 
 
-def _new(like: Tensor, shape) -> Tensor:
+def _new(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory that a kernel fills (tests poison it)."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
@@ -231,7 +233,7 @@ def _new(like: Tensor, shape) -> Tensor:
 # -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges: list[int], eps: float, **constants) -> None:
+def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges: list[int], eps: float, **constants: Any) -> None:
     b, heads, dim = q.shape[2:]
     constants |= {"D": dim, "TOKENS": b, "BT": _padded(b), "PRECISION": _precision(q)}
     kernel = KERNELS[name]
@@ -247,7 +249,7 @@ def _launch(name: str, q: Tensor, programs: int, arguments: list[Tensor], ranges
 
 
 @functools.cache
-def _tuned(name: str, dim: int, long: bool):
+def _tuned(name: str, dim: int, long: bool) -> Any:
     """The kernel with the choice of its configuration, which the first call with a new shape makes by measurement."""
     configs = [
         triton.Config({"BLOCK_F": block} if block else {}, num_warps=warps, num_stages=stages)
@@ -292,6 +294,6 @@ def _(inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bo
 def _call(half: str, inputs: list[Tensor], complete: Tensor, group: int, eps: float, normed: bool) -> list[Tensor]:
     """Straight to the kernels in eager mode, where an operator's dispatch would cost more than a decoding step's launch."""
     if torch.compiler.is_compiling():
-        operator = _forward_op if half == "forward" else _backward_op
+        operator: Callable[..., list[Tensor]] = _forward_op if half == "forward" else _backward_op
         return operator(inputs, complete, group, eps, normed)
     return (_forward if half == "forward" else _backward)(inputs, complete, group, eps, normed)

@@ -31,7 +31,7 @@ PIECE = 32  # frames that are loaded together in learning, elsewhere twice as ma
 Weights = tuple[Tensor, ...]
 
 
-@torch.compiler.disable  # unrolled over its mini-batches it would take a compiler minutes, and win nothing
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # unrolled over its mini-batches it would take a compiler minutes, and win nothing
 def scan_mini_batches(
     inputs: TTTInputs, weights: Weights, complete: Tensor, *, group_size: int, eps: float, inner_norm: str = "layer_norm"
 ) -> tuple[Tensor, Weights]:
@@ -115,7 +115,7 @@ def _backward(
     d_shared = [torch.zeros_like(x, dtype=d_weights[0].dtype) for x in inputs[4:7]]
     shared = _Shared.of(inputs, first[0], options)
     weights: Weights = ()
-    for place, ends_group in reversed(list(_pieces(*shape[1:3], group_size, PIECE))):
+    for place, ends_group in reversed(list(_pieces(shape[1], shape[2], group_size, PIECE))):
         if ends_group or not weights:
             weights = tuple(w.flatten(0, 1).clone() for w in _take(kept, kinds))
         given = _take(kept, _kept_a_piece(kinds, shared))
@@ -247,10 +247,10 @@ class _Gradients(NamedTuple):
     @classmethod
     def empty(cls, piece: _Step) -> _Gradients:
         tokens = (torch.empty_like(x) for x in (piece.kq, piece.offset, piece.offset, piece.rate, piece.rate, piece.read))
-        return cls(*tokens, torch.zeros_like(piece.end), piece.rate.new_zeros(piece.rate.shape[-2]))
+        return cls._make((*tokens, torch.zeros_like(piece.end), piece.rate.new_zeros(piece.rate.shape[-2])))
 
     def step(self, i: int) -> _Gradients:
-        return _Gradients(*(x[i] for x in self[:-1]), self.token_weight)
+        return _Gradients._make((*(x[i] for x in self[:-1]), self.token_weight))
 
 
 def _load(inputs: TTTInputs, shared: _Shared, complete: Tensor, place: slice) -> _Step:
@@ -291,7 +291,8 @@ def _from_frames(x: Tensor) -> Tensor:
 
 def _to_frames(x: Tensor, shape: torch.Size) -> Tensor:
     """`[n, M, b, D]` as `[B, n, b, H, D]`; `shape` gives B and H."""
-    return x.unflatten(1, (shape[0], shape[3])).permute(1, 0, 3, 2, 4)
+    frames: Tensor = x.unflatten(1, (shape[0], shape[3])).permute(1, 0, 3, 2, 4)
+    return frames
 
 
 # --- one mini-batch --------------------------------------------------------------------------------------------------------------------

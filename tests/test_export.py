@@ -1,10 +1,13 @@
 """A frame and a forward as graphs: exported, and compiled in one piece without a branch on numbers."""
 
+import shutil
+
 import pytest
 import torch
 from tiny import random_frames, tiny_model
 from torch.export import Dim, export
 
+from modeling_moshi_ttt.sampling_moshi_ttt import gumbel
 from modeling_moshi_ttt.stream_moshi_ttt import frame
 
 ROWS, HEARD = 2, 11
@@ -92,6 +95,15 @@ def test_a_compiled_step_is_one_graph():
     assert torch.equal(said, expected[0])
     assert not sick.any()
     assert all(torch.allclose(ours.double(), theirs.double()) for ours, theirs in zip(after, expected[2], strict=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler writes C++ and needs a compiler for it")
+def test_compiled_noise_is_the_noise():
+    """In machine code too: as the index of a loop, the counter of the noise overflowed and wrote past its memory."""
+    keys = torch.randint(-(2**62), 2**62, (2, 3), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(gumbel)
+    for count in (25, 250):
+        torch.testing.assert_close(compiled(keys, count), gumbel(keys, count), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

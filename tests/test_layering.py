@@ -99,6 +99,13 @@ def test_triton_is_guarded():
                 assert isinstance(block, ast.Try), f"{path.name} imports triton outside of try"
 
 
+def test_every_flat_file_is_typed_strictly():
+    """All but what is written in Triton's own language."""
+    (section,) = re.findall(rf"^\[mypy-({NAME}\..*)\]$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    kernels = {"ttt_kernels_device", "ttt_kernels_linear", "ttt_kernels_mlp"}
+    assert set(section.split(",")) == {f"{NAME}.{path.stem}" for path in FLAT if path.stem not in kernels}
+
+
 def test_the_reference_shares_no_code_with_what_it_judges():
     assert [module for level, module, _ in imports(PACKAGE / "ttt_reference.py") if level] in ([], ["ttt_state"])
 

@@ -86,6 +86,22 @@ def test_a_kept_conversation_goes_on(folder, tmp_path):
     assert np.array_equal(read_audio(tmp_path / "a.wav")[0], np.concatenate([read_audio(tmp_path / f"{name}.wav")[0] for name in "bc"]))
 
 
+def test_an_answer_begins_from_a_persona_and_a_voice(folder, model, processor, tmp_path):
+    """Every recording of a folder does."""
+    voice, users = record(tmp_path / "voice.wav", 4 * FRAME, seed=9), tmp_path / "in"
+    users.mkdir()
+    for i in range(2):
+        record(users / f"{i}.wav", 5 * FRAME, seed=i)
+    prompt = ["--prompt", "you are kind", "--prompt-voice", voice]
+    assert respond(folder, users, tmp_path / "out", "--seed", 2, *prompt) == 0
+    frames = processor.prompt(read_audio(voice), RATE, "you are kind")
+    for i in range(2):
+        session = MoshiTTTSession(model, processor, seeds=[2], prompt=frames)
+        user = torch.from_numpy(read_audio(users / f"{i}.wav"))
+        expected = torch.cat([session.step(piece).pcm for piece in user.split(FRAME, 1)], 1)[0].clamp(-1, 1)
+        assert np.abs(read_audio(tmp_path / "out" / f"{i}.wav")[0] - expected.numpy()).max() < 1e-4
+
+
 def not_finite(path):
     import soundfile
 
@@ -107,6 +123,10 @@ def not_finite(path):
         (["in.wav", "out.wav", "--resume", "two"], "it must have one row"),
         (["in.wav", "out.wav", "--resume", "void"], "holds no session.json"),
         (["in.wav", "out.wav", "--resume", "two", "--seed", "1"], "--seed cannot be given"),
+        (["in.wav", "out.wav", "--resume", "two", "--prompt", "you are kind"], "--prompt cannot be given"),
+        (["in.wav", "out.wav", "--prompt-voice", "none.wav"], "there is no such sound file"),
+        (["in.wav", "out.wav", "--prompt-voice", "three.wav"], "three.wav has 3 channels; give the one"),
+        (["in.wav", "out.wav", "--prompt", ""], "nothing to begin with"),
         (["in.wav", "out.wav", "--temperature", "0"], "`temperature=0.0`"),
         (["in.wav", "out.wav", "--seed", "-1"], "`seeds="),
         (["in.wav", "out.wav", "--save-session", "twice"], "holds no session.json"),

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from modeling_moshi_ttt.live import session as home
 
 FRAME = 1920
 NAN = float("nan")
+DELAYS = pytest.mark.parametrize("delays", [[0, *[1] * 7], [0] * 8, [0, 3, 1, 2, 1, 1, 0, 1]], ids=["moshi", "none", "uneven"])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def equal_states(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("delays", [[0, *[1] * 7], [0] * 8, [0, 3, 1, 2, 1, 1, 0, 1]], ids=["moshi", "none", "uneven"])
+@DELAYS
 def test_a_session_says_what_hear_says(processor, delays):
     """Frame for frame as training aligned it: the model's first call is the session's own."""
     model, pcm = speaking_model(audio_delays=delays * 2), sound(2, 6 * FRAME)
@@ -190,6 +192,45 @@ def test_a_saved_session_goes_on_bit_equal_in_another_process(new, tmp_path):
     assert torch.equal(anew[0], talk(session, sound(2, 3528), 441)[0])
 
 
+def test_a_session_of_version_0_2_goes_on(new, model, processor, tmp_path):
+    """Its rows had no count of a prompt's frames."""
+    session = new(seeds=[3])
+    talk(session, sound(1, 4 * FRAME))
+    session.save(tmp_path / "saved")
+    tensors = home.load_file(tmp_path / "saved" / home.TENSORS)
+    del tensors["0.sound.prompted"]
+    home.save_file(tensors, tmp_path / "saved" / home.TENSORS)
+    of_format(1, tmp_path / "saved")
+    resumed = MoshiTTTSession.load(tmp_path / "saved", model, processor)
+    assert torch.equal(talk(resumed, sound(1, 4 * FRAME, seed=2))[0], talk(session, sound(1, 4 * FRAME, seed=2))[0])
+
+
+@DELAYS
+@pytest.mark.parametrize("frames", [2, 12])
+def test_after_a_prompt_a_session_says_what_the_stream_says(processor, delays, frames):
+    """The user's first sound is heard, nothing of the prompt is said again, also where it is shorter than the delays or moves to a file."""
+    model, pcm = speaking_model(audio_delays=delays * 2), sound(2, 9 * FRAME)
+    voice = sound(1, frames * FRAME, seed=3)
+    prompt = processor(voice[0].numpy(), 24000)
+    stream, depth = model.new_stream(2, seeds=[3, 4], prompt=prompt), max(delays)
+    said = [stream.step(codes) for codes in (None, *processor.encode_audio(pcm).unbind(-1))]
+    codes = torch.stack([frame.audio_codes for frame in said[depth:]], -1)
+    session, late = MoshiTTTSession(model, processor, 2, seeds=[3, 4], prompt=prompt), max(depth - 1, 0)
+    first = session.step(pcm[:, :FRAME])
+    other = MoshiTTTSession(model, processor, 2, seeds=[1, 2])
+    for row in range(2):
+        other.load_row(row, session.row_state(1 - row))
+    rest = talk(other, pcm[:, FRAME:].flip(0))[0].flip(0)
+    heard = torch.cat([first.pcm, rest], 1)
+    assert not heard[:, : late * FRAME].any()
+    expected = processor.decode_audio(codes)[:, : heard.shape[1] - late * FRAME]
+    torch.testing.assert_close(heard[:, late * FRAME :], expected, atol=1e-5, rtol=0)
+    assert first.valid.all() == (depth < 2)
+    session.reset([0], seeds=[3])
+    alone = MoshiTTTSession(model, processor, 1, seeds=[3])
+    torch.testing.assert_close(talk(session, pcm)[0][:1], talk(alone, pcm[:1])[0], atol=1e-5, rtol=0)
+
+
 def test_saving_replaces_a_session_and_nothing_else(new, tmp_path):
     session = new(seeds=[1])
     session.save(tmp_path / "saved")
@@ -212,9 +253,9 @@ def without_tensors(folder: Path) -> None:
     (folder / home.TENSORS).unlink()
 
 
-def of_format_2(folder: Path) -> None:
+def of_format(number: int, folder: Path) -> None:
     about = json.loads((folder / home.ABOUT).read_text())
-    (folder / home.ABOUT).write_text(json.dumps(about | {"format": 2}))
+    (folder / home.ABOUT).write_text(json.dumps(about | {"format": number}))
     home.write_manifest(folder)
 
 
@@ -230,7 +271,7 @@ def without_rate(folder: Path) -> None:
     [
         (break_off, "is not whole: session.safetensors has"),
         (without_tensors, "is not whole: session.safetensors is missing"),
-        (of_format_2, "`format=2` must be 1"),
+        (partial(of_format, 3), "`format=3` must be 1 or 2"),
         (without_rate, "lacks 'sample_rate'"),
     ],
 )
@@ -300,6 +341,7 @@ def test_wrong_settings_are_refused(new, model, processor):
         ({"sound.heard": torch.zeros(1920)}, "heard of the saved row has shape"),
         ({"sound.said": torch.full((3,), NAN)}, "what no session has"),
         ({"sound.tokens": torch.tensor([512])}, "what no session has"),
+        ({"sound.prompted": torch.tensor(2)}, "what no session has"),
         ({"sound.ears.offset": torch.tensor(1)}, "`offset` 1"),
         ({"sound.mouth.tail": torch.zeros(1, 2)}, "`tail`"),
     ],

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_live_session import sound, speaking_model
 from tiny import tiny_model
 
-from modeling_moshi_ttt import MoshiTTTFrame
+from modeling_moshi_ttt import MoshiTTTFrame, MoshiTTTProcessor, MoshiTTTSession, packaged
+from modeling_moshi_ttt.tokens_moshi_ttt import UNGENERATED
 
 NAN = float("nan")
 
@@ -211,30 +213,73 @@ def traced(trace, call) -> bool:
         sys.settrace(None)
 
 
-@pytest.mark.parametrize("how", ["step", "forward"])
-def test_a_call_that_raises_anywhere_has_changed_nothing(model, how):
-    """At forty lines from first to last: the next call gives what the unbroken run gives."""
-    user = user_codes(model, 2, 13)
+@pytest.fixture(scope="module")
+def processor():
+    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
 
-    def begin():
-        if how == "step":
-            stream = model.new_stream(2, seeds=[1, 2])
-            talk(stream, user[..., :12])
-            return stream, lambda: stream.step(user[..., 12], torch.tensor([True, False]))
-        cache = model.new_cache(2)
-        with torch.no_grad():
-            model(user_audio_codes=user[..., :11], past_key_values=cache)
-        return cache, lambda: torch.no_grad()(model)(user_audio_codes=user[..., 11:], past_key_values=cache)
 
-    unbroken, call = begin()
+def a_step(processor, mixer):
+    model = tiny_model(ttt_mixer=mixer)
+    user, stream = user_codes(model, 2, 13), model.new_stream(2, seeds=[1, 2])
+    talk(stream, user[..., :12])
+    return stream.state_dict, lambda: stream.step(user[..., 12], torch.tensor([True, False]))
+
+
+def a_forward(processor, mixer):
+    model = tiny_model(ttt_mixer=mixer)
+    user, cache = user_codes(model, 2, 13), model.new_cache(2)
+    with torch.no_grad():
+        model(user_audio_codes=user[..., :11], past_key_values=cache)
+    return cache.state_dict, lambda: torch.no_grad()(model)(user_audio_codes=user[..., 11:], past_key_values=cache)
+
+
+def an_encode(processor, mixer):
+    audio = processor.new_audio_stream(2)
+    audio.encode(sound(2, 1920))
+    return audio.state_dict, lambda: audio.encode(sound(2, 1920, seed=2), [True, False])
+
+
+def a_decode(processor, mixer):
+    audio, codes = processor.new_audio_stream(2), torch.arange(48).view(2, 8, 3).index_fill(2, torch.tensor([1]), UNGENERATED)
+    audio.decode(codes[..., 0])
+    return audio.state_dict, lambda: audio.decode_frames(codes)
+
+
+def a_session(processor, mixer):
+    session = MoshiTTTSession(speaking_model(ttt_mixer=mixer), processor, 2, 16000, seeds=[1, 2])
+    for piece in sound(2, 5 * 1280).split(1280, 1):
+        session.step(piece)
+
+    def state():
+        return {f"{row}.{name}": x for row in range(2) for name, x in session.row_state(row).items()}
+
+    return state, lambda: session.step(sound(2, 1280, seed=2), [True, False])
+
+
+def a_prefill(processor, mixer):
+    model = tiny_model(ttt_mixer=mixer)
+    user, cache = user_codes(model, 2, 13), model.new_cache(2)
+    model.prefill(cache, user_audio_codes=user[..., :11])
+    return cache.state_dict, lambda: model.prefill(cache, user_audio_codes=user[..., 11:])
+
+
+CALLS = [(begin, mixer) for begin in (a_step, a_forward, a_prefill, a_session) for mixer in ("linear", "mlp")]
+
+
+@pytest.mark.parametrize(("begin", "mixer"), [*CALLS, (an_encode, ""), (a_decode, "")])  # the codec has no mixer
+def test_a_call_that_raises_anywhere_has_changed_nothing(processor, begin, mixer):
+    """At twenty lines from first to last: the next call gives what the unbroken run gives."""
+    state, call = begin(processor, mixer)
     trace, counter = raise_at(-1)
     assert traced(trace, call)
-    expected, total = unbroken.state_dict(), counter["lines"]
-    last = total - 1 if how == "step" else total  # `return`, after the commit, loses the frame and nothing else
-    for point in {1 + round(i * (last - 2) / 39) for i in range(40)}:
-        held, call = begin()
-        before = held.state_dict()
-        assert not traced(raise_at(point)[0], call)
-        assert equal(held.state_dict(), before), f"line {point} of {total}"
+    expected, total = state(), counter["lines"]
+    # Without the last two, the `return` after the commit and the way out: they lose what the call gives, and nothing else.
+    lines = {1 + round(i * (total - 3) / 19) for i in range(20)}
+    assert len(lines) == 20
+    for line in lines:
+        state, call = begin(processor, mixer)
+        before = state()
+        assert not traced(raise_at(line)[0], call)
+        assert equal(state(), before), f"line {line} of {total}"
         call()
-        assert equal(held.state_dict(), expected), f"line {point} of {total}"
+        assert equal(state(), expected), f"line {line} of {total}"

@@ -92,7 +92,7 @@ def _held_ttt(folder: Path) -> dict[str, Any]:
         raise MoshiTTTError(f"{path} cannot be read ({error})") from None
     held: dict[str, Any] = {}
     if names:
-        held["ttt_layers"] = sorted({int(TTT_LAYER.search(name)[1]) for name in names})
+        held["ttt_layers"] = sorted({int(found[1]) for name in names if (found := TTT_LAYER.search(name))})
     if any(name.endswith("ttt.W1") for name in names):
         held["ttt_mixer"] = "mlp" if any(name.endswith("ttt.W2") for name in names) else "linear"
     if sizes:

@@ -332,6 +332,8 @@ def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
             add(1, np.zeros(int(frames * size), np.float32))
             say(1, phrase)
         now = at / SAMPLE_RATE
+        if turn.fact is None:
+            continue
         if turn.role in ("tell", "correct"):
             told[turn.fact.kind] = now
             values.setdefault(turn.fact.kind, []).append(turn.fact.value)

@@ -45,6 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, kind in SAMPLING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"`{name}` as in the model's new_stream")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--prompt", metavar="TEXT", help="what Moshi is before the conversation begins, in words: its persona")
+    parser.add_argument("--prompt-voice", type=Path, metavar="FILE", help="a sound file of the voice that Moshi is to have, one channel")
     parser.add_argument("--batch-size", type=int, default=8, help="how many recordings of a folder are answered at once (default 8)")
     parser.add_argument("--save-session", type=Path, metavar="FOLDER", help="keep the conversation after the recording, to go on from")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a conversation that was kept")
@@ -54,13 +56,14 @@ def run(args: argparse.Namespace) -> int:
     """Answer and write everything; what was asked for wrongly is refused before the first answer."""
     jobs = _jobs(args)
     model, processor = load_model(args.model, args.adapter)
+    prompt = _prompt(args, processor)
     seconds, lines, begin = 0.0, [], time.perf_counter()
     with tqdm(
         total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames"
     ) as bar:
         for batch in (jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)):
             users = [torch.from_numpy(read_audio(source, processor.sampling_rate)[-1]) for source, _ in batch]
-            session = _session(args, model, processor, len(batch))
+            session = _session(args, model, processor, len(batch), prompt)
             for (source, target), user, (said, text) in zip(batch, users, answer(session, users, bar.update)):
                 sound = np.stack([said.numpy(), user.numpy()]) if args.stereo else said.numpy()
                 write_audio(target, sound, processor.sampling_rate)
@@ -112,10 +115,12 @@ def _jobs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         raise MoshiTTTError(
             f"IN is the folder {args.source}, but --save-session and --resume are for one conversation; name one recording."
         )
-    sampling = [name for name in ("seed", *SAMPLING) if getattr(args, name) is not None] + ["greedy"] * args.greedy
+    sampling = [name for name in ("seed", *SAMPLING, "prompt", "prompt_voice") if getattr(args, name) is not None] + [
+        "greedy"
+    ] * args.greedy
     if args.resume and sampling:
         raise MoshiTTTError(
-            f"--{sampling[0].replace('_', '-')} cannot be given with --resume: a conversation goes on with its own settings."
+            f"--{sampling[0].replace('_', '-')} cannot be given with --resume: a conversation goes on as it began, with its own settings."
         )
     if args.batch_size < 1:
         raise MoshiTTTError(f"--batch-size is {args.batch_size}; it must be 1 or more.")
@@ -151,7 +156,17 @@ def _checked_seconds(path: Path) -> float:
     return samples / RATE
 
 
-def _session(args: argparse.Namespace, model: Any, processor: Any, rows: int) -> MoshiTTTSession:
+def _prompt(args: argparse.Namespace, processor: Any) -> Any:
+    """The frames that --prompt and --prompt-voice ask for; None without them."""
+    if args.prompt is None and args.prompt_voice is None:
+        return None
+    voice = None if args.prompt_voice is None else read_audio(args.prompt_voice, processor.sampling_rate)
+    if voice is not None and len(voice) != 1:
+        raise MoshiTTTError(f"--prompt-voice {args.prompt_voice} has {len(voice)} channels; give the one that holds Moshi's voice.")
+    return processor.prompt(voice, processor.sampling_rate, args.prompt)
+
+
+def _session(args: argparse.Namespace, model: Any, processor: Any, rows: int, prompt: Any) -> MoshiTTTSession:
     if args.resume:
         session = MoshiTTTSession.load(args.resume, model, processor)
         if session.batch_size != 1 or session.sample_rate != processor.sampling_rate:
@@ -160,4 +175,4 @@ def _session(args: argparse.Namespace, model: Any, processor: Any, rows: int) ->
         return session
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None} | {"do_sample": not args.greedy}
     seeds = None if args.seed is None else [args.seed] * rows
-    return MoshiTTTSession(model, processor, rows, processor.sampling_rate, seeds=seeds, **sampling)
+    return MoshiTTTSession(model, processor, rows, processor.sampling_rate, seeds=seeds, prompt=prompt, **sampling)

@@ -28,9 +28,10 @@ from ..resampling import Resampler
 from ..rows import active_rows, check_entries, check_names, row_mask, without_gradients
 from ..tokens_moshi_ttt import UNGENERATED, WORD_START
 
-FORMAT = 1  # of a saved session
+FORMAT = 2  # of a saved session; 1, of version 0.2, had no `prompted`
 ABOUT, TENSORS = "session.json", "session.safetensors"
 PARTS = ("stream", "audio", "sound")  # of a row's state
+KEPT = ("heard", "said", "lead", "tokens", "prompted")  # tensors of a row's sound beside its resamplers'
 MOST_TOKENS = 4  # of one character, which a tokenizer may write byte by byte
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "architectures")  # fields of a configuration
 
@@ -59,6 +60,7 @@ class RowSound:
     said: Tensor  # [m] at the caller's rate, not returned yet
     lead: Tensor  # [] int64 samples of silence that were put before what was said
     tokens: Tensor  # [m] int64 text tokens that were not returned yet: of a character that is not whole
+    prompted: Tensor  # [] int64 how many of the next frames are the prompt's last ones, which nobody is to hear
 
     def draft(self) -> RowSound:
         """A copy that goes its own way."""
@@ -75,13 +77,14 @@ class RowSound:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
         rates = {f"{name}.{key}": x for name in ("ears", "mouth") for key, x in getattr(self, name).state_dict().items()}
-        return rates | {name: getattr(self, name) for name in ("heard", "said", "lead", "tokens")}
+        return rates | {name: getattr(self, name) for name in KEPT}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Go on where `tensors` were taken."""
         for name in ("ears", "mouth"):
             getattr(self, name).load_state_dict({key: tensors[f"{name}.{key}"] for key in ("tail", "offset")})
-        self.heard, self.said, self.lead, self.tokens = (tensors[name] for name in ("heard", "said", "lead", "tokens"))
+        for name in KEPT:
+            setattr(self, name, tensors[name])
 
 
 class MoshiTTTSession:
@@ -91,7 +94,8 @@ class MoshiTTTSession:
     same 80 ms as the user's comes out of the call that makes these whole: at the codec's own rate, 24 kHz, and 1920 samples a call at once
     (M - 1 frames later where the model's largest delay M is more than 1). Calls of less than 80 ms come out later by a frame and the
     resamplers' delay, whatever their sizes; where they begin in the middle of a conversation, that much silence is put in between, once.
-    The model's first call, which hears nothing, is the session's own.
+    The model's first call, which hears nothing, is the session's own. After a `prompt`, which nobody hears, the user's first sound meets
+    Moshi's first frame of its own; a row that is [`reset`] begins without it.
 
     A row depends on nothing but its own past and its seed, and a call that raises has changed nothing.
 
@@ -100,7 +104,7 @@ class MoshiTTTSession:
         processor: its `MoshiTTTProcessor`, with a codec.
         batch_size: rows.
         sample_rate: of the samples in and out, in Hz.
-        sampling: as in the model's `new_stream`, `seeds` among them.
+        sampling: as in the model's `new_stream`, `seeds` and `prompt` among them.
 
     Raises:
         ValueError: a model and a processor that do not belong together, a rate that is no whole number of Hz or too odd a one, or what
@@ -112,7 +116,8 @@ class MoshiTTTSession:
         self.processor, self.sample_rate = processor, sample_rate
         self.stream = model.new_stream(batch_size, **sampling)
         self.audio = processor.new_audio_stream(batch_size)
-        self.sounds = [self._silent() for _ in range(batch_size)]
+        after = torch.where(self.stream.state.calls > 0, max(model.config.delays), 0).cpu()
+        self.sounds = [replace(self._silent(), prompted=count) for count in after]
         self.largest_step = (
             int(sample_rate) * processor.frame_size // processor.sampling_rate
         )  # samples; so that a call is one frame at most
@@ -126,8 +131,8 @@ class MoshiTTTSession:
         self._before_sound()
 
     def _silent(self) -> RowSound:
-        rates, none = (self.sample_rate, self.processor.sampling_rate), torch.zeros(0)
-        return RowSound(Resampler(*rates), Resampler(*rates[::-1]), none, none, torch.tensor(0), none.long())
+        rates, none, zero = (self.sample_rate, self.processor.sampling_rate), torch.zeros(0), torch.tensor(0)
+        return RowSound(Resampler(*rates), Resampler(*rates[::-1]), none, none, zero, none.long(), zero)
 
     @property
     def longest_delay(self) -> int:
@@ -183,7 +188,11 @@ class MoshiTTTSession:
     def _say(self, rows: Tensor, codes: Tensor | None) -> Tensor:
         """One frame of the model in these rows `[B]` bool; returns which of them `[B]` bool have said something."""
         frame = self.stream.step(codes, rows, self._before_delays())
-        waves, text, valid = self.audio.decode(frame.audio_codes, rows).float().cpu(), frame.text.tolist(), frame.valid.cpu()
+        valid = frame.valid.cpu() & (torch.stack([sound.prompted for sound in self.sounds]) == 0)
+        heard = frame.audio_codes.masked_fill(~valid.to(frame.audio_codes.device)[:, None], UNGENERATED)
+        waves, text = self.audio.decode(heard, rows).float().cpu(), frame.text.tolist()
+        for sound, row in zip(self.sounds, rows.tolist()):
+            sound.prompted = (sound.prompted - int(row)).clamp(min=0)
         for row in (valid if codes is None else rows).nonzero()[:, 0].tolist():
             sound = self.sounds[row]
             sound.said = torch.cat([sound.said, sound.mouth.push(waves[row : row + 1])[0]])
@@ -201,8 +210,9 @@ class MoshiTTTSession:
         return " " + piece if str(tokenizer.convert_ids_to_tokens(tokens[0])).startswith(WORD_START) else piece
 
     def _before_sound(self) -> None:
-        """The model's first call, which hears nothing, in the rows that have not had it."""
-        fresh = (self.stream.state.calls == 0).cpu()
+        """The call that hears nothing of the user, the first one or the first after a prompt, in the rows that have not had it."""
+        state, own = self.stream.state, 1 + self.stream.model.config.num_codebooks
+        fresh = ((state.calls == 0) | (state.ahead[:, own:, 0] > UNGENERATED).any(dim=1)).cpu()
         if bool(fresh.any()):
             self._say(fresh, None)
 
@@ -289,10 +299,11 @@ class MoshiTTTSession:
         own = sound.tensors()
         check_names("row", tensors, own)
         longest = {"heard": self.audio.frame_size - 1, "said": self.longest_delay + 2 * self.largest_step, "tokens": MOST_TOKENS}
-        sizes = {name: (min(tensors[name].numel(), most),) for name, most in longest.items()} | {"lead": ()}
+        sizes = {name: (min(tensors[name].numel(), most),) for name, most in longest.items()} | {"lead": (), "prompted": ()}
         check_entries("row", tensors, {name: (size, own[name].dtype) for name, size in sizes.items()})
-        tokens, size = tensors["tokens"], self.stream.model.config.vocab_size
-        if not bool(((tokens >= 0) & (tokens < size)).all() and tensors["heard"].isfinite().all() and tensors["said"].isfinite().all()):
+        config, tokens = self.stream.model.config, tensors["tokens"]
+        numbers = ((tokens >= 0) & (tokens < config.vocab_size)).all() and 0 <= tensors["prompted"] <= max(config.delays)
+        if not bool(numbers and tensors["heard"].isfinite().all() and tensors["said"].isfinite().all()):
             raise MoshiTTTError("the sound or text of the saved row is what no session has; load what `row_state()` gave, unchanged.")
         sound.load(tensors)
 
@@ -358,14 +369,17 @@ def read_session(folder: str | os.PathLike[str], owner: dict[str, str]) -> Saved
         raise MoshiTTTError(f"the session in {folder} is not whole: {problems[0]}")
     about = read_json(Path(folder) / ABOUT)
     with of_shape(f"{folder}/{ABOUT}", "name a folder that a session was saved to."):
-        if about["format"] != FORMAT:
-            raise MoshiTTTError(f"`format={about['format']}` must be {FORMAT}")
+        if about["format"] not in (1, FORMAT):
+            raise MoshiTTTError(f"`format={about['format']}` must be 1 or {FORMAT}")
         rows, rate, seeds = int(about["batch_size"]), int(about["sample_rate"]), about["seeds"]
     for what, digest in owner.items():
         if about.get(what) != digest:
             raise MoshiTTTError(f"the session in {folder} is of another {what} ({about.get(what)}, here {digest}); load it with its own.")
     tensors = load_file(Path(folder) / TENSORS)
-    states = [{name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(row)} for row in range(rows)]
+    added = {"sound.prompted": torch.tensor(0)} if about["format"] == 1 else {}
+    states = [
+        added | {name.partition(".")[2]: x for name, x in tensors.items() if name.partition(".")[0] == str(row)} for row in range(rows)
+    ]
     return SavedSession(states, rate, seeds)
 
 

@@ -96,6 +96,7 @@ class Trainer:
         self.reader: WindowReader | DialogueReader
         self.plan: Plan
         if isinstance(train, Phrasebook):
+            assert run.dialogues is not None
             self.reader = DialogueReader(train, run.dialogues, run.seed, delays[: self.config.num_codebooks])
             self.plan = DialoguePlan(self.rows, self.curriculum)
             self.data_mark = train.mark
