@@ -12,9 +12,10 @@ from typing import Any
 
 from ..adapters.bases import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
-from ..common.packaged import known, names, resolve
+from ..common.packaged import names
 from ..common.settings import describe
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError
+from .launch import launch_file
 from .run_config import RunConfig, load_run_config
 
 
@@ -26,12 +27,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what it would take, and whether this machine's GPU holds it; nothing is read"
+    )
     parser.epilog = describe(RunConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step was reached."""
     config = load_run_config(args.recipe, args.overrides)
+    if args.dry_run:
+        from .dry_run import dry_run
+        from .launch import Launch
+
+        print(dry_run(config, Launch.read(args.launch) if args.launch else Launch()))
+        return 0
     if args.launch:
         return launch(args.launch, [args.recipe, *args.overrides])
     try:
@@ -41,13 +51,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def launch(launch_file: str, arguments: list[str]) -> int:
+def launch(name: str, arguments: list[str]) -> int:
     """`moshi-ttt train` with these arguments in every process of an accelerate configuration; the launcher's exit code."""
-    path = resolve("accelerate", launch_file)
-    if not Path(path).is_file():
-        hint = known("accelerate", launch_file)
-        raise MoshiTTTOSError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_file(name))]
     return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], check=False).returncode
 
 
