@@ -202,8 +202,11 @@ def _ranges(row: int, first: int, count: int, total: int, starts: int, start_ind
 def _rows_at_once(q: Tensor, saved: list[Tensor], group: int) -> int:
     """How many (row, head) pairs one launch of the backward takes, so that their recomputed weights stay in bounds."""
     each = 4 * group * sum(w[0, 0, 0].numel() for w in saved)
-    at_least = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    return min(max(at_least, SCRATCH_BYTES // each), q.shape[0] * q.shape[3])
+    return min(max(2 * _multiprocessors(q.device), SCRATCH_BYTES // each), q.shape[0] * q.shape[3])
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _mixer(weights: list[Tensor] | tuple[Tensor, ...]) -> str:

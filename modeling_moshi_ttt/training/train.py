@@ -14,10 +14,11 @@ from typing import Any
 
 from ..common.files import make_folder
 from ..common.lock import locked
-from ..common.packaged import known, names, resolve
+from ..common.packaged import names
 from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step
 from ..common.settings import describe
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from .launch import launch_file
 from .moshi_finetune import load_moshi_finetune
 from .run_config import RunConfig, load_run_config
 from .signals import RunStopped, stop_requests
@@ -32,6 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--launch", metavar="CONFIG", help=f"start an accelerate configuration's processes: a YAML file, or one of {packaged}"
     )
     parser.add_argument("--from-moshi-finetune", metavar="FILE", help="a recipe of moshi-finetune in place of ours; what differs is told")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what it would take, and whether this machine's GPU holds it; nothing is read"
+    )
     parser.epilog = describe(RunConfig)
 
 
@@ -47,6 +51,12 @@ def run(args: argparse.Namespace) -> int:
         config = load_run_config(args.recipe, args.overrides)
     else:
         raise MoshiTTTError("no recipe is given; name a YAML file, or a packaged one (moshi-ttt train --help lists them).")
+    if args.dry_run:
+        from .dry_run import dry_run
+        from .launch import Launch
+
+        print(dry_run(config, Launch.read(args.launch) if args.launch else Launch()))
+        return 0
     if args.launch:
         return launch(args.launch, words)
     try:
@@ -59,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def launch(launch_file: str, arguments: list[str]) -> int:
+def launch(name: str, arguments: list[str]) -> int:
     """`moshi-ttt train` with these arguments in every process of an accelerate configuration.
 
     A signal that asks for a stop goes to the processes as SIGUSR1, which their launcher leaves them the time for; of SIGTERM it would kill
@@ -68,13 +78,7 @@ def launch(launch_file: str, arguments: list[str]) -> int:
     Returns:
         The launcher's exit code, or 128 + the number of the signal.
     """
-    path = resolve("accelerate", launch_file)
-    if not Path(path).is_file():
-        hint = known("accelerate", launch_file)
-        raise MoshiTTTFileNotFoundError(
-            f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}"
-        )
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_file(name))]
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the launcher, which inherits it
     process = subprocess.Popen([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], start_new_session=True)
     signal.signal(signal.SIGUSR1, before)
