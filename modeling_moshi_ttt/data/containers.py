@@ -38,7 +38,7 @@ class ContainerFile:
         self._stream = self._container.streams.audio[0]
         self.samplerate, self.channels = self._stream.rate, self._stream.channels
         self._frames: int | None = None
-        if self._stream.duration is not None:
+        if self._stream.duration is not None and self._stream.time_base is not None:
             self._frames = round(self._stream.duration * self._stream.time_base * self.samplerate)
 
     def __enter__(self) -> ContainerFile:

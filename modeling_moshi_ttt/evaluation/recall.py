@@ -129,7 +129,9 @@ def run_recall(settings: RecallSettings, show_progress: bool = True) -> Any:
             results["runs"] = [run for run in results["runs"] if run not in earlier] + [new]
             results["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
             atomic_write(target, json.dumps(results, indent=1) + "\n")
-    drawing.save(draw(results), settings.output / "recall")
+    picture = draw(results)
+    if picture is not None:
+        drawing.save(picture, settings.output / "recall")
     return results
 
 

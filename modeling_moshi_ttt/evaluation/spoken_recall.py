@@ -133,7 +133,8 @@ def encoded(section: SpokenRecallSettings, processor: Any, seed: int, progress: 
             heard.append(Heard(one.path.stem, codes.user, codes.moshi, text, questions))
         return heard
     espeak = Espeak()
-    return [_made(*one, espeak, processor) for one in progress(list(_scripts(section, section.seeds or [seed])))]
+    scripts = progress(list(_scripts(section, section.seeds or [seed])))
+    return [_made(name, drawn, script, voice, espeak, processor) for name, drawn, script, voice in scripts]
 
 
 def _made(name: str, seed: int, script: Script, voice: str, espeak: Espeak, processor: Any) -> Heard:

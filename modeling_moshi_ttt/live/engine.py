@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,7 +212,7 @@ class Engine:
         caller = Caller(resume or self.store.new_name(), listener, wants_memory, self.processor.frame_size)
         for other in self.callers():
             if other.name == caller.name:  # on a line that is dead, perhaps
-                self._ask(lambda other=other: self._end(other, "the conversation goes on elsewhere"))
+                self._ask(partial(self._end, other, "the conversation goes on elsewhere"))
         self._admit(caller)
         try:
             state = None if resume is None else self.store.read(resume)
@@ -255,7 +256,7 @@ class Engine:
         """End and keep all conversations, and stop the thread."""
         self.ready, self._rest_until = False, math.inf
         for caller in self.callers():
-            self._ask(lambda caller=caller: self._end(caller, reason))
+            self._ask(partial(self._end, caller, reason))
             self.leave(caller)
         self._stopping.set()
         self._thread.join()
@@ -346,13 +347,13 @@ class Engine:
         pcm, active = torch.zeros(self.max_rows, self.processor.frame_size), torch.zeros(self.max_rows, dtype=torch.bool)
         for row, (_, (_, samples)) in due.items():
             pcm[row], active[row] = torch.from_numpy(samples), True
-        frame = self.session.step(pcm, active)
+        said = self.session.step(pcm, active)
         sick, lines = self.session.problems(), self._memory([caller for caller, _ in due.values()])
         for row, (caller, (arrived, _)) in due.items():
             if row in sick:
                 self._end(caller, "the model's numbers are no longer finite in this conversation; begin a new one")
                 continue
-            caller.listener(Said(frame.pcm[row].numpy(), frame.text[row], time.monotonic() - arrived, lines.get(row)))
+            caller.listener(Said(said.pcm[row].numpy(), said.text[row], time.monotonic() - arrived, lines.get(row)))
         return True
 
     def _memory(self, callers: list[Caller]) -> dict[int, list[MemoryLine]]:
@@ -394,6 +395,6 @@ def memory_lines(session: MoshiTTTSession, rows: list[int]) -> dict[int, list[Me
             continue
         losses = layer.ttt.open_losses(state.select(rows))
         for row, *numbers in zip(rows, *(x.tolist() for x in losses)):
-            initial, current, drift = (None if x != x else x for x in numbers)
-            lines[row].append(MemoryLine(number, initial, current, drift))
+            initial, current = (None if x != x else x for x in numbers[:2])
+            lines[row].append(MemoryLine(number, initial, current, numbers[2]))
     return lines

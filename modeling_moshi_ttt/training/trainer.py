@@ -224,7 +224,7 @@ class Trainer:
             noisy = add_noise(batch, data, self.config.audio_vocab_size, seeds, self.config.text_padding_ids[0])
             how = {"past_key_values": cache, "use_cache": cache is not None, "output_write_gates": costly, "return_dict": True}
             output = self.model(**noisy.inputs(), num_items_in_batch=whole, **how)
-            loss = objective(output.text_loss, output.audio_loss, data.text_weight)
+            loss: Any = objective(output.text_loss, output.audio_loss, data.text_weight)
             if output.write_gates:
                 gates = open_gates(output.write_gates, batch.attention_mask)
                 parts[4] += gates.detach()
