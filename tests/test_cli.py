@@ -12,8 +12,8 @@ import pytest
 
 from modeling_moshi_ttt import cli
 from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
-from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
 from modeling_moshi_ttt.evaluation.recall import RecallSettings
+from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
 from modeling_moshi_ttt.training.run_config import RunConfig
 
 MODULE = "moshi_ttt_test_command"

@@ -270,7 +270,7 @@ def summary(part: RecallPart) -> list[str]:
 
 def label(part: RecallPart, cell: Cell) -> str:
     """The distance, with a star where attention reaches some of the pairs itself."""
-    within = share_within_reach(cell["pairs"], cell["distance"], part["window"], cell.get("corrections", 0))
+    within = share_within_reach(cell["pairs"], cell["distance"], part["window"])
     return f"{cell['distance']}{'*' if within else ''}"
 
 
