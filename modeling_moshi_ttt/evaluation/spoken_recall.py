@@ -338,9 +338,8 @@ class SpokenRecall(Task):
             drawing.curve(axes, x, y, index, label, [[100 * bound for bound in cell["interval"]] for cell in there])
         if "chance" in part:
             axes.axhline(100 * part["chance"], color=drawing.GREY, linewidth=0.8, linestyle=":", label="chance")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("seconds since told" + (" anew" if corrected else ""))
+        drawing.seconds_axis(axes, TIMES[1:])
+        axes.set_xlabel("time since told" + (" anew" if corrected else ""))
         axes.set_title("corrected: the newest value" if corrected else "told once", fontsize=9)
         axes.set_ylim(-3, 103)
 
