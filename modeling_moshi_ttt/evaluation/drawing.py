@@ -52,8 +52,9 @@ def curve(axes: Any, x: Sequence[float], y: Sequence[float], index: int, label: 
 
 
 def seconds_axis(axes: Any, times: Sequence[float]) -> None:
-    """A log axis of seconds, with ticks at these times, in seconds, minutes or hours."""
+    """A log axis of seconds, with ticks at those of these times that are near what is drawn, in seconds, minutes or hours."""
     axes.set_xscale("log")
+    times = [t for t in times if axes.dataLim.x0 / 2 <= t <= 2 * axes.dataLim.x1]
     axes.set_xticks(times, [f"{t:g} s" if t < 60 else f"{t / 60:g} min" if t < 3600 else f"{t / 3600:g} h" for t in times])
     axes.minorticks_off()
 

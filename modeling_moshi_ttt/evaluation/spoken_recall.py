@@ -306,6 +306,10 @@ class SpokenRecall(Task):
         part = measure(models, processor, heard, section.modes, context.batch_size, context.seed, context.bar("spoken recall"))
         if section.memory:
             once = [one for one in heard if not any(question.before for question in one.questions)]  # else some tellings have no time
+            if not once:
+                raise MoshiTTTError(
+                    f"spoken_recall.memory={section.memory} must be 0: every dialogue has corrections, whose times are not all known."
+                )
             longest = sorted(once, key=lambda one: -one.user.shape[1])[: section.memory]
             part["memory"] = probe(model, context.bar("memory")(longest))
         return part
