@@ -124,7 +124,7 @@ def test_the_model_before_fine_tuning_hears_the_same_user(tmp_path, processor):
     recordings = [Recording(tmp_path / "talk.wav", 2.0, (("hello", (0.2, 0.6), "SPEAKER_MAIN"),))]
     model, other = (small_model(audio_vocab_size=16, vocab_size=28, seed=seed) for seed in (0, 1))
     both = dialogue.measure(model, processor, recordings, before=other)
-    assert list(both) == ["kind", "recordings", "reference", "before", "model"]
+    assert {"reference", "before", "model"} <= set(both)
     assert both["before"] == dialogue.measure(other, processor, recordings)["model"]
     assert both["model"] == dialogue.measure(model, processor, recordings)["model"]
 

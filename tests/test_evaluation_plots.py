@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from modeling_moshi_ttt.cli import main
+from modeling_moshi_ttt.common.results import checked_part, read_results
 from modeling_moshi_ttt.evaluation import drawing, plots, report
-from modeling_moshi_ttt.evaluation.task import task, tasks
+from modeling_moshi_ttt.evaluation.task import shapes, task, tasks
+
+ROOT = Path(__file__).parents[1]
 
 CURVE = {"position": [16.0, 64.0, 256.0], "loss": [5.0, 4.0, 3.5], "low": [4.8, 3.9, 3.4], "high": [5.2, 4.1, 3.6], "frames": [16, 64, 256]}
 TASK = {"accuracy": 0.6, "interval": [0.5, 0.7], "items": 5, "pairs": 10, "chance": 0.5}
@@ -53,8 +56,8 @@ def test_the_same_numbers_give_the_same_picture(tmp_path):
 def test_the_window_is_marked_and_intervals_are_drawn_where_they_are_known():
     left, right, *_ = panels = plots.draw(PARTS["books"]).axes
     assert all(any(list(line.get_xdata()) == [64, 64] for line in axes.lines) for axes in panels)
-    bands = [[band for band in axes.collections if band.get_paths()] for axes in (left, right)]
-    assert len(bands[0]) > len(bands[1]) > 0
+    intervals = [len(axes.collections) for axes in (left, right)]  # of two curves, of which the second has none on the right
+    assert intervals[0] > intervals[1] > 0
 
 
 def test_the_heat_map_holds_the_numbers():
@@ -226,3 +229,22 @@ def test_two_logs_of_one_name_are_not_drawn_over_each_other(tmp_path):
     assert main(["plot", str(logs[0]), str(logs[1]), "--output", str(tmp_path / "out")]) == 2
     assert main(["plot", str(logs[0]), str(logs[1])]) == 0
     assert all((log.parent / "metrics.png").is_file() for log in logs)
+
+
+@pytest.mark.parametrize("name", ["recall.json", "spoken_recall.json"])
+def test_parts_of_version_0_2_are_read_and_drawn(tmp_path, name):
+    path = ROOT / "docs" / "pictures" / name
+    assert main(["plot", str(path), "--output", str(tmp_path)]) == 0
+    part = checked_part(json.loads(path.read_text()), shapes(), path)
+    one = task(part["kind"])
+    assert one.table(part).rows
+    assert one.finding(part)
+    assert one.measures(part)
+
+
+def test_results_of_version_0_1_are_reported_and_compared(tmp_path, capsys):
+    kept = ROOT / "tests" / "kept" / "v0.1.0" / "evaluation" / "results.json"
+    text = report.write_report(read_results(kept, shapes()), tmp_path).read_text()
+    assert all(task(name).question in text for name in ("long_context", "inner_loss", "dialogue"))
+    assert main(["compare", str(kept), str(kept), "--output", str(tmp_path / "out")]) == 0
+    assert "nothing can be tested" in capsys.readouterr().out

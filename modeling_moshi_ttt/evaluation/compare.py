@@ -156,6 +156,7 @@ def _panel(axes: Any, panel: str, a: Sequence[Measure], b: Sequence[Measure]) ->
     if lines and min(one.x for one in there if one.x is not None) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     if not lines:
         axes.set_xticks(range(len(names)), names, fontsize=7, rotation=20)
     axes.set_title(panel, fontsize=8)
@@ -191,8 +192,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {one.name}: {one.a:.2f} → {one.b:.2f} {one.unit}, B − A {one.mean:+.2f} ({_tested(one)}): {one.verdict}")
         print(said)
         written["tasks"][name] = {"verdict": said, "differences": [vars(one) for one in found]}
-        of_a, of_b = (task(name).measures(part[name]) for part in (a, b))
-        print(*save(overlay(of_a, of_b, labels=[str(place) for place in places]), args.output / name), sep="\n")
+        first, second = (task(name).measures(part[name]) for part in (a, b))
+        print(*save(overlay(first, second, [str(place) for place in places]), args.output / name), sep="\n")
     atomic_write(args.output / "comparison.json", json.dumps(written, indent=1, allow_nan=False) + "\n")
     return 0
 

@@ -26,6 +26,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 DPI = 160
+FEW = 10  # points of a curve
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -39,12 +40,23 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def curve(axes: Any, x: Sequence[float], y: Sequence[float], index: int, label: str, bounds: Sequence[Any] = ()) -> None:
-    """A line, with the band of its intervals (low, high) where every one is known."""
+    """A line, with its intervals (low, high) where every one is known: bars of a few points, a band of many."""
     look = line_style(index)
     axes.plot(x, y, label=label, **look)
     if len(bounds) and all(bound is not None and None not in bound for bound in bounds):
         low, high = np.array(bounds, float).T
-        axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        if len(x) < FEW:
+            axes.errorbar(x, y, [np.array(y) - low, high - np.array(y)], fmt="none", ecolor=look["color"], elinewidth=0.8, capsize=2)
+        else:
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def seconds_axis(axes: Any, times: Sequence[float]) -> None:
+    """A log axis of seconds, with ticks at those of these times that are near what is drawn, in seconds, minutes or hours."""
+    axes.set_xscale("log")
+    times = [t for t in times if axes.dataLim.x0 / 2 <= t <= 2 * axes.dataLim.x1]
+    axes.set_xticks(times, [f"{t:g} s" if t < 60 else f"{t / 60:g} min" if t < 3600 else f"{t / 3600:g} h" for t in times])
+    axes.minorticks_off()
 
 
 def legend_below(figure: Figure, axes: Any, columns: int = 3) -> None:

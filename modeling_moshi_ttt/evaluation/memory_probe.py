@@ -127,7 +127,7 @@ def said_of_memory(memory: Memory) -> str:
     return (
         f"In {memory['dialogues']} dialogues of {memory['hours']:.2f} hours together the gate stood at {number(memory['gate_facts'])} where a fact "
         f"was told and at {number(memory['gate_talk'])} in talk, the median step was {number(memory['step_facts'])} and "
-        f"{number(memory['step_talk'])}; {number(memory['false_writes'])} mini-batches of an hour's talk were written as strongly as half a "
+        f"{number(memory['step_talk'])}; {'–' if memory['false_writes'] is None else round(memory['false_writes'])} mini-batches of an hour's talk were written as strongly as half a "
         "median fact."
     )
 

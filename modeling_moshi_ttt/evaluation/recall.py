@@ -147,7 +147,7 @@ def resume(settings: RecallSettings) -> Any:
     results = checked(RecallPart, read_json(target), target)
     # a setting that there was not yet had its default of today
     defaults = {one.name: one.default_factory() for one in fields(settings) if one.default_factory is not MISSING}
-    if {name: defaults.get(name) for name in kept} | results["settings"] != kept:
+    if {name: defaults.get(name) for name in kept} | results.get("settings", {}) != kept:
         raise MoshiTTTError(f"{target}: holds results of other settings; choose another `output`, or remove the file to start anew.")
     return results
 
@@ -249,7 +249,7 @@ def summary(part: RecallPart) -> list[str]:
 
 def label(part: RecallPart, cell: Cell) -> str:
     """The distance, with a star where attention reaches some of the pairs itself."""
-    within = share_within_reach(cell["pairs"], cell["distance"], part["window"], cell.get("corrections", 0))
+    within = share_within_reach(cell["pairs"], cell["distance"], part["window"])
     return f"{cell['distance']}{'*' if within else ''}"
 
 

@@ -34,14 +34,13 @@ def reach(window: int) -> int:
     return LAYERS * (window - 1) + 1
 
 
-def share_within_reach(pairs: int, distance: int, window: int, corrections: int = 0) -> float:
+def share_within_reach(pairs: int, distance: int, window: int) -> float:
     """Share of the answers whose value, `distance` frames of noise before the first question, attention can still reach at the question.
 
     Every pair is asked at every place alike. The value that is told k-th from last is 2 k − 1 + `distance` + j frames older than question j;
-    the first `corrections` pairs are told again after the last.
+    of a pair that is told anew the newest value counts, so that corrections change nothing.
     """
-    last = [corrections - i if i < corrections else corrections + pairs - i for i in range(pairs)]
-    ages = [2 * k - 1 + distance + j for k in last for j in range(pairs)]
+    ages = [2 * k - 1 + distance + j for k in range(1, pairs + 1) for j in range(pairs)]
     return sum(age < reach(window) for age in ages) / len(ages)
 
 
@@ -192,7 +191,7 @@ def measure(
         "told_after": told_after,
         "corrections": corrections,
         "distance": distance,
-        "within_reach": share_within_reach(pairs, distance, model.config.sliding_window, corrections),
+        "within_reach": share_within_reach(pairs, distance, model.config.sliding_window),
         "accuracy": float(accuracy.mean()),
         "interval": list(bootstrap_interval(accuracy.numpy(), seed)),
         "sequences": rows,

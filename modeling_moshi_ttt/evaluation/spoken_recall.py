@@ -306,6 +306,10 @@ class SpokenRecall(Task):
         part = measure(models, processor, heard, section.modes, context.batch_size, context.seed, context.bar("spoken recall"))
         if section.memory:
             once = [one for one in heard if not any(question.before for question in one.questions)]  # else some tellings have no time
+            if not once:
+                raise MoshiTTTError(
+                    f"spoken_recall.memory={section.memory} must be 0: every dialogue has corrections, whose times are not all known."
+                )
             longest = sorted(once, key=lambda one: -one.user.shape[1])[: section.memory]
             part["memory"] = probe(model, context.bar("memory")(longest))
         return part
@@ -338,9 +342,8 @@ class SpokenRecall(Task):
             drawing.curve(axes, x, y, index, label, [[100 * bound for bound in cell["interval"]] for cell in there])
         if "chance" in part:
             axes.axhline(100 * part["chance"], color=drawing.GREY, linewidth=0.8, linestyle=":", label="chance")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("seconds since told" + (" anew" if corrected else ""))
+        drawing.seconds_axis(axes, TIMES[1:])
+        axes.set_xlabel("time since told" + (" anew" if corrected else ""))
         axes.set_title("corrected: the newest value" if corrected else "told once", fontsize=9)
         axes.set_ylim(-3, 103)
 

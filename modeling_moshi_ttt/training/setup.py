@@ -19,8 +19,8 @@ from ..common.hub import check_place
 from ..common.packaged import resolve
 from ..common.run_folder import FINAL
 from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
 from ..data.codec import read_processor
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
