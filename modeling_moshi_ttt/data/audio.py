@@ -160,6 +160,12 @@ def audio_duration(path: str | os.PathLike[str]) -> float:
     return length
 
 
+def audio_channels(path: str | os.PathLike[str]) -> int:
+    """How many channels a sound file has; errors as `audio_duration`."""
+    with _opened(path, 24000) as file:
+        return int(file.channels)
+
+
 def states_length(path: Path) -> bool:
     """False for a WAV written into a pipe: its header, made before the end was known, holds the greatest number instead of a length."""
     with path.open("rb") as file:
