@@ -49,17 +49,31 @@ FORMER = {
     "training.state": "training.checkpoint",
 }
 
+# What has left a module that is still asked for by its former name.
+MOVED = {
+    "training.codes": {
+        "CodesCache": "data.cache",
+        "codec_fingerprint": "data.codec",
+        "recording_text": "data.words",
+        "says_words": "data.words",
+    },
+    "training.data": {"Prepared": "data.prepared", "PreparedSet": "data.prepared", "prepare_set": "data.prepared"},
+    "common.recordings": {"parse_words": "data.word_files", "read_words": "data.word_files"},
+}
+
 
 class _TodaysModule(importlib.abc.InspectLoader):
     """Gives the module that stands at `name` today, itself and not a copy, so that its classes stay one."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, moved: dict[str, str]) -> None:
+        self.name, self.moved = name, moved
         self.spec: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(self.name)
         self.spec = module.__spec__
+        for name, home in self.moved.items():
+            setattr(module, name, getattr(importlib.import_module(f"{PACKAGE}.{home}"), name))
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -77,7 +91,7 @@ class _FormerNames(importlib.abc.MetaPathFinder):
             return None
         today = f"{PACKAGE}.{FORMER[name]}"
         warnings.warn(f"{fullname} is {today} now; the former name goes in {REMOVED_IN}", DeprecationWarning, stacklevel=2)
-        return ModuleSpec(fullname, _TodaysModule(today), is_package=name == "tools")
+        return ModuleSpec(fullname, _TodaysModule(today, MOVED.get(name, {})), is_package=name == "tools")
 
 
 def install() -> None:

@@ -44,6 +44,7 @@ class MoshiTTTProcessor(ProcessorMixin):
     CODEC_FOLDER = "audio_tokenizer"
     LONGEST_PIECE = 125  # frames encoded or decoded at once; memory does not grow with the recording
     SPOKEN_PACE = 3.0  # words a second of a text without times
+    MARKED_SHARE = 0.1  # of a vocabulary's pieces that begin a word; with fewer, the language is one without spaces
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         self.text_padding_ids = [*(TEXT_PADDING_IDS if text_padding_ids is None else text_padding_ids)]
         check_padding_ids(self.text_padding_ids)
         self._silence: list[list[int]] | None = None  # found out when first asked for
+        self._marks: tuple[Any, int | None] | None = None  # so, too: the tokenizer, and the token of `_bare_start`
         self.audio_tokenizer = audio_tokenizer  # set here, for ProcessorMixin admits only the codecs that it lists
         if audio_tokenizer is not None:
             audio_tokenizer.eval()
@@ -369,7 +371,18 @@ class MoshiTTTProcessor(ProcessorMixin):
         special = {*self.text_padding_ids, *self.tokenizer.all_special_ids}
         if special & set(ids):
             raise MoshiTTTError(f"words hold {word!r}, which reads as a special token; spell it otherwise.")
-        return ids
+        # in a language without spaces the mark of a word's start is a token by itself, and would cost every word a frame
+        return ids[1:] if len(ids) > 1 and ids[0] == self._bare_start else ids
+
+    @property
+    def _bare_start(self) -> int | None:
+        """The token of the mark alone, of a tokenizer of which few pieces begin with it; None where they do, for a language with spaces."""
+        if self._marks is None or self._marks[0] is not self.tokenizer:
+            vocabulary = self.tokenizer.get_vocab()
+            marked = sum(piece.startswith(WORD_START) and piece != WORD_START for piece in vocabulary)
+            bare = vocabulary.get(WORD_START) if marked < self.MARKED_SHARE * len(vocabulary) else None
+            self._marks = (self.tokenizer, bare)
+        return self._marks[1]
 
     # Frames to sound and words
 
@@ -397,9 +410,12 @@ class MoshiTTTProcessor(ProcessorMixin):
     def words(self, ids: Any) -> list[tuple[str, float]]:
         """The words of one stream of frames [T], each with the time in seconds at which it starts."""
         found: list[tuple[list[int], int]] = []
+        last = 0
         for t, token in self._said(ids):
-            if not found or str(self.tokenizer.convert_ids_to_tokens(token)).startswith(WORD_START):
+            starts = str(self.tokenizer.convert_ids_to_tokens(token)).startswith(WORD_START)
+            if not found or starts or (self._bare_start is not None and t > last + 1):
                 found.append(([], t))
+            last = t
             found[-1][0].append(token)
         spelled = [(self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), t / self.frame_rate) for tokens, t in found]
         return [(word, start) for word, start in spelled if word]
@@ -447,7 +463,7 @@ class MoshiTTTProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """As the base class has it, but the codec is not copied: it stands beside, in its own folder."""
         without = copy.copy(self)
-        codec, _ = without.__dict__.pop("audio_tokenizer"), without.__dict__.pop("_silence")
+        codec, _, _ = (without.__dict__.pop(name) for name in ("audio_tokenizer", "_silence", "_marks"))
         output = super(MoshiTTTProcessor, without).to_dict() | {"auto_map": dict(AUTO_MAP)}  # which saving would add, and loading takes out
         return output if codec is None else {**output, "audio_tokenizer_folder": self.CODEC_FOLDER}
 

@@ -25,8 +25,10 @@ from .containers import SUFFIXES as CONTAINERS
 from .containers import ContainerFile
 
 # Part of every key of what is kept of sounds, codes, scores and results: raise it when the samples read from a file change.
-READING = "sound-2"
+READING = "sound-3"
 BLOCK = 4096  # samples read at once
+# Read from the start on: libsndfile's seek lands up to 25 ms off in an MP3, and on other samples than those asked for at the end of an Ogg.
+UNSOUGHT = ("MP3", "MPEG", "OGG")
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", *CONTAINERS)
 
 
@@ -87,7 +89,14 @@ def in_pieces(arrays: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     yield np.concatenate(waiting, 1)
 
 
-File: TypeAlias = soundfile.SoundFile | ContainerFile
+class _SoundFile(soundfile.SoundFile):
+    """soundfile seeks after every block that it reads, where it stands already; in an MP3 each of these seeks may shift what follows."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+File: TypeAlias = _SoundFile | ContainerFile
 
 
 @contextmanager
@@ -120,7 +129,7 @@ def _open(path: Path) -> File:
     if path.suffix.lower() in CONTAINERS:
         return ContainerFile(path)
     try:
-        return soundfile.SoundFile(path)
+        return _SoundFile(path)
     except soundfile.LibsndfileError as error:
         raise MoshiTTTError(f"{path}: the sound file cannot be read ({error.error_string.strip().rstrip('.')}).") from None
 
@@ -133,9 +142,10 @@ def _blocks(path: str | os.PathLike[str], file: File, begin: int, end: int) -> I
         yield block
 
 
-def _sndfile_blocks(path: str | os.PathLike[str], file: soundfile.SoundFile, begin: int, end: int) -> Iterator[np.ndarray]:
-    at = 0 if file.format == "OGG" else begin  # on an Ogg file's last page libsndfile finds other samples than those asked for
-    file.seek(at)
+def _sndfile_blocks(path: str | os.PathLike[str], file: _SoundFile, begin: int, end: int) -> Iterator[np.ndarray]:
+    at = 0
+    if begin and file.format not in UNSOUGHT:
+        at = file.seek(begin)
     while at < end:
         stop = begin if at < begin else end
         try:
@@ -158,6 +168,12 @@ def audio_duration(path: str | os.PathLike[str]) -> float:
             # libsndfile shortens a WAV that breaks off to what is there
             length = max(length, sphn.durations([str(path)])[0] or 0.0)
     return length
+
+
+def audio_channels(path: str | os.PathLike[str]) -> int:
+    """How many channels a sound file has; errors as `audio_duration`."""
+    with _opened(path, 24000) as file:
+        return int(file.channels)
 
 
 def states_length(path: Path) -> bool:

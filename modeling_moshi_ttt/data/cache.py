@@ -110,7 +110,10 @@ class CodesCache:
 
     def _codes_before(self, work: _Work, settings: DataSettings) -> np.ndarray | None:
         """Codes of the same sound that were made before with other words, or by version 0.2.0."""
-        for name in filter(None, (work.known.codes, f"{work.known.sound}.safetensors")):
+        before = f"{work.known.sound}.safetensors"
+        if work.placed.recording.path.suffix.lower() == ".mp3":  # which version 0.2.0 read with the encoder's delay
+            before = ""
+        for name in filter(None, (work.known.codes, before)):
             try:
                 codes = read_codes(self.folder / name)
             except MoshiTTTOSError:

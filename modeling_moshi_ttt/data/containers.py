@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -29,23 +28,23 @@ class ContainerFile:
         except ModuleNotFoundError:
             raise MoshiTTTError(f"{path}: {path.suffix} is read by PyAV; install it with: pip install 'moshi-ttt[m4a]'") from None
         self.path = path
+        self._frames: int | None = None
         try:
-            self._container: Any = av.open(str(path))
+            with av.open(str(path)) as container:
+                if not container.streams.audio:
+                    raise MoshiTTTError(f"{path}: the file holds no sound.")
+                stream = container.streams.audio[0]
+                self.samplerate, self.channels = stream.rate, stream.channels
+                if stream.duration is not None and stream.time_base is not None:
+                    self._frames = round(stream.duration * stream.time_base * self.samplerate)
         except av.FFmpegError as error:
             raise MoshiTTTError(f"{path}: the sound file cannot be read ({error.strerror}).") from None
-        if not self._container.streams.audio:
-            raise MoshiTTTError(f"{path}: the file holds no sound.")
-        self._stream = self._container.streams.audio[0]
-        self.samplerate, self.channels = self._stream.rate, self._stream.channels
-        self._frames: int | None = None
-        if self._stream.duration is not None and self._stream.time_base is not None:
-            self._frames = round(self._stream.duration * self._stream.time_base * self.samplerate)
 
     def __enter__(self) -> ContainerFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._container.close()
+        """Nothing stays open between two readings: after a seek ffmpeg forgets to take out the encoder's delay."""
 
     @property
     def frames(self) -> int:
@@ -66,10 +65,11 @@ class ContainerFile:
     def _decoded(self) -> Iterator[np.ndarray]:
         import av
 
-        self._container.seek(0)
-        to_float = av.AudioResampler(format="fltp", layout=self._stream.layout, rate=self.samplerate)
         try:
-            for frame in self._container.decode(self._stream):
-                yield from (one.to_ndarray() for one in to_float.resample(frame))
+            with av.open(str(self.path)) as container:
+                stream = container.streams.audio[0]
+                to_float = av.AudioResampler(format="fltp", layout=stream.layout, rate=self.samplerate)
+                for frame in container.decode(stream):
+                    yield from (one.to_ndarray() for one in to_float.resample(frame))
         except av.FFmpegError as error:
             raise MoshiTTTError(f"{self.path}: the sound breaks off ({error.strerror}); copy the file again.") from None
