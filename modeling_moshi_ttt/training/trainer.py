@@ -217,6 +217,7 @@ class Trainer:
             if batch.asked is not None:
                 parts[2] += (output.logits.argmax(dim=-1) == batch.text_labels)[batch.asked].sum()
                 parts[3] += batch.asked.sum()
+        del output  # its logits: backward needs the room
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
         self.accelerator.backward(total * self.accelerator.num_processes)
         self.memory.leave(micro)
