@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, init_empty_weights
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -19,8 +19,8 @@ from ..common.hub import check_place
 from ..common.packaged import resolve
 from ..common.run_folder import FINAL
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
 from ..data.codec import read_processor
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
@@ -79,16 +79,22 @@ def model_config(settings: ModelSettings) -> MoshiTTTConfig:
     return MoshiTTTConfig.from_pretrained(path, **settings.config_changes)
 
 
-def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
+def build_model(settings: ModelSettings, seed: int, empty: bool = False) -> MoshiTTTForConditionalGeneration:
     """The model with its weights. Fresh ones are the same for the same seed in every process: all of them where the path is a
     config.json, and the TTT layers that a checkpoint lacks.
+
+    Args:
+        empty: leave the weights on the meta device, for a process that is sent its part of them (see `is_sent_weights`).
 
     Raises:
         ValueError, FileNotFoundError: as in `model_config`; weights that cannot be loaded.
     """
     config, dtype, path = model_config(settings), getattr(torch, settings.dtype), resolve("model", settings.path)
     set_seed(seed)
-    if path.endswith(".json"):
+    if empty:
+        with init_empty_weights(include_buffers=False):
+            model = MoshiTTTForConditionalGeneration(config).to(dtype)
+    elif path.endswith(".json"):
         model = fresh_model(config, settings.dtype, seed)
     else:
         try:
@@ -99,6 +105,12 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def is_sent_weights(accelerator: Accelerator) -> bool:
+    """Whether rank 0 sends this process its shards: under FSDP with fsdp_cpu_ram_efficient_loading, where one process a node reads."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading) and not accelerator.is_local_main_process
 
 
 def adapt(model: MoshiTTTForConditionalGeneration, run: RunConfig) -> Any:
@@ -121,8 +133,11 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         log_with=run.trackers or None,
         project_dir=run.run_dir,
         step_scheduler_with_optimizer=False,
-        # several windows may pass before one backward: buffers must not be rewritten in between
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[
+            # several windows may pass before one backward: buffers must not be rewritten in between; gradients lie in DDP's buckets alone
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:

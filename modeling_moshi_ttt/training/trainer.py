@@ -76,9 +76,10 @@ class Trainer:
         self.config = self.bare.config
         self.window = max(round(run.data.window_seconds * FRAME_RATE), 1)
         sharded = accelerator.distributed_type == DistributedType.FSDP
-        optimizer = modes.make_optimizer(model.named_parameters(), run.optim, sharded)
-        self.model, self.wrapped_optimizer = accelerator.prepare(model, optimizer)
-        self.optimizer = getattr(self.wrapped_optimizer, "optimizer", self.wrapped_optimizer)
+        # accelerate takes a model and an optimizer together, and finds the sharded parameters by their old ones' addresses; those on the
+        # meta device have none, so the optimizer that counts is made of what has come out
+        self.model, _ = accelerator.prepare(model, modes.make_optimizer(model.named_parameters(), run.optim, sharded))
+        self.optimizer = modes.make_optimizer(self.model.named_parameters(), run.optim, sharded)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size, run.data.next_share)
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
@@ -233,6 +234,7 @@ class Trainer:
             parts[:2] += torch.stack([output.text_loss.detach(), output.audio_loss.detach()]).to(parts)
             if batch.asked is not None:
                 parts[2:4] += torch.stack(answer_hits(output.logits, batch.text_labels, batch.asked)).to(parts)
+        del output  # its logits: backward needs the room
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
         self.accelerator.backward(total * self.accelerator.num_processes)
         self.memory.leave(micro)
@@ -244,11 +246,9 @@ class Trainer:
         return [(self.run.seed, self.progress.step, first + row, turn) for row in range(self.run.data.batch_size)]
 
     def _sync(self, last: bool) -> Any:
-        """Gradients travel between ranks in the last micro-batch only."""
-        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
-            self.model.set_requires_gradient_sync(last)
-            return contextlib.nullcontext()
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        """Gradients travel between ranks in the last micro-batch only; under FSDP2 in each, for until then they would be held whole."""
+        sharded = hasattr(self.model, "set_requires_gradient_sync")
+        return contextlib.nullcontext() if last or sharded else self.accelerator.no_sync(self.model)
 
     def _clip(self) -> torch.Tensor:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
