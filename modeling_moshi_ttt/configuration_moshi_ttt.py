@@ -9,6 +9,7 @@ from .versions_moshi_ttt import check_transformers
 check_transformers()  # before anything is imported that another transformers may lack
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
 from .errors_moshi_ttt import MoshiTTTError  # noqa: E402
@@ -25,6 +26,18 @@ PUBLISHED_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 _COUNTS = {"vocab_size", "audio_vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_codebooks", "sliding_window"} | {
     "num_attention_heads", "num_key_value_heads", "head_dim", "ttt_num_heads", "ttt_mini_batch_size", "scan_checkpoint_group_size",
 }  # fmt: skip
+# The greatest values that are believed, far above any model that there is: a configuration comes from a stranger, and what it says is made.
+LIMITS = {
+    "vocab_size": 1 << 20, "audio_vocab_size": 1 << 16, "hidden_size": 1 << 16, "ffn_dim": 1 << 18, "num_hidden_layers": 1 << 10,
+    "num_codebooks": 1 << 8, "num_user_codebooks": 1 << 8, "sliding_window": 1 << 20, "max_position_embeddings": 1 << 24,
+    "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 12, "ttt_num_heads": 1 << 10, "ttt_head_dim": 1 << 12,
+    "ttt_mini_batch_size": 1 << 16, "num_labels": 1 << 12,
+}  # fmt: skip
+QUANT_METHOD = "moshi_ttt_int8"  # the one that a checkpoint may be saved in, which quantization_moshi_ttt registers
+MAX_DELAY = 1 << 10  # frames
+MAX_ENTRIES = 1 << 12  # of a list, a mapping or a text
+# What a saved configuration may not choose: which code runs is the caller's to say.
+_CODE_CHOICES = re.compile(r"_?(?!ttt_)\w*_implementation(_internal)?|use_kernels|kernel_config|custom_pipelines|custom_generate")
 # What the depth decoder shares with the model, by its name there.
 _SHARED = {name: name for name in ("vocab_size", "audio_vocab_size", "num_codebooks")} | {"input_size": "hidden_size"}
 # What a saved configuration holds that follows from a field, and is worked out anew where an override changes that field.
@@ -68,6 +81,8 @@ def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
         ValueError: the text is not understood, a layer is repeated, or it lies outside `[0, num_hidden_layers)`.
     """
     last = num_hidden_layers - 1
+    if len(layers) > (MAX_ENTRIES if isinstance(layers, str) else num_hidden_layers):
+        raise MoshiTTTError(f"`ttt_layers` holds {len(layers)} entries; it names layers from 0 to {last}, each once.")
     if isinstance(layers, str):
         numbers = _parse_layer_text(layers.strip(), num_hidden_layers)
     else:
@@ -92,19 +107,42 @@ def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
     if text == "middle":
         third = num_hidden_layers // 3
         return list(range(third, num_hidden_layers - third))
-    if match := re.fullmatch(r"last:(\d+)", text):
+    if match := re.fullmatch(r"last:(\d{1,9})", text):
         if int(match[1]) > num_hidden_layers:
             raise MoshiTTTError(f"`ttt_layers={text!r}` asks for more layers than the model has (`num_hidden_layers={num_hidden_layers}`).")
         return list(range(num_hidden_layers - int(match[1]), num_hidden_layers))
     numbers: list[int] = []
     for part in text.split(",") if text else []:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise MoshiTTTError(
                 f'`ttt_layers={text!r}` is not understood; write a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".'
             )
-        numbers.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        numbers.extend(
+            range(int(match[1]), min(int(match[2] or match[1]), num_hidden_layers) + 1)
+        )  # of those beyond, one is enough to refuse
     return numbers
+
+
+def _short(value: int) -> str:
+    """A whole number of any length, to be read."""
+    return str(value) if abs(value) < 1 << 64 else f"a number of {value.bit_length()} bits"
+
+
+def _check_stored(content: dict[str, Any], where: str, prefix: str = "") -> None:
+    """MoshiTTTError for a configuration from a file, or a part of it, that chooses code or is so large that reading it would take long."""
+    for name, value in content.items():
+        method = value.get("quant_method") if name == "quantization_config" and isinstance(value, dict) else None
+        if (value is not None and _CODE_CHOICES.fullmatch(str(name))) or method not in (None, QUANT_METHOD):
+            raise MoshiTTTError(
+                f"{where} holds `{prefix}{name}={value!r}`, which chooses code to run; remove it, and give it to `from_pretrained` if you want it."
+            )
+        if isinstance(value, (list, dict, str)) and len(value) > MAX_ENTRIES:
+            raise MoshiTTTError(f"{where}: `{prefix}{name}` must hold at most {MAX_ENTRIES} entries; it holds {len(value)}.")
+        if isinstance(value, int) and value > LIMITS.get(name, math.inf):
+            raise MoshiTTTError(f"{where}: `{prefix}{name}` must be at most {LIMITS[name]}; it is {_short(value)}.")
+        if isinstance(value, dict):
+            _check_stored(value, where, f"{prefix}{name}.")
 
 
 def _check_dtype(name: str) -> None:
@@ -256,6 +294,8 @@ class MoshiTTTConfig(MoshiConfig):
                     raise MoshiTTTError(f"`{prefix}{field}={value}` must be a finite number.")
                 if field in _COUNTS and isinstance(value, int) and value < 1:
                     raise MoshiTTTError(f"`{prefix}{field}={value}` must be at least 1.")
+                if isinstance(value, int) and value > LIMITS.get(field, math.inf):
+                    raise MoshiTTTError(f"`{prefix}{field}` must be at most {LIMITS[field]}; it is {_short(value)}.")
         for field in ("text_padding_weight", "semantic_loss_weight", "initializer_range", "attention_dropout"):
             if getattr(self, field) < 0:
                 raise MoshiTTTError(f"`{field}={getattr(self, field)}` must not be negative.")
@@ -316,6 +356,11 @@ class MoshiTTTConfig(MoshiConfig):
                     f"`ttt_num_heads={self.ttt_num_heads}` does not divide `hidden_size={self.hidden_size}`; choose a divisor or set `ttt_head_dim`."
                 )
             self.ttt_head_dim = self.hidden_size // self.ttt_num_heads
+        if self.ttt_num_heads * self.ttt_head_dim > 16 * self.hidden_size:
+            raise MoshiTTTError(
+                f"`ttt_num_heads={self.ttt_num_heads}` times `ttt_head_dim={self.ttt_head_dim}` must be at most 16 times "
+                f"`hidden_size={self.hidden_size}`; choose smaller heads."
+            )
         if self.ttt_head_dim < 2:
             raise MoshiTTTError(
                 f"`ttt_head_dim={self.ttt_head_dim}` must be at least 2: targets are standardised over it; choose fewer `ttt_num_heads`."
@@ -329,9 +374,9 @@ class MoshiTTTConfig(MoshiConfig):
         if self.num_user_codebooks < 0:
             raise MoshiTTTError(f"`num_user_codebooks={self.num_user_codebooks}` must not be negative.")
         streams = self.num_codebooks + self.num_user_codebooks
-        if len(self.audio_delays) != streams or min(self.audio_delays) < 0:
+        if len(self.audio_delays) != streams or not all(0 <= delay <= MAX_DELAY for delay in self.audio_delays):
             raise MoshiTTTError(
-                f"`audio_delays={self.audio_delays}` must hold {streams} delays of 0 frames or more: "
+                f"`audio_delays={self.audio_delays}` must hold {streams} delays of 0 to {MAX_DELAY} frames: "
                 f"`num_codebooks={self.num_codebooks}` of Moshi's, then `num_user_codebooks={self.num_user_codebooks}` of the user's; "
                 "give as many, or None for `[0, 1, 1, ...]` of each."
             )
@@ -379,10 +424,17 @@ class MoshiTTTConfig(MoshiConfig):
         return config_dict, kwargs
 
     @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As the parent's; what chooses code or is too large is refused, as in `from_dict`."""
+        _check_stored(cls._dict_from_json_file(json_file), str(json_file))
+        return super().from_json_file(json_file)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused
         alike.
         """
+        _check_stored(config_dict, "The configuration")
         # The parent knows more ways to write `dtype` than its field takes.
         given = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
         for key in given.keys() & cls.sub_configs.keys():
@@ -390,7 +442,13 @@ class MoshiTTTConfig(MoshiConfig):
                 given[key] = {**config_dict[key], **given[key]}
         changed = [key for key in _FOLLOWS if key in given and given[key] != config_dict.get(key, cls.__dataclass_fields__[key].default)]
         followers = {follower: None for key in changed for follower in _FOLLOWS[key]}
-        return super().from_dict({**config_dict, **followers, **given}, **kwargs)
+        try:
+            return super().from_dict({**config_dict, **followers, **given}, **kwargs)
+        except MoshiTTTError:
+            raise
+        except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # transformers has no error of its own for a field of another type or a part that it does not know
+            raise MoshiTTTError(f"The configuration cannot be read: {' '.join(str(error).split())[:300]}") from error
 
     @classmethod
     def refuse_other_inner_norm(cls, name_or_path: str, inner_norm: str, **where: Any) -> None:

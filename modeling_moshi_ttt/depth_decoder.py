@@ -166,7 +166,7 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
         saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
         if saved.get("model_type") != MoshiDepthConfig.model_type:
             kwargs.setdefault("key_mapping", {r"^embed_tokens\.": "whole.embed_tokens.", r"^depth_decoder\.": ""})
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **{"use_safetensors": True, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._weight_conversions = []  # saved under its own names
         return loaded

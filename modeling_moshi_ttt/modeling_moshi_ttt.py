@@ -29,7 +29,7 @@ from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
 from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
-from .quantization_moshi_ttt import METHOD as _INT8  # noqa: F401  # registers the way to load int8 checkpoints
+from .quantization_moshi_ttt import MoshiTTTInt8Config as _INT8  # noqa: F401  # registers the way to load int8 checkpoints
 from .rings import KeyValues, ring_positions
 from .ttt_layer import TTTMLP, TTTInnerLosses, TTTLayer, TTTLinear
 from .ttt_state import TTTState
@@ -129,7 +129,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, from a checkpoint of this model or of a whole that holds it.
+        """As the parent's, from a checkpoint of this model or of a whole that holds it; weights are read from safetensors alone.
 
         Raises:
             ValueError: a weight is NaN or infinite, or `ttt_inner_norm` is not the one that the TTT layers were trained with.
@@ -141,7 +141,7 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
             MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
         if cls._names_in_whole:
             kwargs.setdefault("key_mapping", cls._names_in_whole)
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if cls._names_in_whole:
             model._weight_conversions = []  # saved under its own names

@@ -55,7 +55,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         text_padding_ids: Sequence[int] | None = None,
     ) -> None:
         if isinstance(audio_tokenizer, str):
-            audio_tokenizer = MimiModel.from_pretrained(audio_tokenizer)
+            audio_tokenizer = MimiModel.from_pretrained(audio_tokenizer, use_safetensors=True)
         super().__init__(feature_extractor, tokenizer)  # type: ignore[no-untyped-call]
         self.num_codebooks = num_codebooks
         self.text_padding_ids = [*(TEXT_PADDING_IDS if text_padding_ids is None else text_padding_ids)]
@@ -476,7 +476,9 @@ class MoshiTTTProcessor(ProcessorMixin):
         folder = processor_dict.pop("audio_tokenizer_folder", None)
         if folder is not None and "audio_tokenizer" not in rest:
             folder = f"{subfolder}/{folder}" if subfolder else folder
-            processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **own)
+            processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(
+                pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
+            )
         return processor_dict, rest
 
 

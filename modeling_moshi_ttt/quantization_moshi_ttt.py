@@ -16,9 +16,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .configuration_moshi_ttt import QUANT_METHOD
 from .depth_decoder import DepthLinear
 
-METHOD = "moshi_ttt_int8"
 LEFT_OUT = ("ttt", "lm_head", "lm_heads")  # parts of a module's name
 
 
@@ -106,7 +106,7 @@ class MoshiTTTInt8Config(QuantizationConfigMixin):
     """`from_pretrained(..., quantization_config=MoshiTTTInt8Config())` loads a model for talking in int8; it is saved and loaded as such."""
 
     def __init__(self, **kwargs: Any):
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
 
 
 class MoshiTTTInt8Quantizer(HfQuantizer):
@@ -131,6 +131,6 @@ class MoshiTTTInt8Quantizer(HfQuantizer):
         return False
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:  # the installed package and a checkpoint's own code may both be there
-    register_quantization_config(METHOD)(MoshiTTTInt8Config)
-    register_quantizer(METHOD)(MoshiTTTInt8Quantizer)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # the installed package and a checkpoint's own code may both be there
+    register_quantization_config(QUANT_METHOD)(MoshiTTTInt8Config)
+    register_quantizer(QUANT_METHOD)(MoshiTTTInt8Quantizer)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -263,10 +264,13 @@ def test_a_repository_without_a_manifest_is_checked_all_the_same(hub, api, check
     """As `model.push_to_hub` makes them."""
     files = {path.name: path.read_bytes() for path in (checkpoints / "old").iterdir() if path.is_file()}
     hub.add("user/plain", files)
-    assert pull("user/plain", tmp_path / "here", api=api).probe is None
+    with pytest.raises(ValueError, match="holds no manifest.json.*--unchecked"):
+        pull("user/plain", tmp_path / "here", api=api)
+    assert not [line for line in hub.log if "safetensors" in line]
+    assert pull("user/plain", tmp_path / "here", api=api, unchecked=True).probe is None
     hub.add("user/plain", {"model.safetensors": files["model.safetensors"][:-4]})
     with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file"):
-        pull("user/plain", tmp_path / "there", api=api)
+        pull("user/plain", tmp_path / "there", api=api, unchecked=True)
     assert not (tmp_path / "there").exists()
 
 
@@ -313,3 +317,93 @@ def test_another_model_under_the_same_probe_is_noticed(hub, api, pushed, tmp_pat
 def test_tokens_do_not_survive_in_messages(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-secret-of-another-form")
     assert redact("Bearer hf_abcDEF123456 and a-secret-of-another-form") == "Bearer hf_*** and hf_***"
+    monkeypatch.delenv("HF_TOKEN")
+    for token in ("hf_oauth_eyJhbGciOi.eyJz-dWI", "hf_jwt_eyJhbGciOi", "api_org_SECRETSECRET", "hf_abcdefgh", "eyJhbGciOiJ.eyJzdWIi.sig"):
+        assert redact(f"'{token}' was refused") == "'hf_***' was refused"
+    assert redact("https://user:word@host/x", "the-clients-own") == "https://hf_***@host/x"
+    assert redact("key=the-clients%2Fown, the-clients/own", "the-clients/own") == "key=hf_***, hf_***"
+    assert redact("hf_hub_download failed") == "hf_hub_download failed"
+
+
+def test_private_is_held_against_what_exists_before_a_byte_is_sent(hub, api, checkpoints):
+    api.create_repo(REPO)
+    hub.log.clear()
+    with pytest.raises(ValueError, match=f"{REPO} exists and is public"):
+        push(checkpoints / "new", REPO, private=True, api=api)
+    assert not [line for line in hub.log if not line.startswith(("GET", "HEAD"))]
+    hub.repos[REPO].private = True
+    assert push(checkpoints / "new", REPO, private=True, api=api).oid == hub.repos[REPO].branches["main"]
+
+
+def test_an_answer_that_is_lost_after_the_commit_is_told_by_the_newest_commit(hub, api, pushed, checkpoints, tmp_path, monkeypatch):
+    real = api.create_commit
+
+    def lost(*args, **options):
+        real(*args, **options)
+        raise ConnectionError("the answer was lost")
+
+    monkeypatch.setattr(api, "create_commit", lost)
+    done = push(checkpoints / "new", REPO, api=api, tag="v2")
+    assert done.oid == hub.repos[REPO].branches["main"] == hub.repos[REPO].tags["v2"] != pushed
+    assert whole(hub, tmp_path)
+    monkeypatch.setattr(api, "create_commit", lambda *_, **__: (hub.add(REPO, {"notes.txt": b"mine"}), 1 / 0)[1])
+    with pytest.raises(ZeroDivisionError):  # no error of the Hub's, whatever the newest commit is
+        push(checkpoints / "old", REPO, api=api)
+
+    def overtaken(*_, **__):
+        hub.add(REPO, {"notes.txt": b"again"})
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(api, "create_commit", overtaken)
+    with pytest.raises(OSError, match="somebody else has changed the repository in between"):
+        push(checkpoints / "old", REPO, api=api)
+
+
+def test_twenty_private_files_stay_at_home(hub, api, checkpoints, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(checkpoints / "old", folder)
+    private = [
+        "id_rsa",
+        "secrets.json",
+        ".env",
+        ".netrc",
+        "notes.txt",
+        "passwords.csv",
+        "audio_tokenizer/key.pem",
+        "token",
+        "b.pickle",
+        "c.py",
+    ]
+    private += [
+        "diary.md",
+        "voice.wav",
+        "people.jsonl",
+        "d/e/f.txt",
+        "pictures/me.png",
+        "x.safetensors",
+        "config.yaml",
+        "LICENSE",
+        "core",
+        "z.zip",
+    ]
+    for name in private:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("private")
+    done = push(folder, REPO, api=api)
+    assert set(private) - {"pictures/me.png", "c.py"} <= set(done.left_out)
+    assert not set(private) & set(hub.repos[REPO].files())
+    assert b"private" not in hub.objects.values()
+    assert not [name for name in os.listdir(tmp_path) if name != "run"]
+
+
+def test_a_folder_that_no_pull_has_made_is_not_gone_on_with(hub, api, pushed, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (tmp_path / ".here.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="is a link"):
+        pull(REPO, tmp_path / "here", api=api)
+    (tmp_path / ".here.part").unlink()
+    (tmp_path / "mine").rename(tmp_path / ".here.part")
+    with pytest.raises(ValueError, match="no earlier run made it"):
+        pull(REPO, tmp_path / "here", api=api)
+    assert (tmp_path / ".here.part" / "file").read_text() == "mine"

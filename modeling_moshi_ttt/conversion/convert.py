@@ -217,7 +217,7 @@ def _write_processor(out: Path, tokenizer: Any, config: MoshiTTTConfig) -> None:
 
     from ..processing_moshi_ttt import MoshiTTTProcessor
 
-    codec = MimiModel.from_pretrained(out / CODEC)
+    codec = MimiModel.from_pretrained(out / CODEC, use_safetensors=True)
     extractor = EncodecFeatureExtractor(feature_size=codec.config.audio_channels, sampling_rate=codec.config.sampling_rate)
     processor = MoshiTTTProcessor(extractor, tokenizer, codec, config.num_codebooks, config.text_padding_ids)
     processor.save_pretrained(out)

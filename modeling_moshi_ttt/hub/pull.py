@@ -44,15 +44,15 @@ def pull(
     with hub_errors(f"pulling {repo_id}", then, api.token):
         remote = look(api, repo_id, revision)
         check_ours(remote)
+        base = None
+        if remote.adapter:
+            base = check_base(api, str(remote.adapter.get("base_model_name_or_path")), remote.adapter.get("revision"), remote.ttt_layers)
         if MANIFEST not in remote.files and not unchecked:
             raise MoshiTTTError(
                 f"{repo_id} holds no {MANIFEST}, so nothing tells whether what arrives is what was put there; take it with --unchecked, or ask "
                 "its owner to `moshi-ttt push` it"
             )
         _claim(place)
-        base = None
-        if remote.adapter:
-            base = check_base(api, str(remote.adapter.get("base_model_name_or_path")), remote.adapter.get("revision"), remote.ttt_layers)
         api.snapshot_download(repo_id, revision=remote.sha, local_dir=part, ignore_patterns=unwanted(remote.files) or None)
     _check(part, repo_id, set(remote.files))
     facts = verify(part)
