@@ -65,7 +65,8 @@ class ScriptSettings:
     frames: of a row of training at level 0 and at level 1; dialogues follow one another until it is full.
     lead: talk before the facts, in half of the dialogues where its lowest is 0.
     start: talk between telling and asking at level 0.
-    distance: talk between telling and asking at level 1.
+    distance: talk between telling and asking at level 1; it ends with a whole sentence.
+    at_once: share of the dialogues in which nothing is said between telling and asking, at every level.
     echo: share of the dialogues in which Moshi repeats what it is told.
     corrections: share of the dialogues in which a fact is told anew and asked again.
     voices: how many speak.
@@ -80,7 +81,8 @@ class ScriptSettings:
     frames: list[int] = field(default_factory=lambda: [112, 192])
     lead: list[int] = field(default_factory=lambda: [0, 80])
     start: list[int] = field(default_factory=lambda: [2, 12])
-    distance: list[int] = field(default_factory=lambda: [60, 90])
+    distance: list[int] = field(default_factory=lambda: [0, 100])
+    at_once: float = 0.0
     echo: float = 0.5
     corrections: float = 0.3
     voices: int = 32
@@ -90,9 +92,9 @@ class ScriptSettings:
 
     def __post_init__(self) -> None:
         check_entries("kinds", self.kinds)
-        check_numbers(
-            self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, echo=(0, 1), corrections=(0, 1), seed=SEEDS
-        )
+        share = (0, 1)
+        check_numbers(self, facts=(1, len(self.kinds)), digits=(1, 4), lead=0, start=0, distance=0, seed=SEEDS)
+        check_numbers(self, at_once=share, echo=share, corrections=share)
         check_numbers(self, frames=1, voices=(1, len(VOICES)), renderings=1, sentences=(1, len(talk(False))))
         for kind in self.kinds:
             if kind not in KINDS:
