@@ -91,7 +91,7 @@ def test_some_questions_follow_at_once(level):
         found = []
         for seed in range(200):
             script, said = Script(settings, random.Random(seed), level), [None]
-            for turn in script.turns(lambda: 25 * len(said)):
+            for turn in script.turns(lambda said=said: 25 * len(said)):
                 if turn.role == "ask" and said[-1] != "answer":
                     found.append(said[-1] != "talk")
                 said.append(turn.role)
