@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from modeling_moshi_ttt.data import facts
 from modeling_moshi_ttt.data.espeak import Espeak
 from modeling_moshi_ttt.data.facts import Fact, ScriptSettings
 from modeling_moshi_ttt.data.spoken_dialogues import REPLY, TAIL, Script, phrasebook, speak
+from modeling_moshi_ttt.training.run_config import load_run_config
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,25 @@ def test_the_level_sets_the_distance():
     assert not any(count["correct"] for count in roles[0.0])
     assert 10 < sum(bool(count["correct"]) for count in roles[1.0]) < 35
     assert 10 < sum(bool(count["echo"]) for count in roles[1.0]) < 50
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_some_questions_follow_at_once(level):
+    """Talk is whole sentences: without a share of their own, dialogues hardly ever ask right after telling, and that is not learned."""
+
+    def asked_at_once(settings):
+        found = []
+        for seed in range(200):
+            script, said = Script(settings, random.Random(seed), level), [None]
+            for turn in script.turns(lambda said=said: 25 * len(said)):
+                if turn.role == "ask" and said[-1] != "answer":
+                    found.append(said[-1] != "talk")
+                said.append(turn.role)
+        return np.mean(found)
+
+    recipe = load_run_config("spoken_recall").dialogues
+    assert asked_at_once(recipe) > 0.15
+    assert asked_at_once(replace(recipe, at_once=0.0, start=[1, 8], distance=[1, 100], corrections=0.0)) == 0
 
 
 @pytest.mark.parametrize(("level", "frames"), [(0.0, 100), (0.5, 130), (1.0, 160)])

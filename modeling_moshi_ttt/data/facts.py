@@ -75,8 +75,10 @@ class ScriptSettings:
     """Talk before the facts, in half of the dialogues where its lowest is 0."""
     start: Bounds = field(default_factory=lambda: [2, 12])
     """Talk between telling and asking at level 0."""
-    distance: Bounds = field(default_factory=lambda: [60, 90])
-    """Talk between telling and asking at level 1."""
+    distance: Bounds = field(default_factory=lambda: [0, 100])
+    """Talk between telling and asking at level 1; it ends with a whole sentence."""
+    at_once: Share = 0.0
+    """Share of the dialogues in which nothing is said between telling and asking, at every level."""
     echo: Share = 0.5
     """Share of the dialogues in which Moshi repeats what it is told."""
     corrections: Share = 0.3

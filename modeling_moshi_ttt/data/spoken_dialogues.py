@@ -105,7 +105,8 @@ class Script:
                 yield from self._ask(told)
             old, told = told, self._draw(list(told), told)
             yield from self._tell("correct", {kind: fact for kind, fact in told.items() if fact != old[kind]}, echo)
-        yield from self._talk(self._distance(), length)
+        if not settings.at_once or rng.random() >= settings.at_once:
+            yield from self._talk(self._distance(), length)
         yield from self._ask(told)
 
     def _draw(self, kinds: Sequence[str], old: dict[str, Fact] | None = None) -> dict[str, Fact]:
