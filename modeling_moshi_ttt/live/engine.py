@@ -346,13 +346,13 @@ class Engine:
         pcm, active = torch.zeros(self.max_rows, self.processor.frame_size), torch.zeros(self.max_rows, dtype=torch.bool)
         for row, (_, (_, samples)) in due.items():
             pcm[row], active[row] = torch.from_numpy(samples), True
-        frame = self.session.step(pcm, active)
+        said = self.session.step(pcm, active)
         sick, lines = self.session.problems(), self._memory([caller for caller, _ in due.values()])
         for row, (caller, (arrived, _)) in due.items():
             if row in sick:
                 self._end(caller, "the model's numbers are no longer finite in this conversation; begin a new one")
                 continue
-            caller.listener(Said(frame.pcm[row].numpy(), frame.text[row], time.monotonic() - arrived, lines.get(row)))
+            caller.listener(Said(said.pcm[row].numpy(), said.text[row], time.monotonic() - arrived, lines.get(row)))
         return True
 
     def _memory(self, callers: list[Caller]) -> dict[int, list[MemoryLine]]:
