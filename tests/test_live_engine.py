@@ -267,7 +267,8 @@ def test_what_a_memory_learns_is_told_to_those_who_want_it(started, monkeypatch)
             caller.hear(frame)
     lines = [event.memory for event in curious.wait(6)]
     assert [line.layer for line in lines[0]] == [0, 1]
-    assert lines[1][0].current is not None and lines[-1][0].drift > 0
+    assert lines[1][0].current is not None
+    assert lines[-1][0].drift > 0
     assert [event.memory for event in other.wait(6)] == [None] * 6
 
 
@@ -283,7 +284,8 @@ def test_a_fault_in_the_thread_ends_the_calls_in_words_and_leaves_nobody_waiting
     caller.hear(noise(1, 0)[0])
     assert "has failed" in listener.wait(1)[0].reason
     engine._thread.join(10)
-    assert not engine.alive and not engine.ready
+    assert not engine.alive
+    assert not engine.ready
     assert not engine.leave(caller)
     with pytest.raises(EngineFull):
         engine.join(Listener())

@@ -29,7 +29,7 @@ LONGEST_PROMPT = 1000  # characters
 # Kyutai's page sends these with every call: where they ask for nothing, or are its own affair, they are passed over.
 NEUTRAL = {"pad_mult": (0.0,), "repetition_penalty": (1.0,)}
 PASSED_OVER = {"repetition_penalty_context", "email", "user_feedback", "worker_addr", "worker_auth_id"}
-NUMBERS: dict[str, type[int] | type[float]] = {"seed": int, "text_seed": int, "audio_seed": int, "text_topk": int, "audio_topk": int}
+NUMBERS: dict[str, type] = {"seed": int, "text_seed": int, "audio_seed": int, "text_topk": int, "audio_topk": int}
 NUMBERS |= {"text_temperature": float, "audio_temperature": float}
 OTHERS = ("text_prompt", "voice_prompt", "resume", "format", "stats", "token")
 
