@@ -160,3 +160,14 @@ def _check_range(name: str, tokens: torch.Tensor, lowest: int, card: int) -> Non
         raise MoshiTTTError(
             f"`{name}` holds {low if low < lowest else high}; it takes ids from 0 to {card - 1}, and {lowest} or above for none."
         )
+
+
+def refuse_arguments(others: dict[str, Any]) -> None:
+    """ValueError that names the first argument of a forward that is given and unknown."""
+    for name, value in others.items():
+        if value is not None:
+            labels, frames = (
+                "give `text_labels` and `audio_labels`",
+                "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`",
+            )
+            raise MoshiTTTError(f"`{name}` is no argument of Moshi-TTT's forward; {labels if name == 'labels' else frames}.")

@@ -35,7 +35,33 @@ class Talk(NamedTuple):
 
 
 class MoshiTTTGenerationMixin(GenerationMixin):
-    """Streaming and generation for a model with `config`, `device`, `embed`, `decoder`, `depth_decoder` and `new_cache`."""
+    """Streaming and generation for a model with `config`, `device`, `embed`, `decoder`, `depth_decoder` and `new_cache`.
+
+    Args of generate:
+        input_ids: `[B, P]`, text of the first P frames, said as given; -1 for none, -2 where it is to be generated.
+        moshi_audio_codes: `[B, K, P]`, Moshi's codes of those frames, likewise.
+            A row in which they are absent (-1) throughout is Moshi's to say: it answers, or says the text that is given.
+        user_audio_codes: `[B, K_user, T]` from the first frame on.
+        max_new_tokens: frames to generate after the P given. When None, `max_length` less P; when that is None too, as many as
+            `user_audio_codes` still has.
+        attention_mask: `[B, T]` as a processor gives it; rows may end early where no prompt is said.
+        generation_config: overrides the model's own (`generation_config.json`), and is overridden by keywords.
+        past_key_values, cache: what came before, by either name; it goes on from there, and then holds these frames too.
+        logits_processor: transformers' processors of the text: each takes the text `[B, t]` so far and logits `[B, V]`.
+        text_logits_hook, audio_logits_hook: as in [`new_stream`].
+        stopping_criteria: of the text; a row that has stopped is filled with text padding and codes of -2.
+        streamer: gets the text of the prompt, then each frame's.
+        tokenizer: what `stop_strings` need.
+        user_silence: whether the codec's silence follows the user's end (`config.silence_codes`), or nothing (-1).
+        decode_audio: what makes sound of the codes, as a processor's.
+        keywords: transformers' generation parameters that apply (`max_length`, `num_return_sequences`, `return_dict_in_generate`,
+            `use_cache`, `max_time`, `stop_strings`, `eos_token_id`, `pad_token_id`), and the settings of [`new_stream`], of which
+            `temperature` and `top_k` are the audio codes'. Labels in a processor's batch are passed over.
+
+    Raises of generate:
+        ValueError: no input, no number of frames, padding beside a prompt, tokens out of range, shapes that do not fit, or a
+            parameter that cannot apply, by name.
+    """
 
     def new_stream(
         self: Any,
@@ -176,35 +202,10 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         decode_audio: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **keywords: Any,
     ) -> MoshiTTTGenerateOutput | torch.Tensor:
-        """Say a prompt, then go on while the user is heard; without a prompt, [`hear`]. Streams may be tensors or numpy arrays.
-
-        Args:
-            input_ids: `[B, P]`, text of the first P frames, said as given; -1 for none, -2 where it is to be generated.
-            moshi_audio_codes: `[B, K, P]`, Moshi's codes of those frames, likewise.
-                A row in which they are absent (-1) throughout is Moshi's to say: it answers, or says the text that is given.
-            user_audio_codes: `[B, K_user, T]` from the first frame on.
-            max_new_tokens: frames to generate after the P given. When None, `max_length` less P; when that is None too, as many as
-                `user_audio_codes` still has.
-            attention_mask: `[B, T]` as a processor gives it; rows may end early where no prompt is said.
-            generation_config: overrides the model's own (`generation_config.json`), and is overridden by keywords.
-            past_key_values, cache: what came before, by either name; it goes on from there, and then holds these frames too.
-            logits_processor: transformers' processors of the text: each takes the text `[B, t]` so far and logits `[B, V]`.
-            text_logits_hook, audio_logits_hook: as in [`new_stream`].
-            stopping_criteria: of the text; a row that has stopped is filled with text padding and codes of -2.
-            streamer: gets the text of the prompt, then each frame's.
-            tokenizer: what `stop_strings` need.
-            user_silence: whether the codec's silence follows the user's end (`config.silence_codes`), or nothing (-1).
-            decode_audio: what makes sound of the codes, as a processor's.
-            keywords: transformers' generation parameters that apply (`max_length`, `num_return_sequences`, `return_dict_in_generate`,
-                `use_cache`, `max_time`, `stop_strings`, `eos_token_id`, `pad_token_id`), and the settings of [`new_stream`], of which
-                `temperature` and `top_k` are the audio codes'. Labels in a processor's batch are passed over.
+        """Say a prompt, then go on while the user is heard; without a prompt, [`hear`] (arguments and errors: see the class).
 
         Returns:
             P complete frames and those generated; with `return_dict_in_generate=False` their text alone.
-
-        Raises:
-            ValueError: no input, no number of frames, padding beside a prompt, tokens out of range, shapes that do not fit, or a
-                parameter that cannot apply, by name.
         """
         if max_new_tokens is not None:
             keywords["max_new_tokens"] = max_new_tokens
@@ -217,17 +218,11 @@ class MoshiTTTGenerationMixin(GenerationMixin):
             logger.warning_once(
                 "`config.silence_codes` is not set, so the user is absent after the end; set it to `processor.silence_codes()`."
             )
-        copies, rows = settings.get("num_return_sequences", 1), given.said.shape[0]
-        before = None if past is None else cache_after(self, rows, None, past)
-        if copies > 1:
-            given = GivenFrames(*(x.repeat_interleave(copies, dim=0) for x in given))
-            if before is not None:
-                before.batch_repeat_interleave(copies)
-        listener = Listener(rows * copies, self.device, streamer, settings.criteria, logits_processor)
-        hook = listener.text_hook(text_logits_hook)
-        stream = self.new_stream(
-            rows * copies, **settings.sampling, past_key_values=before, text_logits_hook=hook, audio_logits_hook=audio_logits_hook
-        )
+        copies = settings.get("num_return_sequences", 1)
+        given, before = _copied(self, given, past, copies)
+        listener = Listener(given.said.shape[0], self.device, streamer, settings.criteria, logits_processor)
+        hooks = {"text_logits_hook": listener.text_hook(text_logits_hook), "audio_logits_hook": audio_logits_hook}
+        stream = self.new_stream(given.said.shape[0], **settings.sampling, past_key_values=before, **hooks)
         user = user_frames(self.config, given, frames + max(self.config.delays), user_silence)
         talk = _talk(stream, given.said, user, frames, listener)
         output = _output(talk, listener.lengths, settings.get("pad_token_id", self.config.text_padding_ids[0]), decode_audio)
@@ -237,6 +232,16 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         if not settings.get("use_cache", True):
             output.cache = None
         return output if settings.get("return_dict_in_generate", True) else output.to_tuple()[0]
+
+
+def _copied(model: Any, given: GivenFrames, past: MoshiTTTCache | None, copies: int) -> tuple[GivenFrames, MoshiTTTCache | None]:
+    """What `generate` was given, so many times for each row, and a memory of as many rows to go on from."""
+    before = None if past is None else cache_after(model, given.said.shape[0], None, past)
+    if copies > 1:
+        given = GivenFrames(*(x.repeat_interleave(copies, dim=0) for x in given))
+        if before is not None:
+            before.batch_repeat_interleave(copies)
+    return given, before
 
 
 def _output(

@@ -3,6 +3,8 @@
 Losses come as (sum, weight), so that sums over micro-batches, ranks and windows can be divided once by the weight of them all.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -62,6 +64,23 @@ def _weighted_sum(scores: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 def mean_loss(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`total / weight`; exactly 0, with zero gradient, where nothing is trained."""
     return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def stream_losses(
+    logits: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor | None],
+    whole: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """The loss of each stream, divided by its entry of `whole` where given; None where there are no labels."""
+    losses: list[torch.Tensor | None] = []
+    for i, (scores, targets, each) in enumerate(zip(logits, labels, weights)):
+        if targets is None or each is None:
+            losses.append(None)
+            continue
+        total, weight = weighted_cross_entropy(scores, targets, each)
+        losses.append(mean_loss(total, weight if whole is None else whole[i].to(weight)))
+    return losses
 
 
 def whole_weights(

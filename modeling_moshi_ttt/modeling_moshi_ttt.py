@@ -25,9 +25,9 @@ from .cache_moshi_ttt import MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .errors_moshi_ttt import MoshiTTTError
-from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames
+from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, refuse_arguments
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
-from .loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy, whole_weights
+from .loss_moshi_ttt import audio_weights, stream_losses, text_weights, whole_weights
 from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
 from .quantization_moshi_ttt import MoshiTTTInt8Config as _INT8  # noqa: F401  # registers the way to load int8 checkpoints
 from .rings import KeyValues, ring_positions
@@ -407,7 +407,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         **others: Any,
     ) -> MoshiTTTOutput | tuple[Any, ...]:
         """Predict every frame from the frames before it (arguments and errors: see the class)."""
-        _refuse(others)
+        refuse_arguments(others)
         frames = align(self.config, input_ids, moshi_audio_codes, user_audio_codes, text_labels, audio_labels, attention_mask)
         past = given_cache(cache, past_key_values)
         if past is None and (use_cache if use_cache is not None else self.config.use_cache and not self.training):
@@ -427,7 +427,7 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
             output_write_gates=output_write_gates,
         )
         audio_logits = self._audio_logits(outputs.last_hidden_state, steps.outputs)
-        text_loss, audio_loss = self._losses(logits, audio_logits, steps, weights, whole)
+        text_loss, audio_loss = stream_losses((logits, audio_logits), (steps.text_labels, steps.audio_labels), weights, whole)
         losses = [loss for loss in (text_loss, audio_loss) if loss is not None]
         # All at once, in the order of the fields: a plain tuple then begins with the loss.
         result = MoshiTTTOutput(
@@ -486,34 +486,3 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
     def _frame_weights(self) -> tuple[float, float]:
         """What a frame weighs in the text loss, unless it is padding, and in the audio loss."""
         return 1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1
-
-    def _losses(
-        self,
-        logits: torch.Tensor,
-        audio_logits: torch.Tensor,
-        steps: DelayedSteps,
-        weights: tuple[torch.Tensor | None, torch.Tensor | None],
-        whole: torch.Tensor | None,
-    ) -> list[torch.Tensor | None]:
-        """Text and audio loss, divided by `whole` `[2]` where given; None where there are no labels."""
-        losses: list[torch.Tensor | None] = []
-        labels = (steps.text_labels, steps.audio_labels)
-        for i, (scores, targets, each) in enumerate(zip((logits, audio_logits), labels, weights)):
-            if targets is None or each is None:
-                losses.append(None)
-                continue
-            total, weight = weighted_cross_entropy(scores, targets, each)
-            losses.append(mean_loss(total, weight if whole is None else whole[i].to(weight)))
-        return losses
-
-
-def _refuse(others: dict[str, Any]) -> None:
-    """Raise a ValueError that names the first argument that is given and unknown."""
-    for name, value in others.items():
-        if value is not None:
-            cure = (
-                "give `text_labels` and `audio_labels`"
-                if name == "labels"
-                else "frames come as `input_ids`, `moshi_audio_codes` and `user_audio_codes`"
-            )
-            raise MoshiTTTError(f"`{name}` is no argument of Moshi-TTT's forward; {cure}.")

@@ -123,7 +123,6 @@ class MoshiTTTProcessor(ProcessorMixin):
         [word, [start, end], speaker], in seconds from the recording's start; for a list of recordings one such list each. Words of
         `main_speaker` make the text stream; without words (None) it is absent; an empty list means that nobody speaks.
         chunk_start, chunk_end: the window, in seconds; without an end, to the recording's end. Frames past it are absent in every stream.
-
         return_tensors: "pt", as without it, or "np". others: what transformers' pipelines give beside these (images, videos, padding); None
         or True, or it is refused.
 
@@ -133,12 +132,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         Raises ValueError for audio that is empty, not finite, not float or of more than two channels, for words with end < start or times
         that are no numbers, and for text that the tokenizer cannot encode.
         """
-        wrong = [name for name, value in others.items() if value is not None and value is not True]
-        if wrong or return_tensors not in (None, "pt", "np"):
-            name, value = (wrong[0], others[wrong[0]]) if wrong else ("return_tensors", return_tensors)
-            raise MoshiTTTError(
-                f'`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives "pt" or "np".'
-            )
+        _refuse_arguments(return_tensors, others)
         if text is None and sampling_rate is None and _is_text(audio):
             audio, text = None, audio  # text comes first in transformers' processors
         if text is not None:
@@ -480,6 +474,14 @@ class MoshiTTTProcessor(ProcessorMixin):
                 pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
             )
         return processor_dict, rest
+
+
+def _refuse_arguments(return_tensors: str | None, others: Mapping[str, Any]) -> None:
+    wrong = {name: value for name, value in others.items() if value is not None and value is not True}
+    if return_tensors not in (None, "pt", "np"):
+        wrong["return_tensors"] = return_tensors
+    for name, value in wrong.items():
+        raise MoshiTTTError(f'`{name}={value!r}` means nothing to this processor; it takes sound, words and text, and gives "pt" or "np".')
 
 
 def _is_text(given: Any) -> bool:

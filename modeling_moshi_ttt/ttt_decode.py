@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ttt_functions import normalise, normalise_backward
+from .ttt_functions import normalize, normalize_backward, square
 from .ttt_state import TTTInputs, TTTState
 
 Weights = tuple[Tensor, ...]
@@ -76,7 +76,7 @@ def decode_step(
     new = _factors(key, z1[:, :1], value - key, lr.reshape(-1, 1, 1), weights, norm)
     factors = kept.map_with(place.append, new)
     share = place.share if norm.inner else place.share / (place.share * factors.load[0].sum(1, keepdim=True)).clamp(min=1)
-    unit = normalise(_read(query, z1[:, 1:], share, factors, weights), eps)[0]
+    unit = normalize(_read(query, z1[:, 1:], share, factors, weights), eps)[0]
     out = place.clean(torch.addcmul(query + norm.bias, unit, norm.weight).view(q.shape))
 
     k, v, lr = (place.store(old, x) for old, x in zip((state.k, state.v, state.lr), (k, v, lr)))
@@ -175,7 +175,7 @@ def _factors(k: Tensor, z1: Tensor, target: Tensor, rate: Tensor, weights: Weigh
     if len(weights) == 2:
         if norm.inner:
             return OpenFactors((k,), (_step(z1, target, rate, norm),))
-        return OpenFactors((k,), ((z1 - target) * rate,), ((_square(k) + 1) * rate,))
+        return OpenFactors((k,), ((z1 - target) * rate,), ((square(k) + 1) * rate,))
     hidden = F.gelu(z1, approximate="tanh")
     z2 = torch.baddbmm(weights[3], hidden, weights[2])
     if norm.inner:
@@ -184,20 +184,15 @@ def _factors(k: Tensor, z1: Tensor, target: Tensor, rate: Tensor, weights: Weigh
         return OpenFactors((k, hidden), (step1, step2))
     error = z2 - target
     gradient1 = torch.ops.aten.gelu_backward(torch.bmm(error, weights[2].mT), z1, approximate="tanh")
-    c = (_square(k) + 1) * _square(gradient1) / (_square(error) + norm.eps) + _square(hidden) + 1
+    c = (square(k) + 1) * square(gradient1) / (square(error) + norm.eps) + square(hidden) + 1
     return OpenFactors((k, hidden), (gradient1 * rate, error * rate), (c * rate,))
-
-
-def _square(x: Tensor) -> Tensor:
-    """||x||^2 of every token, `[M, n, 1]`."""
-    return x.square().sum(-1, keepdim=True)
 
 
 def _step(z: Tensor, target: Tensor, rate: Tensor, norm: _Norm) -> Tensor:
     """lr times the gradient of 1/2 ||LN(z) - target||^2 with respect to z."""
-    unit, mean, rstd = normalise(z, norm.eps)
+    unit, mean, rstd = normalize(z, norm.eps)
     pull = torch.addcmul(norm.bias - target, unit, norm.weight).mul_(norm.weight)
-    return normalise_backward(pull, z, mean, rstd).mul_(rate)
+    return normalize_backward(pull, z, mean, rstd).mul_(rate)
 
 
 def _read(q: Tensor, z1: Tensor, share: Tensor, factors: OpenFactors, weights: Weights) -> Tensor:

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 
-def normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def normalize(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """z `[..., D]` at mean 0 and variance 1, and its mean and inverse standard deviation `[..., 1]`."""
     normed: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
     return normed
 
 
-def normalise_backward(d: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """dz: d without its mean and its part along the normalised z, times rstd."""
+def normalize_backward(d: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """dz: d without its mean and its part along the normalized z, times rstd."""
     dz: Tensor = torch.ops.aten.native_layer_norm_backward.default(d, z, z.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
     return dz
+
+
+def square(x: Tensor) -> Tensor:
+    """||x||^2 of every token, `[..., 1]`."""
+    return x.square().sum(-1, keepdim=True)
 
 
 # The tanh form of GELU is z gate with gate = (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3). Everything is taken
@@ -50,3 +55,9 @@ class Gelu(NamedTuple):
     def rows(self, count: int) -> Gelu:
         """Of the first so many rows."""
         return Gelu(*(x[:, :count] for x in self))
+
+
+def refuse_second_derivative(backend: str) -> None:
+    """For the backward of an autograd function. torch's `once_differentiable` lets some through, with wrong numbers."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"backend '{backend}' has no second derivative (create_graph=True); use backend 'reference'")

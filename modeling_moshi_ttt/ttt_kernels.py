@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ttt_functions import refuse_second_derivative
 from .ttt_kernels_device import triton
 from .ttt_kernels_linear import linear_backward, linear_forward
 from .ttt_kernels_mlp import mlp_backward, mlp_forward
-from .ttt_scan import refuse_second_derivative
 from .ttt_state import TTTInputs
 
 HEAD_DIMS = (32, 64, 128)
