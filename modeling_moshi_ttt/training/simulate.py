@@ -32,14 +32,13 @@ from . import setup
 from . import trainer as trainer_module
 from .cards import CARDS, Card, seconds
 from .launch import Launch
-from .ledger import Cost, Ledger
+from .ledger import KINDS, Cost, Ledger
 from .run_config import RunConfig
 from .trainer import Trainer
 from .windows import Batch, Step
 
 MOSHI_7B = ("kmhf/hf-moshiko", "kmhf/hf-moshika")  # of the shapes that are the configuration's defaults: nothing needs to be fetched
 MICRO_BATCHES = 2  # from the second on, gradients are there
-FEW_FRAMES = 4
 
 
 # D x F products of one mini-batch in each kernel; the others are smaller by F / b.
@@ -75,7 +74,7 @@ class Simulation:
 
 
 def simulate(run: RunConfig, launch: Launch | None = None, card: Card = CARDS["H100"], config: MoshiTTTConfig | None = None) -> Simulation:
-    """Two steps of this run on one of its ranks, the second of them counted.
+    """One step of this run on one of its ranks, as after others.
 
     Args:
         launch: how many processes and how they share the model; one without.
@@ -100,10 +99,10 @@ def simulate(run: RunConfig, launch: Launch | None = None, card: Card = CARDS["H
         trainer = _Trainer(run, model, None, None, accelerator)  # type: ignore[arg-type]
         trainer.follow(ledger)
         count = run.data.accumulation if trainer.memory.caches else min(run.data.accumulation, MICRO_BATCHES)
-        trainer._step(Step([[trainer.batch(FEW_FRAMES)]], {}), 0.0, 0.0)  # from here on there are moments
+        trainer.make_moments()
         trainer.follow(ledger)
         ledger.forget_peak()
-        step = Step([[trainer.batch(trainer.window) for _ in range(run.data.tbptt_windows)] for _ in range(count)], {})
+        step = Step([[trainer.batch() for _ in range(run.data.tbptt_windows)] for _ in range(count)], {})
         trainer._step(step, 0.0, 0.0)
         trainer.follow(ledger)
         return _result(trainer, ledger, count, launch, config, card)
@@ -157,9 +156,17 @@ class _Trainer(Trainer):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.mark([p.grad], "gradients"))
 
-    def batch(self, frames: int) -> Batch:
+    def make_moments(self) -> None:
+        """As after the first step."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def batch(self) -> Batch:
         """A micro-batch of one window."""
-        rows, codebooks = self.run.data.batch_size, self.config.num_codebooks
+        rows, frames, codebooks = self.run.data.batch_size, self.window, self.config.num_codebooks
         text, codes = torch.zeros(rows, frames, dtype=torch.long), torch.zeros(rows, codebooks, frames, dtype=torch.long)
         return Batch(text, codes, codes, text, codes, torch.ones_like(text), torch.zeros(rows, dtype=torch.bool), [])
 
@@ -277,7 +284,7 @@ def _result(trainer: _Trainer, ledger: Ledger, simulated: int, launch: Launch, c
     sent = sum(ledger.sent.values()) * run.data.accumulation // simulated
     return Simulation(
         peak=peak,
-        by_kind={kind: by_kind[kind] for kind in by_kind},
+        by_kind={kind: by_kind[kind] for kind in KINDS},
         host_start=held * a_node,
         host_save=2 * (local * a_node if run.checkpoint.sharded else whole + carried),
         checkpoint=whole + carried * launch.processes,
