@@ -20,14 +20,14 @@ from ..errors_moshi_ttt import MoshiTTTError
 from ..version import __version__
 from .kept_numbers import digest
 from .report import write_report
-from .settings import ModelSettings
+from .settings import SectionSettings
 from .subject import Subject
 from .task import Context, shapes, task
 
 Others = dict[str, dict[str, Subject]]  # section -> setting -> the model that it names
 
 
-def check(settings: ModelSettings) -> tuple[Subject, Others]:
+def check(settings: SectionSettings) -> tuple[Subject, Others]:
     """The models, after all has been looked at that needs no weights: a mistake in the last section must not come out after hours."""
     subject, others = Subject(settings), {}
     for name, section in settings.sections.items():
@@ -39,14 +39,14 @@ def check(settings: ModelSettings) -> tuple[Subject, Others]:
     return subject, others
 
 
-def _other(settings: ModelSettings, setting: str, model: str) -> Subject:
+def _other(settings: SectionSettings, setting: str, model: str) -> Subject:
     try:
         return Subject(replace(settings, model=model, adapter=None))
     except ValueError as error:
         raise MoshiTTTError(f"{setting}: {error}") from None
 
 
-def run_evaluation(settings: ModelSettings, show_progress: bool = True) -> Path:
+def run_evaluation(settings: SectionSettings, show_progress: bool = True) -> Path:
     """Run every section of the settings that results.json does not hold yet, and write the report; returns the report's path."""
     subject, others = check(settings)
     results = _open_results(settings.output, subject)
@@ -72,7 +72,7 @@ def run_evaluation(settings: ModelSettings, show_progress: bool = True) -> Path:
     return write_report(results, settings.output)
 
 
-def _key(name: str, section: Any, settings: ModelSettings, others: Mapping[str, Subject]) -> dict[str, Any]:
+def _key(name: str, section: Any, settings: SectionSettings, others: Mapping[str, Subject]) -> dict[str, Any]:
     """What a section's numbers depend on: its settings, and the data and weights that lie under the names in them by now."""
     # recall has a seed of its own, which counts
     key: dict[str, Any] = json.loads(json.dumps({"seed": settings.seed} | asdict(section), default=str))

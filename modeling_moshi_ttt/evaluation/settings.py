@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from ..common.settings import Count, Seed, settings_group
+from ..common.settings import settings_group
 from ..errors_moshi_ttt import MoshiTTTError
+from .subject import ModelSettings
 from .task import task, tasks
 
 
 @settings_group
-class ModelSettings:
-    """The model, and what holds for every section."""
-
-    output: Path = Path("runs/evaluate")
-    """Folder of the report, of results.json and of the pictures."""
-    model: str | None = None
-    """Folder or Hub name of the model."""
-    adapter: str | None = None
-    """A PEFT folder or Hub name, to be put into the model."""
-    device: str = "auto"
-    """A device: auto (a GPU where there is one), cpu, cuda, or one of several by its number, as in cuda:1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the weights."""
-    batch_size: Count = 16
-    """Recordings that are scored at once."""
-    seed: Seed = 0
-    """Seed of what is drawn: answers, shuffled windows, resamples for the intervals."""
+class SectionSettings(ModelSettings):
+    """The model, and at least one section."""
 
     def __post_init__(self) -> None:
         if not self.sections:
@@ -51,7 +36,7 @@ def _settings() -> Any:
     fields: dict[str, Any] = {name: Field(default=None, description=one.question) for name, one in known.items()}
     hints = {name: one.settings | None for name, one in known.items()}
     about = {"__doc__": "What `moshi-ttt evaluate` runs: every section that is given.", "__module__": __name__, "__annotations__": hints}
-    return settings_group(type("EvaluateSettings", (ModelSettings,), fields | about))
+    return settings_group(type("EvaluateSettings", (SectionSettings,), fields | about))
 
 
 EvaluateSettings: Any = _settings()

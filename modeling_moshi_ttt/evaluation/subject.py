@@ -5,17 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from ..adapters.bases import check_loadable, checked_config, is_adapter, load_merged
 from ..common.files import read_json, sha256
 from ..common.hub import local_folder
+from ..common.settings import Count, Seed, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
-from .settings import ModelSettings
+
+
+@settings_group
+class ModelSettings:
+    """The model, and what holds for every evaluation of it."""
+
+    output: Path = Path("runs/evaluate")
+    """Folder of the report, of results.json and of the pictures."""
+    model: str | None = None
+    """Folder or Hub name of the model."""
+    adapter: str | None = None
+    """A PEFT folder or Hub name, to be put into the model."""
+    device: str = "auto"
+    """A device: auto (a GPU where there is one), cpu, cuda, or one of several by its number, as in cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights."""
+    batch_size: Count = 16
+    """Recordings that are scored at once."""
+    seed: Seed = 0
+    """Seed of what is drawn: answers, shuffled windows, resamples for the intervals."""
 
 
 class Subject:

@@ -180,8 +180,8 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
 
 def _prepare(sources: str, config: RunConfig, cache: Any, accelerator: Any, progress: Any) -> Any:
     """A prepared set, of which each process has encoded its share, so that none waits for another's hours of work."""
+    from ..data.prepared import prepare_set
     from ..data.sources import read_sources
-    from .windows import prepare_set
 
     if accelerator.num_processes > 1:
         with accelerator.main_process_first():  # what has to be downloaded or unpacked
