@@ -46,8 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Annotate every file; files that cannot be read are reported together at the end, with exit code 1."""
-    from tqdm import tqdm
-
+    from ..common.progress import progress_bar
     from .word_files import find_words
 
     shard = read_shard(args.shard)
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     problems = []
     if todo:
         recognise = load_recogniser(args.model, args.recogniser, args.language, args.device, args.batch_size)
-        for path in tqdm(todo, desc="annotating"):
+        for path in progress_bar(todo, desc="annotating"):
             try:
                 annotate(path, recognise, args.mono_is)
             except (MoshiTTTError, OSError) as error:

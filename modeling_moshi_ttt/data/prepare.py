@@ -35,9 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the sources and say what there is; bad files are reported together at the end."""
-    from tqdm import tqdm
-
     from ..common.files import make_folder
+    from ..common.progress import progress_bar
     from .cache import CodesCache
     from .codec import read_processor, to_device
     from .prepared import hours, prepare, say_what_is_odd
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     shard = read_shard(args.shard)
     processor = to_device(read_processor(args.processor, "--processor"), args.device)
     cache = CodesCache(make_folder(args.cache, "--cache"), processor, args.batch_size)
-    found = prepare(args.sources, settings, cache, lambda items: tqdm(items, desc="encoding"), shard)
+    found = prepare(args.sources, settings, cache, lambda items: progress_bar(items, desc="encoding"), shard)
     say_what_is_odd(found)
     spoken = sum(found.table.column("speaks").to_pylist())
     share = "" if shard.total == 1 else f"shard {shard.number} of {shard.total}: "

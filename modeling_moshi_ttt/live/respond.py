@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..common.files import atomic_write, check_folder, make_folder
+from ..common.progress import progress_bar
 from ..data.audio import audio_pieces, read_audio, write_audio
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     model, processor = load_model(args.model, args.adapter)
     prompt = _prompt(args, processor)
     seconds, lines, begin = 0.0, [], time.perf_counter()
-    with tqdm(
+    with progress_bar(
         total=sum(math.ceil(_checked_seconds(source) * processor.frame_rate) for source, _ in jobs), desc="answering", unit="frames"
     ) as bar:
         for batch in (jobs[i : i + args.batch_size] for i in range(0, len(jobs), args.batch_size)):

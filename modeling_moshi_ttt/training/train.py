@@ -156,8 +156,7 @@ def _lock(run_dir: Path, accelerator: Any, held: contextlib.ExitStack) -> None:
 
 def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
     """Prepared training and held-out sets, and the processor."""
-    from tqdm import tqdm
-
+    from ..common.progress import progress_bar
     from ..data.cache import CodesCache
     from ..data.spoken_dialogues import phrasebook
     from . import setup
@@ -167,7 +166,7 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     cache = CodesCache(make_folder(config.data.cache or Path(config.run_dir) / CODES, "data.cache"), processor)
 
     def progress(items: Any) -> Any:
-        return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
+        return progress_bar(items, desc="encoding", disable=not accelerator.is_main_process)
 
     if config.dialogues is not None:
         with accelerator.main_process_first():

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..common.files import tensors_written
+from ..common.progress import progress_bar
 from ..common.run_folder import CHECKPOINTS, METRICS, RUN_CONFIG, read_settings, write_settings
 from ..data.prepared import PreparedSet
 from ..data.settings import DataSettings
@@ -126,7 +126,9 @@ class Trainer:
         data = self.run.data
         rank = self.accelerator.process_index
         steps = iter(Loader(self.plan, self.reader, data.batch_size, data.accumulation, data.tbptt_windows, rank, data.workers))
-        bar = tqdm(total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process)
+        bar = progress_bar(
+            total=self.run.optim.steps, initial=self.progress.step, desc="training", disable=not self.accelerator.is_main_process
+        )
         with worker_errors(), bar, self.folder:
             while self.progress.step < self.run.optim.steps and not self.stop_signal:
                 begin = time.perf_counter()
