@@ -93,6 +93,7 @@ def header(rate=24_000, channels=2, size=96_000):
         (header(rate=0) + bytes(96_000), "rate is 0|cannot be read"),
         (header(rate=1_000) + bytes(96_000), "rate is 1000 Hz; it must be 4000 to 384000 Hz"),
         (header(rate=15_485_863) + bytes(96_000), "rate is 15485863 Hz"),
+        (header(channels=1000) + bytes(96_000), "1000 channels|cannot be read"),
         (b"fLaC" + bytes(100), "cannot be read"),
         (b"", "0 bytes"),
         (b"OggS" * 50, "cannot be read"),

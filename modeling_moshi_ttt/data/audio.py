@@ -26,7 +26,7 @@ from .containers import ContainerFile
 
 # Part of every key of what is kept of sounds, codes, scores and results: raise it when the samples read from a file change.
 READING = "sound-3"
-BLOCK = 4096  # samples read at once
+BLOCK = 2**16  # samples read at once
 # Read from the start on: libsndfile's seek lands up to 25 ms off in an MP3, and on other samples than those asked for at the end of an Ogg.
 UNSOUGHT = ("MP3", "MPEG", "OGG")
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", *CONTAINERS)
@@ -115,6 +115,8 @@ def _opened(path: str | os.PathLike[str], sample_rate: int) -> Iterator[File]:
         lowest, highest = limits.SAMPLE_RATES
         if not lowest <= file.samplerate <= highest:
             raise MoshiTTTError(f"{path}: its rate is {file.samplerate} Hz; it must be {lowest} to {highest} Hz.")
+        if file.channels > limits.CHANNELS:
+            raise MoshiTTTError(f"{path}: it states {file.channels} channels; {limits.CHANNELS} are read at most.")
         if file.frames / file.samplerate > limits.LONGEST_RECORDING:
             hours, most = file.frames / file.samplerate / 3600, limits.LONGEST_RECORDING / 3600
             raise MoshiTTTError(f"{path}: it states {hours:.1f} h; cut it into recordings of {most:g} h at most.")

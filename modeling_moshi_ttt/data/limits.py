@@ -1,6 +1,7 @@
 """The most that other people's files may ask of a process. What asks for more is refused by its name before it is read."""
 
 SAMPLE_RATES = (4_000, 384_000)  # Hz, lowest and highest
+CHANNELS = 64
 LONGEST_RECORDING = 24 * 3600.0  # seconds
 LONGEST_WHOLE = 4 * 3600.0  # seconds that are held in memory at once; longer ones are read in pieces
 WORDS_BYTES = 64 * 2**20  # of a file of words

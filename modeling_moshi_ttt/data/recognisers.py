@@ -43,7 +43,9 @@ def load_recogniser(model: str, kind: Kind, language: str | None, device: str | 
             return make(model, language, device, batch_size)
     try:
         return make(model, language, device, batch_size)
-    except (OSError, RuntimeError, KeyError) as error:  # what the libraries raise for a folder that holds something else
+    except MoshiTTTError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError) as error:  # what the libraries raise for a folder that holds something else
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise MoshiTTTError(f"--model is {model}, where no recogniser can be loaded ({reason}).") from error
 

@@ -77,6 +77,8 @@ def mend(said: Sequence[Said], seconds: float, policy: Policy, where: str) -> tu
             f"recording of {seconds:.2f} s; are the times in seconds?"
         )
     odd = {index: what for index, word in enumerate(said) if (what := _oddity(word, seconds))}
+    places: dict[Said, int] = {}
+    odd |= {index: "it is there twice" for index, word in enumerate(said) if index not in odd and places.setdefault(word, index) != index}
     for index, what in odd.items():
         if policy == "refuse" or (policy == "keep" and not _is_readable(said[index])):
             cure = "mend it, or set data.words: repair"
