@@ -55,7 +55,7 @@ def test_a_difference_is_that_of_the_pairs_and_has_a_direction():
     (back,) = compare.differences("spoken_recall", answers(MANY), answers(FEW))
     assert (back.mean, back.verdict) == (pytest.approx(-70.0), "worse")
     (same,) = compare.differences("spoken_recall", answers(FEW), answers(FEW))
-    assert (same.mean, same.verdict) == (0.0, "the same")
+    assert (same.mean, same.verdict) == (0.0, "undecided")
 
 
 def test_a_lower_loss_is_better():
@@ -92,7 +92,7 @@ def test_chance_alone_is_called_no_difference():
         }
 
     found = compare.differences("recall", recall(0), recall(1))
-    assert {one.verdict for one in found} == {"the same"}
+    assert {one.verdict for one in found} == {"undecided"}
     assert "no difference can be told" in compare.verdict("recall", found)
 
 

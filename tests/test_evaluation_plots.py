@@ -74,7 +74,7 @@ def test_the_heat_map_marks_what_attention_reaches_and_has_a_row_for_each_time_o
     ]
     figure = plots.draw({**part, "runs": late})
     panels = figure.axes[:4]
-    assert [axes.get_title().split() for axes in panels] == [f"{p} pairs told after {n} frames".split() for n in (0, 9) for p in (4, 8)]
+    assert [axes.get_title().split() for axes in panels] == [f"{p} pairs told after {n} (frames)".split() for n in (0, 9) for p in (4, 8)]
     assert [axes.images[0].get_array().max() for axes in panels] == [50.0, 50.0, 25.0, 25.0]
     assert [[label.get_text() for label in axes.get_xticklabels()] for axes in panels] == [["24*", "96"]] * 4
     assert "31 frames" in figure.get_supxlabel()

@@ -34,7 +34,7 @@ class Difference:
         a, b, unit: both numbers.
         mean, interval, p, pairs: of the differences of the units that both have, None and 0 where there are fewer than two. p is of a sign-flip
             test, corrected for the number of tests (Benjamini and Hochberg).
-        verdict: "better", "worse", "different" (neither is better), "the same" (no difference can be told), or "not tested".
+        verdict: "better", "worse", "different" (neither is better), "undecided" (no difference can be told), or "not tested".
     """
 
     task: str
@@ -96,7 +96,7 @@ def differences(name: str, a: dict[str, Any], b: dict[str, Any], seed: int = 0) 
 
 def verdict_of(one: Difference, higher_is_better: bool | None) -> str:
     if one.p is None or one.mean is None or one.p >= 1 - LEVEL:
-        return "the same"
+        return "undecided"
     if higher_is_better is None:
         return "different"
     return "better" if (one.mean > 0) == higher_is_better else "worse"
@@ -109,7 +109,7 @@ def verdict(name: str, found: Sequence[Difference]) -> str:
         return (
             f"{name}: the results hold no values of single recordings, or of one alone, so nothing can be tested; evaluate again, on more."
         )
-    counts = {word: sum(one.verdict == word for one in tested) for word in ("better", "worse", "different", "the same")}
+    counts = {word: sum(one.verdict == word for one in tested) for word in ("better", "worse", "different", "undecided")}
     if counts["better"] and not counts["worse"]:
         said = "B is better"
     elif counts["worse"] and not counts["better"]:
@@ -118,11 +118,11 @@ def verdict(name: str, found: Sequence[Difference]) -> str:
         said = "each is better in something"
     else:
         said = "no difference can be told" if not counts["different"] else "they differ"
-    largest = max(tested, key=lambda one: (one.verdict != "the same", abs(one.mean or 0.0)))
+    largest = max(tested, key=lambda one: (one.verdict != "undecided", abs(one.mean or 0.0)))
     low_high = f" ({interval(largest.interval, digits=2)})" if largest.interval else ""
     return (
         f"{name}: {said}: of {len(tested)} numbers B is better in {counts['better']}, worse in {counts['worse']}, otherwise different in "
-        f"{counts['different']}, and the same in {counts['the same']}. Largest: {largest.name}, B − A {largest.mean:+.2f}{low_high} {largest.unit}."
+        f"{counts['different']}, and undecided in {counts['undecided']}. Largest: {largest.name}, B − A {largest.mean:+.2f}{low_high} {largest.unit}."
     )
 
 
@@ -161,6 +161,7 @@ def _panel(axes: Any, panel: str, a: Sequence[Measure], b: Sequence[Measure]) ->
         axes.set_xticks(range(len(names)), names, fontsize=7, rotation=20)
     axes.set_title(panel, fontsize=8)
     axes.set_ylabel(there[0].unit)
+    axes.set_xlabel(there[0].axis)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -174,7 +174,7 @@ class InnerLoss(Task):
             found.append(Measure(panel, f"layer {layer}", None, mean, "mean square", each, False))
             for key, label in LOSSES.items():
                 points = zip(one["position"], one[key])  # type: ignore[literal-required]
-                found += [Measure(f"layer {layer}", label, x, y, "mean square", {}, False) for x, y in points]
+                found += [Measure(f"layer {layer}", label, x, y, "mean square", {}, False, "token t") for x, y in points]
         return found
 
 

@@ -394,7 +394,7 @@ class LongContext(Task):
         for condition, streams in part["conditions"].items():
             for stream, one in streams.items():
                 for x, loss in zip(one["position"], one["loss"]):
-                    found.append(Measure(f"loss, {stream}", condition, x, loss, "nats a token", {}, False))
+                    found.append(Measure(f"loss, {stream}", condition, x, loss, "nats a token", {}, False, "position, frames"))
         for condition, values in part.get("each", {}).items():
             for stream, losses in values.items():
                 each = {name: loss for name, loss in losses.items() if loss is not None}

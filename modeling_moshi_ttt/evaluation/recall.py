@@ -234,7 +234,7 @@ def panels(part: RecallPart) -> dict[tuple[str, Panel], list[Cell]]:
 
 def panel_name(panel: Panel) -> str:
     pairs, told_after, corrections = panel
-    return f"{pairs} pairs told after {told_after:>3} frames" + (f", {corrections} corrected" if corrections else "")
+    return f"{pairs} pairs told after {told_after:>3}" + (f", {corrections} corrected" if corrections else "")
 
 
 def summary(part: RecallPart) -> list[str]:
@@ -288,7 +288,7 @@ class Recall(Task):
             labels = sorted({one for row in rows for one in row}, key=lambda one: int(one.rstrip("*")))
             values = np.array([[100.0 * row.get(one, np.nan) for one in labels] for row in rows])
             image = drawing.heat_map(axes, values, labels, names)
-            axes.set_title(panel_name((pairs, *kind)), fontsize=9)
+            axes.set_title(f"{panel_name((pairs, *kind))} (frames)", fontsize=9)
         for axes in grid[-1]:
             axes.set_xlabel("frames between hearing and asking (12.5 a second)")
         reached = f"attention reaches {reach(part['window'])} frames: {LAYERS} layers of window {part['window']}   * partly within that"
@@ -319,7 +319,17 @@ class Recall(Task):
             for cell in cells:
                 rights = [100 * int(count) / cell["pairs"] for count in cell.get("rights", "").split()]
                 each = {f"sequence {number}": right for number, right in enumerate(rights)}
-                found.append(Measure(panel_name(panel), name, cell["distance"], 100 * cell["accuracy"], "%", each))
+                found.append(
+                    Measure(
+                        panel_name(panel),
+                        name,
+                        cell["distance"],
+                        100 * cell["accuracy"],
+                        "%",
+                        each,
+                        axis="frames between hearing and asking",
+                    )
+                )
         return found
 
 

@@ -398,7 +398,9 @@ class SpokenRecall(Task):
             for (corrected, low), there in groups.items():
                 each = {name: 100 * float(np.mean([one["right"] for one in rights])) for name, rights in grouped(there, _dialogue).items()}
                 mean = 100 * float(np.mean([one["right"] for one in there]))
-                found.append(Measure("corrected" if corrected else "told once", label, max(low, 1), mean, "%", each))
+                found.append(
+                    Measure("corrected" if corrected else "told once", label, max(low, 1), mean, "%", each, axis="seconds since told")
+                )
         return found
 
 

@@ -62,6 +62,7 @@ class Measure:
         unit: of it; those of one panel share one.
         values: its parts by independent unit (dialogue, recording, item), of which it is the mean; empty where they were not kept.
         higher_is_better: None where neither is.
+        axis: what x is, with its unit.
     """
 
     panel: str
@@ -71,6 +72,7 @@ class Measure:
     unit: str
     values: Mapping[str, float] = field(default_factory=dict)
     higher_is_better: bool | None = True
+    axis: str = ""
 
     @property
     def name(self) -> str:
