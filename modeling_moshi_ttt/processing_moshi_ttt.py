@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BatchFeature, MimiModel, ProcessorMixin
+from transformers import BatchFeature, MimiConfig, MimiModel, ProcessorMixin
 
+from .configuration_moshi_ttt import check_codec
 from .errors_moshi_ttt import MoshiTTTError
 from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
@@ -459,6 +460,8 @@ class MoshiTTTProcessor(ProcessorMixin):
         folder = processor_dict.pop("audio_tokenizer_folder", None)
         if folder is not None and "audio_tokenizer" not in rest:
             folder = f"{subfolder}/{folder}" if subfolder else folder
+            raw, _ = MimiConfig.get_config_dict(pretrained_model_name_or_path, subfolder=folder, **own)
+            check_codec(raw, f"the codec of {pretrained_model_name_or_path}")
             processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(
                 pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
             )

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -230,7 +231,7 @@ def test_a_call_that_raises_anywhere_has_changed_nothing(model, how):
     trace, counter = raise_at(-1)
     assert traced(trace, call)
     expected, total = unbroken.state_dict(), counter["lines"]
-    last = total - 1 if how == "step" else total  # `return`, after the commit, loses the frame and nothing else
+    last = total - 2 if how == "step" else total  # `return` and what follows it, after the commit, lose the frame and nothing else
     for point in {1 + round(i * (last - 2) / 39) for i in range(40)}:
         held, call = begin()
         before = held.state_dict()
@@ -238,3 +239,26 @@ def test_a_call_that_raises_anywhere_has_changed_nothing(model, how):
         assert equal(held.state_dict(), before), f"line {point} of {total}"
         call()
         assert equal(held.state_dict(), expected), f"line {point} of {total}"
+
+
+def test_a_stream_is_of_one_thread_at_a_time():
+    """Two threads in one stream would mix two orders of frames; the second is refused, and a copy has a lock of its own."""
+    model = tiny_model()
+    stream = model.new_stream(do_sample=False)
+    wanted = copy.deepcopy(stream).step().text
+    refused: list[str] = []
+
+    def from_another_thread(*_):
+        def call():
+            with pytest.raises(ValueError, match="another thread"):
+                stream.step()
+            refused.append("step")
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    run, stream._run = stream._run, lambda *inputs: (from_another_thread(), run(*inputs))[1]
+    assert torch.equal(stream.step().text, wanted)
+    assert refused == ["step"]
+    assert copy.deepcopy(stream).in_use is not stream.in_use

@@ -17,6 +17,7 @@ from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER, ZERO, parse_word
 from .audio import read_audio
 from .codec import codec_fingerprint, encode_stereo
 from .recordings import Recording
+from .sound_worker import in_worker
 
 # A manifest may round its durations, and decoders trim; a sound that is shorter than stated by more seconds than this was cut off.
 CUT_TOLERANCE = 0.2
@@ -62,7 +63,7 @@ class CodesCache:
 
     def encode(self, recording: Recording) -> Path:
         """Encode one recording and write its codes; ValueError names a file that cannot be read, or that ends before its time."""
-        samples = read_audio(recording.path, self.processor.sampling_rate)
+        samples = in_worker(read_audio, recording.path, self.processor.sampling_rate)
         seconds = samples.shape[-1] / self.processor.sampling_rate
         if _breaks_off(recording, seconds):
             raise MoshiTTTError(

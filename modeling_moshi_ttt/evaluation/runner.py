@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from ..adapters.bases import check_loadable, checked_config, is_adapter, load_merged
+from ..adapters.models import load_model
 from ..common.files import atomic_write, read_json, sha256
 from ..common.hub import local_folder
 from ..data import long_recordings as books
 from ..data.audio import READING
 from ..data.recordings import Recording
 from ..errors_moshi_ttt import MoshiTTTError
-from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 from . import conversations, inner_loss, inputs, long_context, recall, spoken_recall, zero_shot
 from .contents import codes_fingerprint
@@ -70,7 +70,7 @@ class Subject:
         """The model on its device, the adapter merged into it."""
         dtype = getattr(torch, self.settings.dtype)
         if self.adapter is None:
-            model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
+            model: Any = load_model(str(self.folder), dtype)
         else:
             model = load_merged(self.adapter, str(self.folder), dtype)
         return model.to(self.device).eval()

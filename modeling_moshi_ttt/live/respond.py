@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..adapters.bases import check_loadable, is_adapter, load_merged
+from ..adapters.models import load_model
 from ..common.files import atomic_write, check_folder, make_folder, read_json
 from ..common.hub import local_folder
 from ..data.audio import audio_pieces, read_audio, write_audio
 from ..errors_moshi_ttt import MoshiTTTError
-from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 from ..tokens_moshi_ttt import MAIN_SPEAKER
 from .session import ABOUT, MoshiTTTSession
@@ -162,7 +162,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     adapter = local_folder(args.adapter) if args.adapter else None
     if adapter is None:
         check_loadable(read_json(folder / "config.json"), args.model)
-        model: Any = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        model: Any = load_model(folder)
     else:
         model = load_merged(adapter, str(folder))
     own = [place for place in (folder, adapter) if place is not None and (place / "processor_config.json").is_file()]
