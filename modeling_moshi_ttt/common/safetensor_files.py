@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
+from .bounds import check_header
 from .files import atomic_write, inside, parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -99,6 +100,7 @@ class TensorFiles:
     def _keys(path: Path) -> list[str]:
         if not path.is_file():
             raise MoshiTTTFileNotFoundError(f"{path} is missing")
+        check_header(path)
         try:
             with safe_open(path, "pt") as file:
                 return list(file.keys())

@@ -20,6 +20,7 @@ import yaml
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from . import packaged
 from .files import read_text
+from .strict_yaml import StrictLoader
 
 T = TypeVar("T")
 ABOVE_ZERO = 1e-30  # as a lowest value: more than 0
@@ -27,7 +28,7 @@ SEEDS = (0, 2**32 - 1)  # that numpy and torch both take
 NEEDED = "needed"  # in place of a default
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(StrictLoader):
     """YAML 1.2 numbers: 1e-4 is a number here too, where YAML 1.1 reads a string."""
 
 
