@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
-from .errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError  # noqa: E402
+from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours  # noqa: E402
 from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
@@ -407,10 +407,8 @@ class MoshiTTTConfig(MoshiConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """As the parent's; a plain Moshi checkpoint's configuration is read as one of this class, TTT fields at their defaults."""
-        try:
+        with os_errors_as_ours():
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:  # without a number of the system's: what is there is no JSON, or there is nothing
-            raise MoshiTTTOSError(" ".join(str(error).split())) from error
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, MoshiConfig.model_type):
             raise MoshiTTTError(

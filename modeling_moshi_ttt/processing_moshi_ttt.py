@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature, MimiConfig, MimiModel, ProcessorMixin
 
 from .configuration_moshi_ttt import check_codec
-from .errors_moshi_ttt import MoshiTTTError
+from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours
 from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
@@ -462,9 +462,10 @@ class MoshiTTTProcessor(ProcessorMixin):
             folder = f"{subfolder}/{folder}" if subfolder else folder
             raw, _ = MimiConfig.get_config_dict(pretrained_model_name_or_path, subfolder=folder, **own)
             check_codec(raw, f"the codec of {pretrained_model_name_or_path}")
-            processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(
-                pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
-            )
+            with os_errors_as_ours():
+                processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
+                )
         return processor_dict, rest
 
 

@@ -47,14 +47,14 @@ def test_the_table_of_promises_names_tests_that_exist():
         ("ttt_head_dim", 4096), ("num_labels", 10**9), ("silence_codes", [[0, 0, 0]] * 10**5), ("id2label", {str(i): "x" for i in range(10**5)}),
         ("_attn_implementation", "evil/kernel"), ("attn_implementation", "evil/kernel"), ("quantization_config", {"quant_method": "gptq"}),
         ("depth_decoder_config", {"num_hidden_layers": 10**6}), ("depth_decoder_config", {"_attn_implementation": "evil/kernel"}),
-        ("num_codebooks", "3"), ("hidden_size", None), ("audio_encoder_config", {"model_type": "evil"}), ("torch_dtype", "evil"),
+        ("num_codebooks", "3"), ("hidden_size", None), ("audio_encoder_config", {"model_type": "evil"}),
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_a_configuration_is_bounded_and_chooses_no_code(checkpoint, field, value):
     edit(checkpoint / "config.json", **{field: value})
     start = time.process_time()
-    with pytest.raises(MoshiTTTError, match=field.strip("_") if field != "torch_dtype" else "evil"):
+    with pytest.raises(MoshiTTTError, match="evil" if field == "audio_encoder_config" else field.strip("_")):
         MoshiTTTConfig.from_pretrained(checkpoint)
     assert time.process_time() - start < 2
 
@@ -91,11 +91,18 @@ def test_a_checkpoint_that_contradicts_its_manifest_is_not_loaded(checkpoint):
 
 
 def test_weights_of_model_and_codec_are_real_numbers(checkpoint):
-    for folder, name in ((checkpoint, "decoder.lm_head.weight"), (checkpoint / "audio_tokenizer", "downsample.conv.weight")):
+    for folder, name in (
+        (checkpoint, "decoder.lm_head.weight"),
+        (checkpoint / "audio_tokenizer", next(iter(load_file(checkpoint / "audio_tokenizer" / "model.safetensors")))),
+    ):
         whole = load_file(folder / "model.safetensors")
-        for wrong, message in ((whole[name] > 0, "holds BOOL"), (whole[name] * float("nan"), "NaN"), (whole[name][:1, :1], "has shape")):
+        for wrong, message in (
+            (whole[name] > 0, "holds BOOL"),
+            (whole[name] * float("nan"), "NaN"),
+            (whole[name][:1], "the configuration asks for"),
+        ):
             save_file(whole | {name: wrong.contiguous()}, folder / "model.safetensors", {"format": "pt"})
-            with pytest.raises(MoshiTTTError, match=f"{name} {message}" if message != "NaN" else f"{name} holds .* NaN"):
+            with pytest.raises(MoshiTTTError, match=message):
                 verify(checkpoint)
         save_file(whole, folder / "model.safetensors", {"format": "pt"})
     verify(checkpoint)
@@ -110,7 +117,7 @@ def test_weights_are_read_from_safetensors_alone(checkpoint):
     for folder, read in ((checkpoint, MoshiTTTForConditionalGeneration), (checkpoint / "audio_tokenizer", MoshiTTTProcessor)):
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").rename(folder / "kept")
-        with pytest.raises(OSError, match="safetensors"):
+        with pytest.raises(MoshiTTTError, match="safetensors"):
             read.from_pretrained(checkpoint)
         (folder / "kept").rename(folder / "model.safetensors")
 

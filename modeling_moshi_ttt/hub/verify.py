@@ -4,6 +4,7 @@ code.
 
 import argparse
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def codec_problems(folder: Path) -> list[str]:
     raw = read_json(folder / "config.json")
     check_codec(raw, str(folder / "config.json"))
     files = TensorFiles(folder)
-    found = files.shapes()
     with torch.device("meta"):
         model = MimiModel(MimiConfig.from_dict(raw))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    known = {name: shape for name, shape in found.items() if name in wanted}  # older codecs have some more, which nothing reads
-    problems = shape_problems(known, wanted) + dtype_problems(files) + finite_problems(files)
+    # By the last part of their names: transformers has other names for a codec's weights in files than in memory.
+    wanted = Counter((name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    found = Counter((name.rpartition(".")[2], shape) for name, shape in files.shapes().items())
+    problems = [
+        f"{leaf}: {number} of shape {list(shape)} are missing; the configuration asks for them"
+        for (leaf, shape), number in sorted((wanted - found).items())
+    ]
+    problems += dtype_problems(files) + finite_problems(files)
     return [f"{folder.name}/{problem}" for problem in problems]
 
 
