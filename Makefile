@@ -7,7 +7,7 @@ INSTALLED = $(VENV)-package
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-train test test-versions soak lint package test-package docs bench peer peer-check peer-suites mutants evaluate-demo clean
+.PHONY: help install demo demo-train test test-versions soak fuzz lint package test-package docs bench peer peer-check peer-suites mutants evaluate-demo clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ test-versions:  ## the quick core of the suite with the lowest and the newest li
 
 soak: $(READY)  ## the slow tests
 	$(PYTEST) -m slow
+
+fuzz: $(READY)  ## mutated inputs for every reader of strangers' files (minutes); findings go to tests/fuzz_corpus
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict  # noqa: E402
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
-from .errors_moshi_ttt import MoshiTTTError  # noqa: E402
+from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours  # noqa: E402
 from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
@@ -32,9 +32,14 @@ LIMITS = {
     "num_codebooks": 1 << 8, "num_user_codebooks": 1 << 8, "sliding_window": 1 << 20, "max_position_embeddings": 1 << 24,
     "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 12, "ttt_num_heads": 1 << 10, "ttt_head_dim": 1 << 12,
     "ttt_mini_batch_size": 1 << 16, "num_labels": 1 << 12,
+    # of a codec
+    "num_filters": 1 << 10, "num_residual_layers": 1 << 5, "num_quantizers": 1 << 8, "codebook_size": 1 << 16, "codebook_dim": 1 << 12,
+    "vector_quantization_hidden_dimension": 1 << 12, "intermediate_size": 1 << 18, "kernel_size": 1 << 8, "last_kernel_size": 1 << 8,
+    "residual_kernel_size": 1 << 8, "dilation_growth_rate": 1 << 4, "compress": 1 << 4, "sampling_rate": 1 << 18, "audio_channels": 1 << 6,
 }  # fmt: skip
 QUANT_METHOD = "moshi_ttt_int8"  # the one that a checkpoint may be saved in, which quantization_moshi_ttt registers
 MAX_DELAY = 1 << 10  # frames
+MAX_CODEC_LAYERS, MAX_RATIO = 1 << 7, 1 << 6
 MAX_ENTRIES = 1 << 12  # of a list, a mapping or a text
 # What a saved configuration may not choose: which code runs is the caller's to say.
 _CODE_CHOICES = re.compile(r"_?(?!ttt_)\w*_implementation(_internal)?|use_kernels|kernel_config|custom_pipelines|custom_generate")
@@ -143,6 +148,16 @@ def _check_stored(content: dict[str, Any], where: str, prefix: str = "") -> None
             raise MoshiTTTError(f"{where}: `{prefix}{name}` must be at most {LIMITS[name]}; it is {_short(value)}.")
         if isinstance(value, dict):
             _check_stored(value, where, f"{prefix}{name}.")
+
+
+def check_codec(content: dict[str, Any], where: str) -> None:
+    """MoshiTTTError for a codec's configuration from a file, as for the model's."""
+    _check_stored(content, where)
+    layers, ratios = content.get("num_hidden_layers", 0), content.get("upsampling_ratios", [])
+    if layers > MAX_CODEC_LAYERS or not all(isinstance(ratio, int) and 0 < ratio <= MAX_RATIO for ratio in ratios):
+        raise MoshiTTTError(
+            f"{where}: `num_hidden_layers={layers}` must be at most {MAX_CODEC_LAYERS}, and each of `upsampling_ratios={ratios}` at most {MAX_RATIO}."
+        )
 
 
 def _check_dtype(name: str) -> None:
@@ -413,7 +428,8 @@ class MoshiTTTConfig(MoshiConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As the parent's; a plain Moshi checkpoint's configuration is read as one of this class, TTT fields at their defaults."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        with os_errors_as_ours():
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in (cls.model_type, MoshiConfig.model_type):
             raise MoshiTTTError(

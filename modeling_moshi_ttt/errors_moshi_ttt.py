@@ -1,5 +1,8 @@
 """The one kind of error that means: you can mend this. Everything else that is raised is a fault of this package or of what it stands on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MoshiTTTError(ValueError):
     """Something given from outside does not hold: an argument, a setting, a file, a checkpoint.
@@ -14,3 +17,16 @@ class MoshiTTTOSError(MoshiTTTError, OSError):
 
 class MoshiTTTFileNotFoundError(MoshiTTTOSError, FileNotFoundError):
     """As [`MoshiTTTOSError`], of a file or folder that is not there."""
+
+
+@contextmanager
+def os_errors_as_ours() -> Iterator[None]:
+    """Around loading by transformers, which says with an OSError of its own making, without a number of the system's, that a file is missing
+    or is no JSON: the same as [`MoshiTTTOSError`], in one line.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, MoshiTTTError) or error.errno is not None:
+            raise
+        raise MoshiTTTOSError(" ".join(str(error).split())) from error

@@ -24,7 +24,7 @@ from .attention_moshi_ttt import Frames, MoshiTTTAttention, as_implemented, rota
 from .cache_moshi_ttt import MoshiTTTCache, check_cache, given_cache
 from .configuration_moshi_ttt import MoshiTTTConfig
 from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
-from .errors_moshi_ttt import MoshiTTTError
+from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, refuse_arguments
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
 from .loss_moshi_ttt import audio_weights, stream_losses, text_weights, whole_weights
@@ -141,7 +141,8 @@ class MoshiTTTPreTrainedModel(PreTrainedModel):
             MoshiTTTConfig.refuse_other_inner_norm(source, inner_norm, **where)
         if cls._names_in_whole:
             kwargs.setdefault("key_mapping", cls._names_in_whole)
-        loaded = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
+        with os_errors_as_ours():
+            loaded = super().from_pretrained(*args, **{"use_safetensors": True, **kwargs})
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if cls._names_in_whole:
             model._weight_conversions = []  # saved under its own names

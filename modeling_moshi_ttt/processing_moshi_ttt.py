@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BatchFeature, MimiModel, ProcessorMixin
+from transformers import BatchFeature, MimiConfig, MimiModel, ProcessorMixin
 
-from .errors_moshi_ttt import MoshiTTTError
+from .configuration_moshi_ttt import check_codec
+from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours
 from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
@@ -470,9 +471,12 @@ class MoshiTTTProcessor(ProcessorMixin):
         folder = processor_dict.pop("audio_tokenizer_folder", None)
         if folder is not None and "audio_tokenizer" not in rest:
             folder = f"{subfolder}/{folder}" if subfolder else folder
-            processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(
-                pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
-            )
+            raw, _ = MimiConfig.get_config_dict(pretrained_model_name_or_path, subfolder=folder, **own)
+            check_codec(raw, f"the codec of {pretrained_model_name_or_path}")
+            with os_errors_as_ours():
+                processor_dict["audio_tokenizer"] = MimiModel.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=folder, use_safetensors=True, **own
+                )
         return processor_dict, rest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,37 @@ def without_gradients(function: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+class InUse:
+    """Which thread is in a call of a stream; a copy of the stream has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __deepcopy__(self, memo: Any) -> InUse:
+        return InUse()
+
+
+def one_at_a_time(method: F) -> F:
+    """Refuse a call while another thread is in one of the object's calls: what a stream remembers has one order.
+
+    The object has an [`InUse`] as `in_use`.
+
+    Raises:
+        ValueError: another thread is in a call.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.in_use.lock.acquire(blocking=False):
+            raise MoshiTTTError("this stream is in a call of another thread; give each conversation a stream or a lock of its own.")
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.in_use.lock.release()
 
     return run  # type: ignore[return-value]
 

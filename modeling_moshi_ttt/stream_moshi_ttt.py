@@ -17,7 +17,7 @@ from .cache_moshi_ttt import MoshiTTTCache
 from .delay_pattern import delay
 from .errors_moshi_ttt import MoshiTTTError
 from .frames_moshi_ttt import check_shape, check_tokens
-from .rows import Entry, active_rows, check_entries, check_names, row_mask, without_gradients
+from .rows import Entry, InUse, active_rows, check_entries, check_names, one_at_a_time, row_mask, without_gradients
 from .sampling_moshi_ttt import SETTINGS, Sampling, make_seeds
 from .tokens_moshi_ttt import UNGENERATED, ZERO
 
@@ -109,6 +109,7 @@ class MoshiTTTStream:
         hooks: LogitsHooks = NO_HOOKS,
     ):
         self.model, self.sampling, self.generator, self.hooks = model, sampling, generator, hooks
+        self.in_use = InUse()
         self.past_key_values: MoshiTTTCache = model.new_cache(batch_size) if past_key_values is None else past_key_values
         self.compiled = hasattr(model, "compiled_frame") and hooks == NO_HOOKS
         if self.compiled:
@@ -162,6 +163,7 @@ class MoshiTTTStream:
         sick = self.state.sick.nonzero()[:, 0].tolist()
         return {row: "its logits are not finite, or its codes were out of range; reset the row" for row in sick}
 
+    @one_at_a_time
     @without_gradients
     def step(self, user_codes: Tensor | None = None, active: Any = None, forced: Tensor | None = None) -> MoshiTTTFrame:
         """Hear one frame of the user, and return the newest complete frame, M calls back.
@@ -220,6 +222,7 @@ class MoshiTTTStream:
         begun = state.calls[:, None] > self._delays
         return torch.where(begun, tokens, self.past_key_values.initial_tokens[:, 0])
 
+    @one_at_a_time
     def reset(self, rows: Sequence[int] | Tensor | None = None, seeds: Any = None) -> None:
         """Start these rows (indices, or a bool tensor; all when None) as new conversations; the others go on undisturbed.
 
@@ -241,6 +244,7 @@ class MoshiTTTStream:
         after = self._empty(fresh).where(chosen, self.state)
         self.state, self.past_key_values.state = after, cache.state
 
+    @one_at_a_time
     def row_state(self, row: int) -> dict[str, Tensor]:
         """One conversation as tensors by name, with its seed and sampling settings; [`load_row`] takes it up, here or elsewhere.
 
@@ -255,6 +259,7 @@ class MoshiTTTStream:
         own = {name: tensor[index] for name, tensor in self._own_tensors().items()}
         return own | {CACHE + name: tensor for name, tensor in cache.state_dict().items()}
 
+    @one_at_a_time
     def load_row(self, row: int, state: dict[str, Tensor]) -> None:
         """Let a row go on where [`row_state`] was taken, of this stream or of another one of the same model, whatever its batch size.
 
@@ -275,12 +280,14 @@ class MoshiTTTStream:
         sampling = Sampling.of({name: put(SAMPLING + name, tensor) for name, tensor in self.sampling.tensors().items()})
         self.state, self.sampling, self.past_key_values.state = own, sampling, cache.state
 
+    @one_at_a_time
     def state_dict(self) -> dict[str, Tensor]:
         """The whole stream as tensors by name, ready for safetensors: all rows, their seeds and their settings."""
         return {name: tensor.clone() for name, tensor in self._own_tensors().items()} | {
             CACHE + name: tensor for name, tensor in self.past_key_values.state_dict().items()
         }
 
+    @one_at_a_time
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Go on exactly where [`state_dict`] was taken, on the model's device. What is refused leaves the stream as it was.
 

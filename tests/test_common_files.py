@@ -2,10 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from modeling_moshi_ttt.common import files
 from modeling_moshi_ttt.common.files import (
     atomic_folder,
     atomic_write,
@@ -161,3 +165,53 @@ def test_a_file_in_the_way_of_a_folder_is_named_with_its_setting(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match=f"run_dir is {path}, where no folder can be made"):
             make_folder(path, "run_dir")
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_never_absent_while_it_is_replaced(tmp_path, monkeypatch, can_exchange):
+    """Killed at any change of names: where folders can be exchanged one stands there always; elsewhere the old one comes back at the next use."""
+    path = tmp_path / "final"
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    with atomic_folder(path) as folder:
+        (folder / "x").write_text("old")
+    rename = os.replace
+    for killed_at in range(3):
+        done: list[str] = []
+
+        def counted(source, target, done=done, killed_at=killed_at):
+            if len(done) == killed_at:
+                raise KeyboardInterrupt
+            done.append(str(target))
+            rename(source, target)
+
+        monkeypatch.setattr(files.os, "replace", counted)
+        with suppress(KeyboardInterrupt), atomic_folder(path) as folder:
+            (folder / "x").write_text("new")
+        monkeypatch.setattr(files.os, "replace", rename)
+        assert path.exists() or not can_exchange
+        files.recover_folder(path)
+        assert (path / "x").read_text() in ("old", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+from modeling_moshi_ttt.common.temporary import temporary_path
+temporary_path(Path({str(tmp_path / "a.json")!r})).write_text("half")
+temporary_path(Path({str(tmp_path / "final")!r})).mkdir()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    left = sorted(tmp_path.iterdir())
+    assert len(left) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("mine")
+    link = tmp_path / f"{left[1].name[:-12]}00000000.tmp"  # as if it were another of that process
+    link.symlink_to(tmp_path / "mine")
+    (tmp_path / ".notes.tmp").write_text("mine")
+    atomic_write(tmp_path / "a.json", "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".notes.tmp", "a.json", "mine"]
+    assert (tmp_path / "mine" / "x").read_text() == "mine"

@@ -371,7 +371,7 @@ def test_twenty_private_files_stay_at_home(hub, api, checkpoints, tmp_path):
         "passwords.csv",
         "audio_tokenizer/key.pem",
         "token",
-        "b.pickle",
+        "b.key",
         "c.py",
     ]
     private += [

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -283,3 +284,26 @@ def test_a_call_that_raises_anywhere_has_changed_nothing(processor, begin, mixer
         assert equal(state(), before), f"line {line} of {total}"
         call()
         assert equal(state(), expected), f"line {line} of {total}"
+
+
+def test_a_stream_is_of_one_thread_at_a_time():
+    """Two threads in one stream would mix two orders of frames; the second is refused, and a copy has a lock of its own."""
+    model = tiny_model()
+    stream = model.new_stream(do_sample=False)
+    wanted = copy.deepcopy(stream).step().text
+    refused: list[str] = []
+
+    def from_another_thread(*_):
+        def call():
+            with pytest.raises(ValueError, match="another thread"):
+                stream.step()
+            refused.append("step")
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    run, stream._run = stream._run, lambda *inputs: (from_another_thread(), run(*inputs))[1]
+    assert torch.equal(stream.step().text, wanted)
+    assert refused == ["step"]
+    assert copy.deepcopy(stream).in_use is not stream.in_use

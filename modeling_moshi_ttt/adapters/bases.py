@@ -16,6 +16,7 @@ from ..common.run_folder import FINAL_RUN
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from .models import load_model
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_CONFIG = "base_config.json"
@@ -210,7 +211,7 @@ def load_base(folder: Path, base: str | None = None, revision: str | None = None
     options: dict[str, Any] = {"revision": revision} if revision else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # fresh TTT layers are the same each time
-        return MoshiTTTForConditionalGeneration.from_pretrained(base, config=config, dtype=dtype, **options)
+        return load_model(base, dtype, config=config, **options)
 
 
 def load_merged(folder: Path, base: str, dtype: Any = "auto") -> Any:

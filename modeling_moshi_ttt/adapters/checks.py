@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
+from ..common.bounds import check_adapter
 from ..common.files import read_json
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError
@@ -26,6 +27,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in NEEDED if content.get(key) is None]
     if missing:
         raise MoshiTTTError(f"{folder / ADAPTER_CONFIG} lacks {', '.join(missing)}: PEFT could only guess what the adapter's weights are")
+    check_adapter(content, str(folder / ADAPTER_CONFIG))
     return content
 
 
@@ -36,6 +38,6 @@ def expected_weights(folder: Path, config: MoshiTTTConfig) -> dict[str, tuple[in
         settings.init_lora_weights = False  # some ways to begin need a base with weights
         with torch.device("meta"):
             adapted = PeftModel(MoshiTTTForConditionalGeneration(config), settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # PEFT has none of its own for settings that it cannot use
         raise MoshiTTTError(f"{folder / ADAPTER_CONFIG} gives no adapter for its base: {error}") from None
     return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}

@@ -225,15 +225,21 @@ def write_manifest(folder: str | os.PathLike[str], known: dict[str, Any] | None 
     return folder / MANIFEST
 
 
-def check_manifest(folder: str | os.PathLike[str], rank: int = 0, world: int = 1) -> list[str]:
-    """Compare a folder with its manifest; returns problems as sentences, an empty list when all is well.
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Name -> (size, sha256). Raises FileNotFoundError, or one of many for a file that is no manifest."""
+    table = parse_json((folder / MANIFEST).read_bytes())["files"]
+    return {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in table.items()}
 
-    Of `world` processes that share the work, each reads the contents of every world-th file, from its `rank` on.
+
+def contradictions(folder: str | os.PathLike[str], digests: bool = True, rank: int = 0, world: int = 1) -> list[str]:
+    """Files that a folder's manifest names and that are missing or others, as sentences; with `digests` every byte is read.
+
+    What the manifest does not name is passed over. Of `world` processes that share the work, each reads the contents of every world-th
+    file, from its `rank` on.
     """
     folder = Path(folder)
     try:
-        table = parse_json((folder / MANIFEST).read_bytes())["files"]
-        wanted = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in table.items()}
+        wanted = _read_manifest(folder)
     except FileNotFoundError:
         return [f"{folder} has no {MANIFEST}."]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -249,11 +255,24 @@ def check_manifest(folder: str | os.PathLike[str], rank: int = 0, world: int = 1
             problems.append(f"{name} is missing.")
         elif path.stat().st_size != size:
             problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {size}.")
-        elif number % world == rank and sha256(path) != digest:
+        elif digests and number % world == rank and sha256(path) != digest:
             problems.append(f"{name} has other contents than the manifest says.")
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    problems += [f"{name} is not in the manifest." for name in sorted(found - set(wanted))]
     return problems
+
+
+def check_manifest(folder: str | os.PathLike[str], rank: int = 0, world: int = 1) -> list[str]:
+    """Compare a folder with its manifest, either way; returns problems as sentences, an empty list when all is well.
+
+    `rank` and `world` share the reading, as in [`contradictions`].
+    """
+    folder = Path(folder)
+    problems = contradictions(folder, rank=rank, world=world)
+    try:
+        named = set(_read_manifest(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return problems  # which say so
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    return problems + [f"{name} is not in the manifest." for name in sorted(found - named)]
 
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
+from .bounds import check_header
 from .files import atomic_write, inside, parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -19,6 +20,7 @@ DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # The header of a shard is written last, into room kept for it: names, shapes and places of some 1,500 tensors.
 HEADER_ROOM = 1 << 18
+REAL_DTYPES = ("F64", "F32", "BF16", "F16")  # that weights may have
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -98,6 +100,7 @@ class TensorFiles:
     def _keys(path: Path) -> list[str]:
         if not path.is_file():
             raise MoshiTTTFileNotFoundError(f"{path} is missing")
+        check_header(path)
         try:
             with safe_open(path, "pt") as file:
                 return list(file.keys())
@@ -115,6 +118,14 @@ class TensorFiles:
         for path in sorted(set(self.file_of.values())):
             with safe_open(path, "pt") as file:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no dict
+        return found
+
+    def dtypes(self) -> dict[str, str]:
+        """Name -> dtype of every tensor as safetensors calls it, from the headers alone."""
+        found: dict[str, str] = {}
+        for path in sorted(set(self.file_of.values())):
+            with safe_open(path, "pt") as file:
+                found |= {name: str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118, it is no dict
         return found
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from . import packaged
 from .files import read_text
+from .strict_yaml import StrictLoader
 
 T = TypeVar("T")
 _FIELDS = "__pydantic_fields__"  # where pydantic keeps what stands below a field
@@ -93,7 +94,7 @@ def _is_group(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(StrictLoader):
     """YAML 1.2 numbers: 1e-4 is a number here too, where YAML 1.1 reads a string."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.results import Part
 from ..common.settings import Count, Positive, settings_group
 from ..data.audio import read_audio
-from ..data.recordings import MAIN_SPEAKER, Recording, read_manifest
+from ..data.recordings import Recording, read_manifest
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER
 from .behavior import WITHHELD, Behavior, behavior_of, summarize

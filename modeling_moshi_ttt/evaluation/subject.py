@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 
 from ..adapters.bases import check_loadable, checked_config, is_adapter, load_merged
+from ..adapters.models import load_model
 from ..common.files import read_json, sha256
 from ..common.hub import local_folder
 from ..common.settings import Count, Seed, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
-from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 
 
@@ -75,7 +75,7 @@ class Subject:
         """The model on its device, the adapter merged into it."""
         dtype = getattr(torch, self.settings.dtype)
         if self.adapter is None:
-            model: Any = MoshiTTTForConditionalGeneration.from_pretrained(self.folder, dtype=dtype)
+            model: Any = load_model(str(self.folder), dtype)
         else:
             model = load_merged(self.adapter, str(self.folder), dtype)
         return model.to(self.device).eval()

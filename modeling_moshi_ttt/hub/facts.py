@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from ..adapters.models import Shapes
 from ..common.safetensor_files import TensorFiles, largest
 from ..errors_moshi_ttt import MoshiTTTError
 from .carried_code import Range, describe_code, runs_here
 
 KINDS = ("temporal", "depth", "embeddings", "heads", "ttt", "gates", "lora")
 MAX_PROBLEMS = 20
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..common.bounds import PROBE_FRAMES, check_header
 from ..common.files import atomic_write
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError
@@ -60,11 +61,18 @@ def read_probe(folder: str | os.PathLike[str]) -> tuple[Probe, float] | None:
     path = next((path for name in (PROBE, OLD_PROBE) if (path := Path(folder) / name).is_file()), None)
     if path is None:
         return None
+    check_header(path)
     try:
         tensors = load_file(path)
-        return {name: tensors[name] for name in INPUTS}, float(tensors["loss"])
-    except (SafetensorError, KeyError) as error:
+        probe, loss = {name: tensors[name] for name in INPUTS}, float(tensors["loss"])
+    except (SafetensorError, LookupError, RuntimeError) as error:
         raise MoshiTTTError(f"{path} is no probe ({error})") from None
+    for name, tensor in probe.items():
+        if tensor.dtype != torch.int64 or tensor.dim() not in (2, 3) or tensor.shape[0] != 1 or not 0 < tensor.shape[-1] <= PROBE_FRAMES:
+            raise MoshiTTTError(
+                f"{path} is no probe: {name} has shape {list(tensor.shape)}; a probe is one row of up to {PROBE_FRAMES} frames"
+            )
+    return probe, loss
 
 
 def compare(stored: float, found: float, dtype: torch.dtype) -> None:

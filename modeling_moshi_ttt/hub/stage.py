@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AUTO_MAPPING, check_model_type, is_adapter, write_base_config
+from ..adapters.models import load_model
 from ..common.checkpoint_files import check_links, copy_companions
 from ..common.files import atomic_write, inside, read_json, write_manifest
 from ..common.run_folder import CURVE, FINAL, FINAL_RUN, METRICS, PICTURES, RESULTS, RUN_CONFIG
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, ShardWriter, TensorFiles
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
-from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD_FACTS, SUMMARY, check_facts, summarise, write_card
 from .facts import Facts
 from .private import without_paths
@@ -129,7 +129,7 @@ def _stage_full(folder: Path, target: Path, max_shard_size: int | str) -> float:
     """Weights, configuration and probe of a whole model; returns the source's loss on the probe."""
     check_model_type(read_json(folder / "config.json"), str(folder))
     verify(folder, run_probe=False)
-    model = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    model = load_model(folder)
     loss = stage_probe(model, folder, target)
     del model
     with ShardWriter(target, max_shard_size) as writer:

@@ -4,20 +4,26 @@ code.
 
 import argparse
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import MimiConfig, MimiModel
 
 from ..adapters.bases import ADAPTER_WEIGHTS, base_config, check_model_type, is_adapter
+from ..adapters.models import Shapes, dtype_problems, header_problems, load_model
 from ..common.files import MANIFEST, check_manifest, read_json
 from ..common.safetensor_files import PICKLES, TensorFiles
-from ..configuration_moshi_ttt import MoshiTTTConfig
+from ..configuration_moshi_ttt import MoshiTTTConfig, check_codec
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from ..processing_moshi_ttt import MoshiTTTProcessor
 from .carried_code import folder_code
-from .facts import Facts, Shapes, count, finite_problems, refuse, shape_problems
+from .facts import Facts, count, finite_problems, refuse, shape_problems
 from .probe import compare, probe_loss, read_probe
+
+CODEC = MoshiTTTProcessor.CODEC_FOLDER
 
 
 def expected_shapes(config: MoshiTTTConfig) -> Shapes:
@@ -31,6 +37,26 @@ def weight_problems(files: TensorFiles, config: MoshiTTTConfig) -> list[str]:
     """Missing, unknown, misshapen and non-finite weights, as sentences; every TTT weight that the configuration calls for is looked for."""
     found = {name: shape for name, shape in files.shapes().items() if not name.startswith("audio_encoder.")}
     return shape_problems(found, expected_shapes(config)) + finite_problems(files)
+
+
+def codec_problems(folder: Path) -> list[str]:
+    """As `weight_problems`, of a codec's folder, where there is one."""
+    if not (folder / "config.json").is_file():
+        return []
+    raw = read_json(folder / "config.json")
+    check_codec(raw, str(folder / "config.json"))
+    files = TensorFiles(folder)
+    with torch.device("meta"):
+        model = MimiModel(MimiConfig.from_dict(raw))
+    # By the last part of their names: transformers has other names for a codec's weights in files than in memory.
+    wanted = Counter((name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    found = Counter((name.rpartition(".")[2], shape) for name, shape in files.shapes().items())
+    problems = [
+        f"{leaf}: {number} of shape {list(shape)} are missing; the configuration asks for them"
+        for (leaf, shape), number in sorted((wanted - found).items())
+    ]
+    problems += dtype_problems(files) + finite_problems(files)
+    return [f"{folder.name}/{problem}" for problem in problems]
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -62,12 +88,13 @@ def _verify_full(folder: Path, run_probe: bool) -> Facts:
     check_model_type(raw, str(folder))
     config = MoshiTTTConfig.from_pretrained(folder)
     files = TensorFiles(folder)
-    refuse(weight_problems(files, config), folder)
+    refuse(header_problems(config, files.shapes()) + dtype_problems(files), folder)
+    refuse(weight_problems(files, config) + codec_problems(folder / CODEC), folder)
     facts = Facts("full", ttt_layers=[int(layer) for layer in config.ttt_layers], ttt_mixer=config.ttt_mixer)
     count(facts, files)
     stored = read_probe(folder) if run_probe else None
     if stored is not None:
-        model = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        model = load_model(folder)
         facts.probe = probe_loss(model, stored[0])
         compare(stored[1], facts.probe, model.dtype)
     return facts
@@ -79,6 +106,7 @@ def verify_adapter(folder: Path, run_probe: bool) -> Facts:
 
     adapter_config, config = read_adapter_config(folder), base_config(folder)
     files = TensorFiles(folder / ADAPTER_WEIGHTS)
+    refuse(dtype_problems(files), folder)
     refuse(shape_problems(files.shapes(), expected_weights(folder, config)) + finite_problems(files), folder)
     layers = [int(layer) for layer in config.ttt_layers]
     base = str(adapter_config.get("base_model_name_or_path") or "")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ..adapters.bases import check_loadable, is_adapter, load_merged
+from ..adapters.models import load_model as load_whole
 from ..common.files import read_json
 from ..common.hub import local_folder
 from ..errors_moshi_ttt import MoshiTTTError
-from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
 
 
@@ -30,7 +30,7 @@ def load_model(name: str, adapter_name: str | None, option: str = "--model") -> 
     adapter = local_folder(adapter_name) if adapter_name else None
     if adapter is None:
         check_loadable(read_json(folder / "config.json"), name)
-        model: Any = MoshiTTTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        model: Any = load_whole(folder)
     else:
         model = load_merged(adapter, str(folder))
     own = [place for place in (folder, adapter) if place is not None and (place / "processor_config.json").is_file()]

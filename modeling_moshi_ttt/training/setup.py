@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ..adapters.bases import check_loadable, fresh_model, is_adapter, named_base, raw_config
+from ..adapters.models import load_model
 from ..common.files import read_json
 from ..common.hub import check_place
 from ..common.packaged import resolve
@@ -98,7 +99,7 @@ def build_model(settings: ModelSettings, seed: int, empty: bool = False) -> Mosh
         model = fresh_model(config, settings.dtype, seed)
     else:
         try:
-            model = MoshiTTTForConditionalGeneration.from_pretrained(path, dtype=dtype, **settings.config_changes)
+            model = load_model(path, dtype, **settings.config_changes)
         except (SafetensorError, RuntimeError) as error:
             reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
             raise MoshiTTTError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error

@@ -1,0 +1,122 @@
+"""Sounds decoded in a process of their own, with a limit on its memory and time: a hostile file can end that process, and is then named.
+
+A worker stays for the next sound. It is asked by a line of JSON, and answers with one and, for arrays, their bytes behind it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .. import errors_moshi_ttt as errors
+
+MEMORY = 4 << 30  # bytes beyond what the worker takes when it starts
+SECONDS = 120.0  # in which an answer must begin
+ROOT = Path(__file__).parents[2]
+_idle: list[Worker] = []
+_owner = os.getpid()  # a forked process must not share a worker with its parent
+
+
+class Worker:
+    """A process that waits for sounds to decode."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+
+    def ask(self, function: str, arguments: list[Any]) -> Any:
+        """What the function of `data.audio` returns.
+
+        Raises:
+            MoshiTTTError: its own errors; the worker died, or did not answer in time.
+        """
+        sent, received = self.process.stdin, self.process.stdout
+        assert sent is not None
+        assert received is not None
+        sent.write(json.dumps([function, arguments]).encode() + b"\n")
+        sent.flush()
+        ready, _, _ = select.select([received], [], [], SECONDS)
+        answer = json.loads(received.readline() or "null") if ready else None
+        if answer is None:
+            self.stop()
+            why = f"its decoder ended with {self.process.returncode}" if ready else f"its decoder did not end within {SECONDS:g} s"
+            raise errors.MoshiTTTError(f"{arguments[0]}: the sound cannot be read ({why}); leave the file out.")
+        if "error" in answer:
+            raise getattr(errors, answer["error"])(answer["message"])
+        if "shape" in answer:
+            data = received.read(int(np.prod(answer["shape"])) * 4)
+            return np.frombuffer(data, np.float32).reshape(answer["shape"])
+        return answer["value"]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def in_worker(function: Callable[..., Any], path: str | os.PathLike[str], *arguments: float | None) -> Any:
+    """`function(path, *arguments)` of `data.audio`, which returns float32 samples or a number, run by a worker.
+
+    Raises:
+        MoshiTTTError: the function's own; the file killed its worker, by a limit or by a fault of a decoder.
+    """
+    global _idle, _owner
+    if os.getpid() != _owner:
+        _idle, _owner = [], os.getpid()
+    worker = _idle.pop() if _idle else Worker()
+    answer = None
+    try:
+        answer = worker.ask(function.__name__, [str(path), *arguments])
+        return answer
+    except errors.MoshiTTTError:
+        answer = worker.process.returncode is None or None
+        raise
+    finally:
+        if answer is None:
+            worker.stop()
+        else:
+            _idle.append(worker)
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """The worker's side."""
+    audio = importlib.import_module(".audio", __package__)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 8 << 30
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in requests:
+        name, arguments = json.loads(line)
+        data = b""
+        try:
+            found = getattr(audio, name)(*arguments)
+            answer: dict[str, Any] = {"value": found}
+            if isinstance(found, np.ndarray):
+                answer, data = {"shape": list(found.shape)}, np.ascontiguousarray(found, np.float32).tobytes()
+        except errors.MoshiTTTError as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        except BaseException as error:  # a decoder's panic, or no memory left: of the file, whatever it is called
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            answer = {"error": "MoshiTTTError", "message": f"{arguments[0]}: the sound cannot be read ({reason}); leave the file out."}
+        answers.write(json.dumps(answer).encode() + b"\n" + data)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a decoder prints is no answer
+    _serve(sys.stdin.buffer, _answers)
