@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
+from ..data.settings import Carry
 from ..delay_pattern import last_frames
 from ..tokens_moshi_ttt import IGNORED
-from .run_config import Carry
 from .windows import Batch
 
 
