@@ -216,7 +216,7 @@ class Trainer:
         whole = self.accelerator.reduce(torch.tensor(float(frames), device=self.accelerator.device), "sum")
         return cost * (1.0 if self.curriculum is None else self.curriculum.level) / max(float(whole), 1.0)
 
-    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor, price: float) -> torch.Tensor:
+    def _micro_batch(self, micro: int, batches: list[Batch], whole: torch.Tensor, price: float = 0.0) -> torch.Tensor:
         """Forward through windows that follow one another, then one backward; returns (text loss, audio loss, answers right, answers, open
         gates) [5]."""
         data, total, parts = self.run.data, None, torch.zeros(5, dtype=torch.float64, device=whole.device)
