@@ -82,7 +82,7 @@ def sides(full: bool) -> dict[str, Frame]:
     """What is measured, each begun."""
     frames = {PLAIN: stream_frame(medium([]).eval()), WITH_TTT: stream_frame(medium(TTT_LAYERS).eval())}
     if full:
-        for name, change in (("compiled", compiled), ("int8", int8)):
+        for name, change in (("compiled", compiled), ("int8", int8), ("int8, compiled", lambda model: compiled(int8(model)))):
             frames[name] = stream_frame(change(medium([]).eval()))
             frames[f"{name}, TTT"] = stream_frame(change(medium(TTT_LAYERS).eval()))
     return frames
