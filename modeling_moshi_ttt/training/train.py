@@ -14,7 +14,7 @@ from ..adapters.bases import name_auto_class, write_base_config
 from ..common.files import atomic_folder, atomic_write, make_folder, read_json, tensors_written, write_manifest
 from ..common.packaged import known, names, resolve
 from ..common.settings import describe
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from .run_config import RunConfig, load_run_config
 
 
@@ -46,7 +46,9 @@ def launch(launch_file: str, arguments: list[str]) -> int:
     path = resolve("accelerate", launch_file)
     if not Path(path).is_file():
         hint = known("accelerate", launch_file)
-        raise MoshiTTTOSError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
+        raise MoshiTTTFileNotFoundError(
+            f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}"
+        )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     return subprocess.run([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], check=False).returncode
 
@@ -96,9 +98,9 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     from tqdm import tqdm
 
     from ..data.codes import CodesCache
+    from ..data.prepared import prepare_set
     from ..data.spoken_dialogues import phrasebook
     from . import setup
-    from .windows import prepare_set
 
     processor = setup.load_processor(config.model)
     processor.check_model(model_config)

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..common.files import atomic_write, read_json, tensors_written
+from ..data.prepared import PreparedSet
+from ..data.settings import DataSettings
 from ..data.spoken_dialogues import Phrasebook
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
@@ -31,10 +33,10 @@ from .memory import LaneMemory
 from .noise import add_noise
 from .objective import objective, ratio
 from .report import MetricsFile, peak_memory, shown
-from .run_config import DataSettings, ModelSettings, RunConfig
+from .run_config import ModelSettings, RunConfig
 from .schedule import set_rates
 from .state import load_weights_and_moments, weights_and_moments
-from .windows import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
+from .windows import Batch, Loader, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 
 logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on: they do not touch a number of it.
