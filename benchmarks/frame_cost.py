@@ -1,7 +1,7 @@
 """What a live frame costs whatever the machine: operations, reads by the host, and the bytes that each caller holds at 7B.
 
-Operations and reads are counted at 32 layers with 9 TTT layers, as many as in the 7B, of small width. A read by the host (`.item()`, a branch
-on a number) makes a GPU wait. Bytes are of a stream's state after its window is full, from the shapes of a model without weights.
+Operations and reads are counted at 32 layers with 9 TTT layers, as many as in the 7B, of small width. A read by the host (`.item()`, a
+branch on a number) makes a GPU wait. Bytes are of a stream's state after its window is full, from the shapes of a model without weights.
 `benchmarks/streaming.py` prints both.
 """
 

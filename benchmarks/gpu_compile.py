@@ -91,7 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     print(
-        f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products inner_norm BLOCK_F warps stages  shared KB registers spilled B  compiled in s"
+        f"Triton {triton.__version__}, sm_90\n{'kernel':16} {'D':>3} {'b':>2} tokens products inner_norm "
+        "BLOCK_F warps stages  shared KB registers spilled B  compiled in s"
     )
     for name in args.kernels:
         for dim in args.head_dims:

@@ -28,7 +28,8 @@ from modeling_moshi_ttt.training.run_config import LoraSettings
 DEPTH_7B = {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16, "ffn_dim": 5632}
 TINY = {
     "vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 10, "num_attention_heads": 2, "ffn_dim": 48, "sliding_window": 8,
-    "num_codebooks": 3, "audio_vocab_size": 20, "depth_decoder_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24},
+    "num_codebooks": 3, "audio_vocab_size": 20,
+    "depth_decoder_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 24},
 }  # fmt: skip
 
 

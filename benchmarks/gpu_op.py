@@ -46,7 +46,7 @@ def cases() -> list[Case]:
 
 
 def multiplications(case: Case) -> tuple[float, float]:
-    """Floating point operations of the matrix products forward, and forward with backward (what the formulas need, nothing computed twice)."""
+    """Floating point operations of the matrix products, forward and with backward (what the formulas need, nothing computed twice)."""
     mini_batches = case.rows * case.heads * -(-case.frames // case.b)
     width = case.dim if case.mixer == "linear" else 4 * case.dim
     with_weights = 2 * case.b * case.dim * width
@@ -118,8 +118,10 @@ def op_work(case: Case, backend: str, device: str) -> tuple[Callable[[], object]
 def layer_work(case: Case, backend: str, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
     """One frame with a state, without gradients, and forward with backward of a whole layer in bf16."""
     config = SimpleNamespace(
-        hidden_size=case.heads * case.dim, ttt_mixer=case.mixer, ttt_num_heads=case.heads, ttt_head_dim=case.dim, ttt_mini_batch_size=case.b, ttt_base_lr=0.1,
-        ttt_inner_norm="layer_norm", ttt_write_threshold=0.0, ttt_rope="mini_batch", ttt_norm_eps=1e-6, scan_checkpoint_group_size=16, ttt_implementation=backend,
+        hidden_size=case.heads * case.dim, ttt_mixer=case.mixer, ttt_num_heads=case.heads, ttt_head_dim=case.dim,
+        ttt_mini_batch_size=case.b, ttt_base_lr=0.1,
+        ttt_inner_norm="layer_norm", ttt_write_threshold=0.0, ttt_rope="mini_batch", ttt_norm_eps=1e-6,
+        scan_checkpoint_group_size=16, ttt_implementation=backend,
     )  # fmt: skip
     layer = LAYERS[case.mixer](config).to(device, torch.bfloat16)
     x = torch.randn(case.rows, case.frames, config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -160,7 +162,8 @@ def op_row(case: Case, device: str, repeats: int, peaks: tuple[float, float] | N
 def print_op(row: dict[str, Any]) -> None:
     t, s = row["triton"], row["scan"]
     print(
-        f"{row['mixer']:6} D={row['dim']:3} BH={row['BH']:3} T={row['frames']:4} b={row['b']:2}  triton {t['first_ms']:8.2f} {t['both_ms']:8.2f} ms "
+        f"{row['mixer']:6} D={row['dim']:3} BH={row['BH']:3} T={row['frames']:4} b={row['b']:2}  "
+        f"triton {t['first_ms']:8.2f} {t['both_ms']:8.2f} ms "
         f"{t['peak_mb']:7.0f} MB   scan {s['first_ms']:8.2f} {s['both_ms']:8.2f} ms {s['peak_mb']:7.0f} MB   {row['speedup']:5.1f}x   "
         f"{row['both_tflops']:6.1f} TFLOP/s, roofline {row['first_roofline']:.1%} {row['both_roofline']:.1%}",
         flush=True,

@@ -57,7 +57,7 @@ def main() -> int:
     for name, seconds in found.items():
         print(f"{name:<26} {seconds:7.3f} s")
     print(
-        f"the package adds {package - base:.3f} s, a factor of {package / base:.2f}; packages of the extras that it imports: {extras or 'none'}"
+        f"the package adds {package - base:.3f} s, a factor of {package / base:.2f}; packages of the extras it imports: {extras or 'none'}"
     )
     if args.out:
         args.out.write_text(

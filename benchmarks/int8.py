@@ -1,8 +1,8 @@
 """What a way of holding the weights costs in talking: size, time of a live frame on one CPU thread, and the loss of a trained model.
 
 Size and time are of the medium configuration (131M parameters, TTT-MLP in 3 of 8 layers, random weights), the ways in turns within one run.
-A time's ratio is the median over the frames of two taken one after the other. The loss is of the trained checkpoint `remembering`, on spoken
-dialogues of the kind that it learned, with facts and voices that it never heard.
+A time's ratio is the median over the frames of two taken one after the other. The loss is of the trained checkpoint `remembering`, on
+spoken dialogues of the kind that it learned, with facts and voices that it never heard.
 
     python benchmarks/int8.py --out benchmarks/int8.json
 """

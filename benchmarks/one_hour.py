@@ -1,6 +1,6 @@
-"""An hour of talk, sound in and sound out: does a frame take as long at its end as at its start, does memory grow, does it go on when saved?
+"""An hour of talk, sound in and sound out: frames take as long at its end, memory does not grow, and it goes on when saved.
 
-The tiny model and codec, one row. The conversation is saved at one frame and goes on; another process takes up what was saved. Both must say
+The tiny model and codec, one row. The conversation is saved at one frame and goes on; another process takes up what was saved. Both say
 the same, to the bit. The time of a frame is measured at the end, in turns with a conversation that has just begun, and compared by medians,
 so that what else the machine does falls on both. Memory is the process's own, every thousand frames.
 

@@ -83,7 +83,8 @@ def measure(mixer: str, b: int, seeds: int, one_frame: bool) -> list[dict[str, A
         own = default_base_lr(mixer, inner_norm, head_dim=32)
         for base_lr in sorted({*BASE_LRS, own}):
             counts = [mini_batches_to_turn(Memory(mixer, inner_norm, b, base_lr, seed=seed, one_frame=one_frame)) for seed in range(seeds)]
-            rows.append({"mixer": mixer, "inner_norm": inner_norm, "mini_batch": b, "told": "one frame" if one_frame else "all frames", "base_lr": base_lr,
+            rows.append({"mixer": mixer, "inner_norm": inner_norm, "mini_batch": b, "told": "one frame" if one_frame else "all frames",
+                         "base_lr": base_lr,
                          "default": base_lr == own, "mini_batches": counts})  # fmt: skip
     return rows
 

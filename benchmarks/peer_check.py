@@ -41,7 +41,8 @@ Tensors = dict[str, Tensor]
 
 LM = {
     "dim": 64, "text_card": 70, "existing_text_padding_id": 3, "n_q": 8, "dep_q": 4, "card": 32, "num_heads": 4, "num_layers": 2,
-    "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 64, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
+    "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 64, "max_period": 10000, "gating": "silu",
+    "norm": "rms_norm_f32",
     "positional_embedding": "rope", "depformer_dim": 32, "depformer_dim_feedforward": 132, "depformer_num_heads": 4,
     "depformer_num_layers": 2, "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 4,
     "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none", "depformer_weights_per_step": True,
@@ -56,7 +57,8 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "16-own-16-user": {"n_q": 32, "dep_q": 16, "depformer_context": 16, "delays": [0] + 2 * ([0] + 15 * [1])},
     "2-own-3-user": {"n_q": 5, "dep_q": 2, "delays": [0, 2, 0, 5, 1, 3]},
     "delays-to-5": {"context": 6, "delays": [0, 0, 2, 3, 5, 1, 4, 0, 2]},
-    "window-4": {**WHOLE_7B, "context": 4, "num_layers": 3, "num_heads": 2, "max_period": 100, "delays": [0] + 2 * [1, 3, 3, 3, 3, 3, 3, 3]},
+    "window-4": {**WHOLE_7B, "context": 4, "num_layers": 3, "num_heads": 2, "max_period": 100,
+                 "delays": [0] + 2 * [1, 3, 3, 3, 3, 3, 3, 3]},
     "other-sizes": {
         "norm": "rms_norm", "hidden_scale": 4, "depformer_dim_feedforward": 128, "depformer_num_layers": 1, "context": 16,
         "existing_text_padding_id": 7, "existing_text_end_padding_id": 5, "delays": [0, 0, 2, 2, 2, 0, 2, 2, 2],
@@ -282,7 +284,7 @@ def page(rows: list[Row], said: str) -> str:
 Made by `make peer-check` on {datetime.date.today()} with {versions}, float32 on a CPU: {said}.
 
 Logits and sounds: largest difference over the largest number. Losses: difference. Gradients: norm of the difference over the norm, of the
-parameter where it is largest. Streams and codes: tokens that are equal. {ROWS} rows; training steps of {FRAMES} frames, a tenth of the tokens
+parameter where it is largest. Streams and codes: tokens that are equal. {ROWS} rows; training steps of {FRAMES} frames, a tenth of tokens
 absent; streams of {STEPS} frames, in which rows start anew before frames {", ".join(map(str, RESETS))}, two of them before the same one.
 
 LMGen hears nothing in its first call, and neither does `new_stream`. Kyutai's Mimi, streamed, gives other codes and sound than for the

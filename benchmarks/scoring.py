@@ -93,7 +93,8 @@ def main() -> None:
     for kind in LENGTHS:
         for row in measure(model, kind, options.files):
             print(
-                f"{kind:>10}, {row['side']:10}{row['files_a_second']:9.1f}{row['ratio']:7.2f}x{row['gflops']:9.1f}{row['gflop_a_file']:14.3f}"
+                f"{kind:>10}, {row['side']:10}"
+                f"{row['files_a_second']:9.1f}{row['ratio']:7.2f}x{row['gflops']:9.1f}{row['gflop_a_file']:14.3f}"
             )
             rows.append(row)
     speed = product_speed()

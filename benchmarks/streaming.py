@@ -5,7 +5,7 @@ weights. The sides take turns frame by frame, and a ratio is the median over the
 else the machine does falls on both. Frames late in a conversation are looked at too, to show that a frame's cost does not grow.
 
     python benchmarks/streaming.py                           # what `make bench` runs: float32 without and with TTT
-    python benchmarks/streaming.py --full --out benchmarks/streaming.json      # all sides (`make peer` installs LMGen), and the cost of a frame
+    python benchmarks/streaming.py --full --out benchmarks/streaming.json   # all sides (`make peer`: LMGen), and what a frame costs
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def sides(full: bool) -> dict[str, Frame]:
     """What is measured, each begun."""
     frames = {PLAIN: stream_frame(medium([]).eval()), WITH_TTT: stream_frame(medium(TTT_LAYERS).eval())}
     if full:
-        for name, change in (("compiled", compiled), ("int8", int8)):
+        for name, change in (("compiled", compiled), ("int8", int8), ("int8, compiled", lambda model: compiled(int8(model)))):
             frames[name] = stream_frame(change(medium([]).eval()))
             frames[f"{name}, TTT"] = stream_frame(change(medium(TTT_LAYERS).eval()))
     return frames

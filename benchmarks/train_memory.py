@@ -111,7 +111,7 @@ def print_accounts() -> dict[str, dict[str, float]]:
     least = accounts["15 s x 1, adafactor"]
     over = sum(least.values()) - GOAL_GB
     print(
-        f"\nThe goal at 15 s x 1 is {GOAL_GB:.0f} GB: {'met' if over <= 0 else f'missed by {over:.2f} GB'} with Adafactor. Frozen weights and",
+        f"\nThe goal at 15 s x 1 is {GOAL_GB:.0f} GB: {'met' if over <= 0 else f'missed by {over:.2f} GB'}, Adafactor. Frozen weights and",
         end="",
     )
     print(

@@ -144,7 +144,8 @@ def measure_growth(mixer: str) -> dict[str, Any]:
     state_a_frame, kept_straight = fitted_line([1 / group for _, group in groups], kept)
     return {
         "mixer": mixer, "lengths": lengths, "seconds": times, "us_a_frame": 1e6 * slope, "time_r2": straight,
-        "groups": groups, "kept_bytes_a_frame": kept, "own_bytes": kept[-1] - state_a_frame / groups[-1][1], "state_bytes": state_a_frame, "kept_r2": kept_straight,
+        "groups": groups, "kept_bytes_a_frame": kept, "own_bytes": kept[-1] - state_a_frame / groups[-1][1], "state_bytes": state_a_frame,
+        "kept_r2": kept_straight,
     }  # fmt: skip
 
 
@@ -176,7 +177,8 @@ def print_tables(learned: Rows, decoded: Rows, growth: list[dict[str, Any]]) -> 
     print()
     for row in growth:
         print(f"{row['mixer']}: {row['us_a_frame']:.0f} us a frame from 256 to 8192 frames, R2 {row['time_r2']:.4f};"
-              f" kept for backward {row['own_bytes']:.0f} + {row['state_bytes']:.0f} / group bytes a frame, R2 {row['kept_r2']:.4f}")  # fmt: skip
+              f" kept for backward {row['own_bytes']:.0f} + {row['state_bytes']:.0f} / group bytes a frame,"
+              f" R2 {row['kept_r2']:.4f}")  # fmt: skip
 
 
 def ratios_of(learned: Rows, decoded: Rows) -> dict[str, float]:

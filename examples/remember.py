@@ -52,7 +52,8 @@ def verdict(part: dict[str, Any], seconds: float) -> None:
             shares[label] = sum(cell["accuracy"] * cell["questions"] for cell in there) / asked if asked else float("nan")
         others = "; ".join(f"{label}: {share:.0%}" for label, share in shares.items() if label != "TTT")
         print(
-            f"Longer ago than attention reaches ({seconds:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}; chance {chance():.0%})."
+            f"Longer ago than attention reaches ({seconds:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions "
+            f"({others}; chance {chance():.0%})."
         )
 
 

@@ -121,7 +121,7 @@ def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise MoshiTTTError(
-                f'`ttt_layers={text!r}` is not understood; write a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".'
+                f'`ttt_layers={text!r}` must be a list, "all", "middle", "last:9", or ranges such as "23-31" or "0,4,8-11".'
             )
         numbers.extend(
             range(int(match[1]), min(int(match[2] or match[1]), num_hidden_layers) + 1)
@@ -330,7 +330,7 @@ class MoshiTTTConfig(MoshiConfig):
         for prefix, config in (("", self), ("depth_decoder_config.", self.depth_decoder_config)):
             if getattr(config, "tie_word_embeddings", False):
                 raise MoshiTTTError(
-                    f"`{prefix}tie_word_embeddings=True` cannot be: the text embeddings have a row more (the initial token) than there are logits; "
+                    f"`{prefix}tie_word_embeddings=True` must be False: the embeddings have a row, the initial token, that no logit has; "
                     "set it to False."
                 )
         from transformers.activations import ACT2FN  # brings triton, which importing this file must not
@@ -368,7 +368,7 @@ class MoshiTTTConfig(MoshiConfig):
         if self.ttt_head_dim is None:
             if self.hidden_size % self.ttt_num_heads:
                 raise MoshiTTTError(
-                    f"`ttt_num_heads={self.ttt_num_heads}` does not divide `hidden_size={self.hidden_size}`; choose a divisor or set `ttt_head_dim`."
+                    f"`ttt_num_heads={self.ttt_num_heads}` must divide `hidden_size={self.hidden_size}`; or set `ttt_head_dim`."
                 )
             self.ttt_head_dim = self.hidden_size // self.ttt_num_heads
         if self.ttt_num_heads * self.ttt_head_dim > 16 * self.hidden_size:
@@ -398,8 +398,8 @@ class MoshiTTTConfig(MoshiConfig):
         for frame in self.silence_codes or []:
             if len(frame) != self.num_user_codebooks or not all(0 <= code < self.audio_vocab_size for code in frame):
                 raise MoshiTTTError(
-                    f"`silence_codes` holds {frame}; each frame has {self.num_user_codebooks} codes from 0 to {self.audio_vocab_size - 1}, one a "
-                    "codebook of the user's; take them from the codec with `processor.silence_codes()`."
+                    f"`silence_codes` holds {frame}; each frame has {self.num_user_codebooks} codes from 0 to "
+                    f"{self.audio_vocab_size - 1}, one a codebook of the user's; take them from the codec with `processor.silence_codes()`."
                 )
         check_padding_ids(self.text_padding_ids)
         wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
@@ -478,8 +478,8 @@ class MoshiTTTConfig(MoshiConfig):
         trained = stored.get("ttt_inner_norm", "layer_norm")  # before 0.2 there was no other
         if stored.get("ttt_layers") and trained != inner_norm:
             raise MoshiTTTError(
-                f"`ttt_inner_norm={inner_norm!r}` is not what the TTT layers of {str(name_or_path)!r} were trained with ({trained!r}); leave the field "
-                "out, or, to train them on with another inner loss, change it in the checkpoint's config.json."
+                f"`ttt_inner_norm={inner_norm!r}` is not what the TTT layers of {str(name_or_path)!r} were trained with ({trained!r}); "
+                "leave the field out, or, to train them on with another inner loss, change it in the checkpoint's config.json."
             )
 
 

@@ -1,4 +1,4 @@
-"""The one kind of error that means: you can mend this. Everything else that is raised is a fault of this package or of what it stands on."""
+"""The one kind of error that means: you can mend this. All else that is raised is a fault of this package or of what it stands on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

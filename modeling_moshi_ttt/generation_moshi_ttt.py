@@ -143,7 +143,7 @@ class MoshiTTTGenerationMixin(GenerationMixin):
         return logits[:, 0], outputs.last_hidden_state[:, 0]
 
     def start_rows(self: Any, past_key_values: MoshiTTTCache) -> None:
-        """Give the rows of a cache that were reset their initial fast weights now, and not at their next frame (offloaded weights: then)."""
+        """Give rows of a cache that were reset their initial fast weights now, and not at their next frame (offloaded weights: then)."""
         state, layers = past_key_values.state, self.decoder.model.layers
         if state.reset_mask is None or any(parameter.is_meta for parameter in self.parameters()):
             return
@@ -317,6 +317,6 @@ def _frames_wanted(given: int, heard: int, new: int | None, longest: int | None)
     frames = given + new if new is not None else heard if longest is None else longest
     if frames == 0 or frames < given:
         raise MoshiTTTError(
-            f"nothing to generate: the prompt has {given} frames, `user_audio_codes` {heard}; give it longer than the prompt, or `max_new_tokens`."
+            f"nothing to generate: the prompt has {given} frames, `user_audio_codes` {heard}; give longer ones, or `max_new_tokens`."
         )
     return frames

@@ -27,7 +27,8 @@ HARMLESS = {"bos_token_id", "decoder_start_token_id", "transformers_version", "c
     "compile_config", "disable_compile", "prefill_chunk_size", "low_memory", "renormalize_logits", "remove_invalid_values",
 }  # fmt: skip
 # Arguments of transformers' `generate` that are no parameters of its configuration.
-UNSUPPORTED = {"inputs", "inputs_embeds", "assistant_model", "assistant_tokenizer", "negative_prompt_ids", "negative_prompt_attention_mask"} | {
+UNSUPPORTED = {
+    "inputs", "inputs_embeds", "assistant_model", "assistant_tokenizer", "negative_prompt_ids", "negative_prompt_attention_mask",
     "prefix_allowed_tokens_fn", "custom_generate",
 }  # fmt: skip
 # Those that change nothing, and what a processor's batch holds beside the frames.

@@ -105,7 +105,7 @@ def whole_weights(
         needed = torch.stack(trained) | (whole.numel() == 1)
         if not bool((whole.isfinite() & torch.where(needed, whole > 0, whole >= 0)).all()):
             raise MoshiTTTError(
-                f"`num_items_in_batch={whole.tolist()}` must be finite and above 0 where anything is trained; give the sum of `loss_weights` "
-                "over the whole batch, or its number of frames."
+                f"`num_items_in_batch={whole.tolist()}` must be finite and above 0 where anything is trained; give the sum of "
+                "`loss_weights` over the whole batch, or its number of frames."
             )
     return whole if whole.numel() == 2 else torch.cat([whole * weight for weight in frame_weights])

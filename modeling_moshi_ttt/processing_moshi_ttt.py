@@ -219,7 +219,7 @@ class MoshiTTTProcessor(ProcessorMixin):
         return BatchFeature({"input_ids": torch.tensor([ids]), "moshi_audio_codes": torch.cat(codes, -1), "user_audio_codes": user})
 
     def silence_codes(self) -> list[list[int]]:
-        """The codec's codes of digital silence after its first frame, [frames][K], up to where they repeat: `MoshiTTTConfig.silence_codes`."""
+        """The codec's codes of silence after its first frame, [frames][K], up to where they repeat: `MoshiTTTConfig.silence_codes`."""
         if self._silence is None:
             codes = self.encode_audio(torch.zeros(1, self.LONGEST_PIECE * self.frame_size))[0, :, 1:]  # [K, T]
             changes = (codes != codes[:, -1:]).any(dim=0).nonzero()
@@ -427,10 +427,11 @@ class MoshiTTTProcessor(ProcessorMixin):
         return said
 
     def check_model(self, config: Any) -> None:
-        """ValueError where a model's configuration has other ids of text padding: it would read words for silence, and silence for words."""
+        """ValueError where a model has other ids of text padding: it would read words for silence, and silence for words."""
         if list(config.text_padding_ids) != self.text_padding_ids:
             raise MoshiTTTError(
-                f"the model's `text_padding_ids={config.text_padding_ids}` differ from the processor's `text_padding_ids={self.text_padding_ids}`; "
+                f"the model's `text_padding_ids={config.text_padding_ids}` differ from the processor's "
+                f"`text_padding_ids={self.text_padding_ids}`; "
                 "take both from one checkpoint, or set the right ones in config.json or processor_config.json."
             )
 

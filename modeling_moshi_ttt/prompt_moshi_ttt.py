@@ -152,7 +152,7 @@ def _heard(user: Tensor, attention_mask: Any, said: Tensor) -> Tensor:
 
 
 def user_frames(config: Any, given: GivenFrames, frames: int, silence: bool) -> Tensor:
-    """`[B, K_user, frames]` what is heard: the user, and after the end the codec's silence, or nothing where that is not known or wanted."""
+    """`[B, K_user, frames]` what is heard: the user, then the codec's silence, or nothing where that is not known or wanted."""
     user = torch.nn.functional.pad(given.user, (0, max(frames - given.user.shape[-1], 0)), value=ZERO)[..., :frames]
     if not silence or config.silence_codes is None:
         return user

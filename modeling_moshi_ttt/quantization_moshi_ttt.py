@@ -103,7 +103,7 @@ def swap(model: nn.Module, keep_values: bool) -> None:
 
 
 class MoshiTTTInt8Config(QuantizationConfigMixin):
-    """`from_pretrained(..., quantization_config=MoshiTTTInt8Config())` loads a model for talking in int8; it is saved and loaded as such."""
+    """`from_pretrained(..., quantization_config=MoshiTTTInt8Config())` loads a model for talking in int8, which is saved as such."""
 
     def __init__(self, **kwargs: Any):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]

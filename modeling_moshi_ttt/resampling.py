@@ -105,7 +105,7 @@ class Resampler:
         right = tail.dim() == 2 and len(tail) == len(self.tail) and self.latency <= tail.shape[1] <= 2 * self.latency + 1
         if not right or not bool(tail.isfinite().all()) or offset.dim() or not 0 <= int(offset) < self.up:
             raise MoshiTTTError(
-                f"`tail` {tuple(tail.shape)} and `offset` {offset.tolist()} are not of {len(self.tail)} rows at these rates, or not finite; "
+                f"`tail` {tuple(tail.shape)} and `offset` {offset.tolist()} must be finite, of {len(self.tail)} rows at these rates; "
                 "load what `state_dict()` gave, unchanged."
             )
         self.tail, self.offset = tail, offset

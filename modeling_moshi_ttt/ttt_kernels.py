@@ -90,9 +90,10 @@ def is_supported(q: Tensor, weights: tuple[Tensor, ...]) -> str | None:
 
 
 def _too_large(b: int, dim: int, available: int) -> str | None:
-    """Why the kernels would not fit in a multiprocessor's shared memory; all fit in Hopper's, smaller ones take what was compiled to fit."""
+    """Why the kernels would not fit in a multiprocessor's shared memory; all fit in Hopper's, some in smaller ones."""
     if available < HOPPER_SHARED_BYTES and (dim > 64 or b > 16):
-        return f"the GPU has {available} bytes of shared memory; head dimension {dim} and mini-batch size {b} need Hopper's {HOPPER_SHARED_BYTES}"
+        need = f"head dimension {dim} and mini-batch size {b} need Hopper's {HOPPER_SHARED_BYTES}"
+        return f"the GPU has {available} bytes of shared memory; {need}"
     return None
 
 

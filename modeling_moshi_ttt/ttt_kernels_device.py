@@ -76,7 +76,7 @@ def inner_gradient_backward(d_grad, grad, normal, scale, residual, gamma, D: tl.
 
 @jit
 def bounded_share(token_weight, lr, c, causal):
-    """min(w_t, 1 / sum of lr_s c_s over s <= t) [BT], the bound on a step without the norm in the inner loss (`ttt_reference` derives it)."""
+    """min(w_t, 1 / sum of lr_s c_s over s <= t) [BT], the bound on a step without inner LayerNorm (`ttt_reference` derives it)."""
     load = tl.sum(tl.where(causal, (lr * c)[None, :], 0.0), 1)
     return token_weight / tl.maximum(token_weight * load, 1.0)
 

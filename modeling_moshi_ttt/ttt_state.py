@@ -20,7 +20,7 @@ TOKEN_NAMES = ("k", "v", "lr", "frames")
 
 
 class TTTInputs(NamedTuple):
-    """What an op takes beside its state; bodies that run whole mini-batches get their tokens as `[B, N, b, ...]` in place of `[B, T, ...]`."""
+    """What an op takes beside its state; bodies that run whole mini-batches get tokens as `[B, N, b, ...]` in place of `[B, T, ...]`."""
 
     q: Tensor  # [B, T, H, D]
     k: Tensor  # [B, T, H, D]

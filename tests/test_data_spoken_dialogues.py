@@ -1,4 +1,4 @@
-"""Dialogues that are made: what is held out stays out, codes and sound say the same, and every question can be answered from what was told."""
+"""Dialogues that are made: what is held out stays out, codes and sound say the same, every question can be answered from what was told."""
 
 import math
 import random

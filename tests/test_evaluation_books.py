@@ -77,7 +77,7 @@ def test_a_recording_has_both_sides_and_its_words(tmp_path, processor):
 
 
 def test_words_of_one_time_keep_their_order_in_every_path(tmp_path, processor):
-    """In training, in the processor and in evaluation: sorted by start alone, so that the later of two replaces what is left of the first."""
+    """In training, in the processor and in evaluation: sorted by start alone, so the later of two replaces what is left of the first."""
     write_audio(tmp_path / "talk.wav", noise(2.0, channels=2), 24000)
     words = (("he", (0.9, 1.2), "SPEAKER_MAIN"), ("you", (0.2, 0.6), "SPEAKER_MAIN"), ("are", (0.2, 0.5), "SPEAKER_MAIN"))
     recording = Recording(tmp_path / "talk.wav", 2.0, words)

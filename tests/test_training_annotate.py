@@ -37,7 +37,8 @@ def save_whisper(folder):
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_target_positions": 64}
     ends = {name: number["<|endoftext|>"] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = WhisperConfig(
-        vocab_size=len(tokenizer), decoder_start_token_id=number["<|startoftranscript|>"], begin_suppress_tokens=None, **sizes, **heads, **ends
+        vocab_size=len(tokenizer), decoder_start_token_id=number["<|startoftranscript|>"], begin_suppress_tokens=None,
+        **sizes, **heads, **ends
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
     said = {number["a"], number["b"], number["Ġ"], number["<|endoftext|>"], *range(number["<|notimestamps|>"] + 1, len(tokenizer))}

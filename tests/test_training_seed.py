@@ -55,7 +55,10 @@ def every_fresh_model(plain: str) -> dict[str, dict[str, str]]:
 def test_two_processes_make_the_same_model(tmp_path):
     """Each with an order of sets of its own, and after another number of draws."""
     plain = plain_moshi(tmp_path)
-    script = "import json, sys, torch, test_training_seed as t; torch.rand(int(sys.argv[2])); json.dump(t.every_fresh_model(sys.argv[1]), open(sys.argv[3], 'w'))"
+    script = (
+        "import json, sys, torch, test_training_seed as t; torch.rand(int(sys.argv[2])); "
+        "json.dump(t.every_fresh_model(sys.argv[1]), open(sys.argv[3], 'w'))"
+    )
     here = str(Path(__file__).parent)
     children = []
     for number in (1, 2):

@@ -1,4 +1,4 @@
-"""Tar shards, parquet files and data sets on the Hub: read as what they are, nothing leaves its folder, and every bad sample has its name."""
+"""Tar shards, parquet files and data sets on the Hub: read as what they are, nothing leaves its folder, every bad sample has its name."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: right in the interpreter, compiled for Hopper within its limits, and harmless where Triton is missing."""
+"""The Triton kernels without a GPU: right in the interpreter, compiled for Hopper within its limits, harmless where Triton is missing."""
 
 import inspect
 import json

@@ -83,7 +83,7 @@ def test_memory_kept_for_backward_is_the_tokens_own_and_one_state_a_group(mixer)
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_walking_the_weights_back_loses_no_precision(mixer):
-    """In float32, over 1,000 mini-batches with no kept weights in between, gradients are as near to float64's as with weights kept at each."""
+    """In float32, over 1,000 mini-batches with no weights kept in between, gradients are as near to float64's as with them kept at each."""
     values = make_inputs(mixer, 1, 1000, 2, 16, 1, dtype=torch.float32)
     exact = run_all(mixer, {name: x.detach().double().requires_grad_() for name, x in values.items()}, backend="scan")
 
@@ -98,7 +98,7 @@ def test_walking_the_weights_back_loses_no_precision(mixer):
 @pytest.mark.parametrize(("b", "group"), [(1, 1), (1, 16), (8, 1), (8, 16)])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_first_steps_far_larger_than_the_weights_lose_no_precision(mixer, b, group):
-    """(W - step) + step is not W where the step is a thousand times as large; the weights at a group's start are taken, not walked back to."""
+    """(W - step) + step is not W where the step is a thousand times as large; weights at a group's start are taken, not walked back to."""
     values = make_inputs(mixer, 1, 64, 2, 16, b, dtype=torch.float32)
     with torch.no_grad():
         values["lr"].add_(0.7)

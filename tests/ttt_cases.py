@@ -77,7 +77,8 @@ def layer_config(**changes) -> SimpleNamespace:
     """A small configuration with the fields that the layer reads."""
     fields = {
         "hidden_size": 24, "ttt_mixer": "mlp", "ttt_num_heads": 3, "ttt_head_dim": 8, "ttt_mini_batch_size": 4, "ttt_base_lr": 1.0,
-        "ttt_inner_norm": "layer_norm", "ttt_write_threshold": 0.0, "ttt_rope": "mini_batch", "ttt_norm_eps": 1e-6, "scan_checkpoint_group_size": 3, "ttt_implementation": "scan",
+        "ttt_inner_norm": "layer_norm", "ttt_write_threshold": 0.0, "ttt_rope": "mini_batch", "ttt_norm_eps": 1e-6, 
+        "scan_checkpoint_group_size": 3, "ttt_implementation": "scan",
     }  # fmt: skip
     assert changes.keys() <= fields.keys()
     return SimpleNamespace(**(fields | changes))

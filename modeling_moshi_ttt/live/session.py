@@ -285,7 +285,7 @@ class MoshiTTTSession:
         check_names("row", state, ["sample_rate", *(f"{part}.{name}" for part, tensors in parts.items() for name in tensors)])
         if int(state["sample_rate"]) != self.sample_rate:
             raise MoshiTTTError(
-                f"the saved row has `sample_rate={int(state['sample_rate'])}`, the session {self.sample_rate}; load it into one of its rate."
+                f"the row has `sample_rate={int(state['sample_rate'])}`, the session {self.sample_rate}; load it into one of its rate."
             )
         sound = self._silent()
         self._load_sound(sound, {name: tensor.to("cpu", copy=True) for name, tensor in parts["sound"].items()})

@@ -1,4 +1,4 @@
-"""Brings the peers' tests onto the path, and marks what does not apply: such a test must fail, and every entry of the list must meet one."""
+"""Brings the peers' tests onto the path, and marks what does not apply: such a test must fail, every entry of the list must meet one."""
 
 import os
 import sys
