@@ -1,10 +1,11 @@
 """The 7B model with random weights on one GPU: training with LoRA + TTT, and streaming, with and without its nine TTT-MLP layers.
 
-    python benchmarks/gpu_model.py [--json file] [--tiny | --cpu]
+    python benchmarks/gpu_model.py [--only training | streaming] [--simulated file] [--json file] [--tiny | --cpu]
 
 Training: bf16 weights, LoRA rank 128 on the temporal transformer and TTT in the last nine layers trained whole, activation checkpointing,
-AdamW, at 15 s x 1 and 100 s x 16. Streaming: one conversation, milliseconds a frame of 80 ms. The "without" columns are the same model with
-its TTT layers taken out, in the same run; the "scan" columns run TTT in torch. `--tiny` runs the same code on the CPU with a tiny model,
+AdamW, at 102.4 s x 4 and x 16; `--simulated` names what benchmarks/simulate.py wrote of the first, whose peak is printed beside the measured
+one. Streaming: one conversation, milliseconds a frame of 80 ms, eager and in a CUDA graph. The "without" columns are the same model with its
+TTT layers taken out, in the same run; the "scan" columns run TTT in torch. `--tiny` runs the same code on the CPU with a tiny model,
 `--cpu` streams with the 7B model on the CPU (17 GB of memory, five minutes) and trains nothing.
 """
 
@@ -138,6 +139,20 @@ def measure_streaming(model: MoshiTTTForConditionalGeneration, frames: int) -> d
     return found
 
 
+def measure_graph(model: MoshiTTTForConditionalGeneration, frames: int) -> float:
+    """Median milliseconds of a frame that is one graph: CUDA's on a GPU, torch.compile's alone elsewhere."""
+    model.compile_stream(1, backend="cudagraphs" if torch.cuda.is_available() else "eager")
+    stream, times = model.new_stream(batch_size=1), []
+    user = torch.randint(model.config.audio_vocab_size, (1, model.config.num_user_codebooks), device=model.device)
+    for _ in range(frames):
+        synchronize()
+        begin = time.perf_counter()
+        stream.step(user)
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times[frames // 4 :])
+
+
 def measure_training(
     model: MoshiTTTForConditionalGeneration, sizes: list[tuple[float, int]], rank: int, repeats: int
 ) -> list[dict[str, Any]]:
@@ -151,16 +166,28 @@ def measure_training(
         row["auto"] = training_step(adapted, inputs, repeats)
         with Without(model):
             row["without"] = training_step(adapted, inputs, repeats)
-        if number == 1:  # in torch only the small size, for its time
+        if number == sizes[0][1]:  # in torch only the small size, and once, for its time
             use(model, "scan")
-            row["scan"] = training_step(adapted, inputs, repeats)
+            row["scan"] = training_step(adapted, inputs, 1)
         row["added"] = row["auto"]["seconds"] / row["without"]["seconds"] - 1
         rows.append(row)
     return rows
 
 
+def print_streaming(model: MoshiTTTForConditionalGeneration, frames: int) -> dict[str, float]:
+    """A frame eager, then in a graph, each printed as soon as it is known."""
+    found = measure_streaming(model, frames)
+    words = "streaming, ms a frame:  with TTT {auto:.2f}  TTT in torch {scan:.2f}  without {without:.2f}  added {added:.1%}"
+    print(words.format(**found), flush=True)
+    found["graph"] = measure_graph(model, frames)
+    print(f"streaming, ms a frame in one graph:  with TTT {found['graph']:.2f}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("training", "streaming"))
+    parser.add_argument("--simulated", type=Path)
     parser.add_argument("--json", type=Path)
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
@@ -173,20 +200,17 @@ def main() -> None:
     model = make_model(args.tiny, "cpu" if args.cpu else "cuda")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}e9 parameters, of which TTT "
           f"{sum(p.numel() for n, p in model.named_parameters() if modes.is_ttt_parameter(n)) / 1e9:.2f}e9", flush=True)  # fmt: skip
-    streaming = measure_streaming(model, 8 if args.tiny else 40 if args.cpu else 200)
-    print(
-        "streaming, ms a frame:  with TTT {auto:.2f}  TTT in torch {scan:.2f}  without {without:.2f}  added {added:.1%}".format(
-            **streaming
-        ),
-        flush=True,
-    )
-    sizes, rank, repeats = ([(1.0, 1), (1.5, 2)], 4, 1) if args.tiny else ([(15.0, 1), (100.0, 16)], 128, 3)
-    rows = [] if args.cpu else measure_training(model, sizes, rank, repeats)
+    sizes, rank, repeats = ([(1.0, 1), (1.5, 2)], 4, 1) if args.tiny else ([(102.4, 4), (102.4, 16)], 128, 3)
+    streaming = {} if args.only == "training" else print_streaming(model, 8 if args.tiny else 40 if args.cpu else 200)
+    rows = [] if args.cpu or args.only == "streaming" else measure_training(model, sizes, rank, repeats)
     for row in rows:
         sides = "   ".join(
             f"{side} {row[side]['seconds']:.3f} s {row[side]['peak_gb']:.1f} GB" for side in ("auto", "scan", "without") if side in row
         )
-        print(f"LoRA + TTT step, {row['seconds_of_audio']:.0f} s x {row['rows']}:  {sides}   added {row['added']:.1%}", flush=True)
+        print(f"LoRA + TTT step, {row['seconds_of_audio']:.1f} s x {row['rows']}:  {sides}   added {row['added']:.1%}", flush=True)
+    if args.simulated:
+        simulated, measured = json.loads(args.simulated.read_text())["peak"] / 1e9, rows[0]["auto"]["peak_gb"]
+        print(f"memory of the first: measured {measured:.1f} GB, simulated {simulated:.1f} GB, ratio {measured / simulated:.2f}")
     if args.json:
         result = {
             "device": name,

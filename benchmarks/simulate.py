@@ -1,8 +1,8 @@
 """What the recipes take, without a card: memory a GPU by kind, host memory, checkpoints, operations, and time by the roofline.
 
     python benchmarks/simulate.py lora_ttt_7b [key=value ...] [--launch fsdp2_8gpu] [--world 8] [--card A100] [--json file]
-    python benchmarks/simulate.py --all         # every recipe, with the TTT kernels and in torch, into simulate.json, recipes and SIMULATED.md
-    python benchmarks/simulate.py --table       # what it takes, from simulate.json
+    python benchmarks/simulate.py --all [--card A100]      # every recipe, into simulate.json, the recipes' headers and SIMULATED.md
+    python benchmarks/simulate.py --table                  # what it takes, from simulate.json
 
 A recipe is launched as its own header says unless --launch names another accelerate configuration; --world replaces the number of processes.
 --card chooses whether the TTT layers run in the kernels (H100, H200) or in torch (A100 and RTX 4090, whose shared memory is too small for
@@ -21,10 +21,10 @@ from typing import Any
 
 from modeling_moshi_ttt.common.packaged import names, packaged, resolve
 from modeling_moshi_ttt.training.cards import CARDS, GB
-from modeling_moshi_ttt.training.dry_run import account, fits, verdict
+from modeling_moshi_ttt.training.dry_run import account, cure, fits, verdict
 from modeling_moshi_ttt.training.launch import Launch
 from modeling_moshi_ttt.training.run_config import load_run_config
-from modeling_moshi_ttt.training.simulate import Simulation, kernels_take, model_config, simulate
+from modeling_moshi_ttt.training.simulate import Simulation, simulate
 
 HERE = Path(__file__).parent
 NUMBERS, TABLE = HERE / "simulate.json", HERE / "SIMULATED.md"
@@ -59,33 +59,30 @@ def table(numbers: dict[str, Any]) -> str:
     """Recipe x card in Markdown."""
     rows = ["| recipe | launch | " + " | ".join(CARDS) + " |", "|---|---|" + "---|" * len(CARDS)]
     for recipe, found in numbers.items():
-        cells = []
+        run, launch, cells = load_run_config(recipe), Launch.read(found["launch"]), []
         for card in CARDS.values():
-            one = next(Simulation(**found[way]) for way in WAYS if way in found and card.name in found[way]["step_seconds"])
+            one = next((Simulation(**found[way]) for way in WAYS if way in found and card.name in found[way]["step_seconds"]), None)
+            if one is None:
+                cells.append("not simulated: TTT in torch")
+                continue
             speed = f"≤ {one.tokens / one.step_seconds[card.name]:,.0f} tokens/s"
-            run = load_run_config(recipe)
-            launch = Launch.read(found["launch"])
-            does = fits(one, card)
-            cells.append(f"{'fits' if does else 'does not fit'}, {one.peak / GB:.1f} GB" + (f", {speed}" if does else ""))
-            if not does:
-                cells[-1] += "; " + verdict(run, launch, one, card).split(". ", 1)[1]
+            memory = f"{one.peak / GB:.1f} GB"
+            cells.append(f"fits, {memory}, {speed}" if fits(one, card) else f"does not fit, {memory}. {cure(run, launch, one, card)}")
         rows.append(f"| `{recipe}` | `{found['launch']}`, {found['world']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def everything() -> dict[str, Any]:
-    """Every recipe, each simulation in a process of its own; kept as they come."""
-    numbers: dict[str, Any] = {}
+def everything(card: str) -> dict[str, Any]:
+    """Every recipe, each in a process of its own; kept as they come, beside those of the other way."""
+    numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
+    way = WAYS[0] if CARDS[card].shared >= CARDS[WAYS[0]].shared else WAYS[1]
     for recipe in names("train"):
         print(f"simulating {recipe}", flush=True)
         launch = launch_of(recipe)
-        config = model_config(load_run_config(recipe))
-        ways = WAYS if config.ttt_layers and not kernels_take(config, CARDS["A100"]) else WAYS[:1]
-        numbers[recipe] = {"launch": launch, "world": Launch.read(launch).processes}
-        for way in ways:
-            with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                subprocess.run([sys.executable, __file__, recipe, "--card", way, "--json", file.name], check=True)
-                numbers[recipe][way] = json.loads(Path(file.name).read_text())
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            subprocess.run([sys.executable, __file__, recipe, "--card", way, "--json", file.name], check=True)
+            found = {way: json.loads(Path(file.name).read_text())}
+        numbers[recipe] = numbers.get(recipe, {}) | {"launch": launch, "world": Launch.read(launch).processes} | found
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
 
@@ -112,7 +109,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_intermixed_args()
     if args.all or args.table:
-        numbers = everything() if args.all else json.loads(NUMBERS.read_text())
+        numbers = everything(args.card) if args.all else json.loads(NUMBERS.read_text())
         if args.all:
             write(numbers)
         print(table(numbers))

@@ -100,7 +100,7 @@ def test_a_fresh_start_needs_a_processor_by_either_name():
         ),
         (
             "train lora7.yaml",
-            "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_7b, spoken_recall, ttt_7b.",
+            "did you mean 'lora_7b'? The package holds demo, full_8gpu, long_context_lanes, lora_7b, lora_ttt_24gb, lora_ttt_7b, spoken_recall, ttt_7b.",
         ),
         ("train some/where/full-8gpu.yaml", "did you mean 'full_8gpu'?"),
         ("train recall", "recall: there is no such settings file"),

@@ -6,6 +6,7 @@ allocator's waste, how near a kernel comes to the roofline) is not in it; `cards
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ def simulate(run: RunConfig, launch: Launch | None = None, card: Card = CARDS["H
         trainer = _Trainer(run, model, None, None, accelerator)  # type: ignore[arg-type]
         trainer.follow(ledger)
         count = run.data.accumulation if trainer.memory.caches else min(run.data.accumulation, MICRO_BATCHES)
+        gc.collect()  # the weights before they were sharded
         trainer.make_moments()
         trainer.follow(ledger)
         ledger.forget_peak()
