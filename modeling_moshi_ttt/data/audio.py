@@ -26,7 +26,7 @@ from .containers import ContainerFile
 
 # Part of every key of what is kept of sounds, codes, scores and results: raise it when the samples read from a file change.
 READING = "sound-3"
-BLOCK = 2**16  # samples read at once
+BLOCK = 2**14  # samples read at once
 # Read from the start on: libsndfile's seek lands up to 25 ms off in an MP3, and on other samples than those asked for at the end of an Ogg.
 UNSOUGHT = ("MP3", "MPEG", "OGG")
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", *CONTAINERS)
