@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from modeling_moshi_ttt.data import audio, sound_worker
-from modeling_moshi_ttt.data.audio import audio_duration, read_audio, write_audio
-from modeling_moshi_ttt.data.sound_worker import in_worker
+from modeling_moshi_ttt.data import sound_worker
+from modeling_moshi_ttt.data.audio import audio_duration, audio_pieces, read_audio, write_audio
+from modeling_moshi_ttt.data.sound_worker import in_worker, pieces_in_worker
 
 
 def wav(rate: int) -> bytes:
@@ -22,6 +22,9 @@ def test_samples_and_errors_are_those_of_this_process(tmp_path):
     for arguments in ((24000,), (16000,), (24000, 0.05, 0.1)):
         np.testing.assert_array_equal(in_worker(read_audio, tmp_path / "a.wav", *arguments), read_audio(tmp_path / "a.wav", *arguments))
     assert in_worker(audio_duration, tmp_path / "a.wav") == audio_duration(tmp_path / "a.wav")
+    pieces = list(pieces_in_worker(audio_pieces, tmp_path / "a.wav", 24000, 0.05))
+    assert len(pieces) > 1
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), read_audio(tmp_path / "a.wav"))
     with pytest.raises(FileNotFoundError, match=r"gone\.wav"):
         in_worker(read_audio, tmp_path / "gone.wav")
     (tmp_path / "zero.wav").write_bytes(wav(0))  # at which a decoder written in Rust panics
@@ -29,6 +32,8 @@ def test_samples_and_errors_are_those_of_this_process(tmp_path):
         with pytest.raises(ValueError, match=r"zero\.wav"):
             in_worker(function, tmp_path / "zero.wav")
     assert len(sound_worker._idle) == 1  # one worker has heard it all
+    next(pieces_in_worker(audio_pieces, tmp_path / "a.wav", 24000, 0.05))  # left before its end: that worker goes
+    np.testing.assert_array_equal(in_worker(read_audio, tmp_path / "a.wav"), read_audio(tmp_path / "a.wav"))
 
 
 def test_a_worker_that_dies_is_named_by_its_file_and_another_takes_its_place(tmp_path, monkeypatch):
@@ -42,4 +47,3 @@ def test_a_worker_that_dies_is_named_by_its_file_and_another_takes_its_place(tmp
     monkeypatch.setattr(sound_worker, "SECONDS", 0.2)
     with pytest.raises(ValueError, match="did not end within 0.2 s"):
         in_worker(read_audio, tmp_path / "a.wav")
-    assert audio.READING

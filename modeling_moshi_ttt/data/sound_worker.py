@@ -12,7 +12,8 @@ import resource
 import select
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from .. import errors_moshi_ttt as errors
 MEMORY = 4 << 30  # bytes beyond what the worker takes when it starts
 SECONDS = 120.0  # in which an answer must begin
 ROOT = Path(__file__).parents[2]
+END = object()  # after the last of several answers
 _idle: list[Worker] = []
 _owner = os.getpid()  # a forked process must not share a worker with its parent
 
@@ -31,42 +33,74 @@ class Worker:
     """A process that waits for sounds to decode."""
 
     def __init__(self) -> None:
+        self.busy, self.path = False, ""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
 
-    def ask(self, function: str, arguments: list[Any]) -> Any:
-        """What the function of `data.audio` returns.
+    def ask(self, function: str, path: str, arguments: tuple[Any, ...]) -> None:
+        """Have a function of `data.audio` run."""
+        self.path = path
+        self.send(json.dumps([function, [path, *arguments]]))
+
+    def send(self, line: str) -> None:
+        sent = self.process.stdin
+        assert sent is not None
+        sent.write(line.encode() + b"\n")
+        sent.flush()
+
+    def answer(self) -> Any:
+        """What it returns, or the next of what it yields, END after the last.
 
         Raises:
             MoshiTTTError: its own errors; the worker died, or did not answer in time.
         """
-        sent, received = self.process.stdin, self.process.stdout
-        assert sent is not None
+        received = self.process.stdout
         assert received is not None
-        sent.write(json.dumps([function, arguments]).encode() + b"\n")
-        sent.flush()
         ready, _, _ = select.select([received], [], [], SECONDS)
         answer = json.loads(received.readline() or "null") if ready else None
         if answer is None:
             self.stop()
             why = f"its decoder ended with {self.process.returncode}" if ready else f"its decoder did not end within {SECONDS:g} s"
-            raise errors.MoshiTTTError(f"{arguments[0]}: the sound cannot be read ({why}); leave the file out.")
+            raise errors.MoshiTTTError(f"{self.path}: the sound cannot be read ({why}); leave the file out.")
         if "error" in answer:
+            self.busy = False
             raise getattr(errors, answer["error"])(answer["message"])
+        self.busy = bool(answer.get("more"))
         if "shape" in answer:
             data = received.read(int(np.prod(answer["shape"])) * 4)
             return np.frombuffer(data, np.float32).reshape(answer["shape"])
-        return answer["value"]
+        return answer.get("value", END)
 
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # a question that it has not taken
+                    stream.close()
+
+
+@contextmanager
+def _asked(function: Callable[..., Any], path: str | os.PathLike[str], arguments: tuple[Any, ...]) -> Iterator[Worker]:
+    """A worker that has begun; afterwards it waits for the next sound, unless it has not answered to the end."""
+    global _idle, _owner
+    if os.getpid() != _owner:
+        _idle, _owner = [], os.getpid()
+    worker = _idle.pop() if _idle else Worker()
+    worker.busy = True
+    try:
+        worker.ask(function.__name__, str(path), arguments)
+        yield worker
+    except BrokenPipeError:
+        raise errors.MoshiTTTError(f"{path}: the sound cannot be read (its decoder was gone); run the same command again.") from None
+    finally:
+        if worker.busy:
+            worker.stop()
+        else:
+            _idle.append(worker)
 
 
 def in_worker(function: Callable[..., Any], path: str | os.PathLike[str], *arguments: float | None) -> Any:
@@ -75,22 +109,20 @@ def in_worker(function: Callable[..., Any], path: str | os.PathLike[str], *argum
     Raises:
         MoshiTTTError: the function's own; the file killed its worker, by a limit or by a fault of a decoder.
     """
-    global _idle, _owner
-    if os.getpid() != _owner:
-        _idle, _owner = [], os.getpid()
-    worker = _idle.pop() if _idle else Worker()
-    answer = None
-    try:
-        answer = worker.ask(function.__name__, [str(path), *arguments])
-        return answer
-    except errors.MoshiTTTError:
-        answer = worker.process.returncode is None or None
-        raise
-    finally:
-        if answer is None:
-            worker.stop()
-        else:
-            _idle.append(worker)
+    with _asked(function, path, arguments) as worker:
+        return worker.answer()
+
+
+def pieces_in_worker(function: Callable[..., Any], path: str | os.PathLike[str], *arguments: float | None) -> Iterator[np.ndarray]:
+    """As `in_worker`, of a function that yields pieces of samples: one after the other, each when it is asked for.
+
+    Raises:
+        MoshiTTTError: as `in_worker`.
+    """
+    with _asked(function, path, arguments) as worker:
+        while (piece := worker.answer()) is not END:
+            yield piece
+            worker.send("go on")  # one answer at a time is on its way
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -101,19 +133,30 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in requests:
         name, arguments = json.loads(line)
-        data = b""
         try:
             found = getattr(audio, name)(*arguments)
-            answer: dict[str, Any] = {"value": found}
-            if isinstance(found, np.ndarray):
-                answer, data = {"shape": list(found.shape)}, np.ascontiguousarray(found, np.float32).tobytes()
+            for piece in found if isinstance(found, Iterator) else ():
+                _send(answers, piece, more=True)
+                requests.readline()  # "go on"
+            _send(answers, END if isinstance(found, Iterator) else found)
+            continue
         except errors.MoshiTTTError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
         except BaseException as error:  # a decoder's panic, or no memory left: of the file, whatever it is called
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             answer = {"error": "MoshiTTTError", "message": f"{arguments[0]}: the sound cannot be read ({reason}); leave the file out."}
-        answers.write(json.dumps(answer).encode() + b"\n" + data)
+        answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
+
+
+def _send(answers: BinaryIO, found: Any, more: bool = False) -> None:
+    data = b""
+    if isinstance(found, np.ndarray):
+        answer, data = {"shape": list(found.shape), "more": more}, np.ascontiguousarray(found, np.float32).tobytes()
+    else:
+        answer = {} if found is END else {"value": found}
+    answers.write(json.dumps(answer).encode() + b"\n" + data)
+    answers.flush()
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def build_model(settings: ModelSettings, seed: int, empty: bool = False) -> Mosh
     else:
         try:
             model = load_model(path, dtype, **settings.config_changes)
-        except (SafetensorError, RuntimeError) as error:
+        except (MoshiTTTError, SafetensorError, RuntimeError) as error:
             reason = f"{str(error).splitlines()[0]}); `moshi-ttt verify {settings.path}` says more."
             raise MoshiTTTError(f"model.path is {settings.path}, whose weights cannot be loaded ({reason}") from error
     if settings.activation_checkpointing:
