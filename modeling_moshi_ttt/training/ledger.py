@@ -46,6 +46,7 @@ class Ledger(TorchDispatchMode):
     A storage is of the kind that `mark` gave it, "unsharded" where FSDP2 or a collective made or resized it, and else "activations".
 
     Attributes:
+        paused: takes nothing in.
         peak: bytes held at once at most, since `forget_peak`. at_peak: of each kind then.
         costs: how often each `Cost` came up. sent: bytes that collectives moved, of each of them.
         operations: how many there were.
@@ -53,6 +54,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.paused = False
         self.held: Counter[str] = Counter()
         self.total = self.peak = self.operations = 0
         self.at_peak: dict[str, int] = {}
@@ -97,6 +99,8 @@ class Ledger(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1 if args[0].dtype != torch.bool else not getattr(args[0], _ANY, False)
         out = func(*args, **(kwargs or {}))
+        if self.paused:
+            return out
         if func is _aten.any.default:
             setattr(out, _ANY, True)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]

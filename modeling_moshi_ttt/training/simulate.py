@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
 from .. import frames_moshi_ttt, ttt_kernels, ttt_ops
 from ..configuration_moshi_ttt import MoshiTTTConfig
@@ -50,7 +51,7 @@ PRODUCTS = {"mlp_forward": 8, "mlp_backward": 20, "linear_forward": 3, "linear_b
 class Simulation:
     """What one rank of a run needs; bytes, and seconds of a step.
 
-    peak: of all tensors on the card, and `by_kind` what they are then (see `ledger.KINDS`). host_start, host_save: of a node's memory, to
+    peak: of all tensors on the card, and `by_kind` what they are then (of `ledger.KINDS`). host_start, host_save: of a node's memory, to
     load the model and to write a checkpoint. checkpoint: on disk, over all ranks. staged: copied from a card while training stands.
     flops, moved, sent: of a step on one card, its memory and its links. step_seconds: by the roofline of each card, TTT kernels where they
     fit. tokens: of a step over all ranks.
@@ -232,10 +233,25 @@ def _stand_ins(ledger: Ledger, config: MoshiTTTConfig, card: Card) -> Iterator[N
             (ttt_ops, "_choose_way", lambda *_: "triton" if kernels_take(config, card) else "scan"),
             (trainer_module, "CheckpointFolder", mock.Mock()),
             (nn.Module, "to", lambda self, *_, **__: self),  # it is where it should be, and a fake parameter cannot be exchanged
+            (ShardingPropagator, "_propagate_tensor_meta_non_cached", _uncounted(ledger)),
             (FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata),  # by which accelerate tells weights apart
         ):
             stack.enter_context(mock.patch.object(place, name, other))
         yield
+
+
+def _uncounted(ledger: Ledger) -> Callable[..., Any]:
+    """How DTensor finds the shape of a whole result: with fake tensors of its own, which no card holds."""
+    real = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(*arguments: Any) -> Any:
+        ledger.paused = True
+        try:
+            return real(*arguments)
+        finally:
+            ledger.paused = False
+
+    return propagate
 
 
 def _counted(
