@@ -5,9 +5,14 @@ Losses come as (sum, weight), so that sums over micro-batches, ranks and windows
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .errors_moshi_ttt import MoshiTTTError
 from .tokens_moshi_ttt import IGNORED
+
+# Logits beyond this number are taken in pieces, each computed again in backward: a whole float32 copy and its log-softmax, which are
+# not kept then, are 1.3 GB for the text of 4 x 102.4 s.
+CHUNK = 1 << 24
 
 
 def text_weights(labels: torch.Tensor, padding_ids: list[int], padding_weight: float) -> torch.Tensor:
@@ -40,9 +45,18 @@ def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: 
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     targets = labels.masked_fill(labels < 0, IGNORED).flatten()
-    losses = F.cross_entropy(logits.flatten(0, -2).to(dtype), targets, ignore_index=IGNORED, reduction="none")
-    weights = weights.flatten().to(dtype)
-    return (losses * weights).sum(), weights.sum()
+    scores, weights = logits.flatten(0, -2), weights.flatten().to(dtype)
+    if torch.compiler.is_compiling() or scores.numel() <= CHUNK:
+        return _weighted_sum(scores, targets, weights), weights.sum()
+    rows = max(CHUNK // scores.shape[-1], 1)
+    chunks = zip(scores.split(rows), targets.split(rows), weights.split(rows))
+    return torch.stack([checkpoint(_weighted_sum, *chunk, use_reentrant=False) for chunk in chunks]).sum(), weights.sum()
+
+
+def _weighted_sum(scores: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum over rows of scores `[N, card]`, in the dtype of the weights `[N]`."""
+    losses = F.cross_entropy(scores.to(weights.dtype), targets, ignore_index=IGNORED, reduction="none")
+    return (losses * weights).sum()
 
 
 def mean_loss(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

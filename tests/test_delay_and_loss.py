@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from modeling_moshi_ttt import loss_moshi_ttt
 from modeling_moshi_ttt.delay_pattern import delay, last_frames, undelay, undelay_mask
 from modeling_moshi_ttt.loss_moshi_ttt import audio_weights, mean_loss, text_weights, weighted_cross_entropy
 
@@ -85,3 +86,28 @@ def test_nothing_to_train_is_a_loss_of_zero_with_a_gradient_of_zero():
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_are_taken_in_pieces_that_keep_nothing(monkeypatch, dtype):
+    """The same loss and gradient, and beside the logits themselves next to nothing kept for backward."""
+    logits, labels = torch.randn(3, 40, 500).to(dtype), torch.randint(-1, 500, (3, 40))
+    weights = torch.rand(3, 40) * (labels >= 0)
+    found, kept = [], []
+    for chunk in (1 << 24, 500 * 7):
+        monkeypatch.setattr(loss_moshi_ttt, "CHUNK", chunk)
+        own, storages = logits.clone().requires_grad_(), {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total, weight = weighted_cross_entropy(own, labels, weights)
+        kept.append(sum(size for place, size in storages.items() if place != own.untyped_storage().data_ptr()))
+        total.backward()
+        found.append((total.item(), weight.item(), own.grad))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-6)
+    assert torch.allclose(found[0][2], found[1][2], rtol=1e-5, atol=1e-7)
+    assert kept[0] >= logits.numel() * 4
+    assert kept[1] < kept[0] / 20

@@ -1,7 +1,6 @@
 """Two machines of two processes each, as examples/slurm.sh starts them, here on one: one machine dies, both start again."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import node
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def launch(folder, machine, port):
-    """One machine's launcher with the multi-node file, in a process group of its own."""
+    """One machine's launcher with the multi-node file."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--num_machines", "2", "--num_processes", "4"]
     command += ["--config_file", str(ROOT / "configuration" / "accelerate" / "fsdp2_multi_node.yaml"), "--machine_rank", str(machine)]
     command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), str(Path(node.__file__)), str(folder)]
@@ -32,7 +32,13 @@ def launch(folder, machine, port):
         "CUDA_VISIBLE_DEVICES": "",
     }
     log = (folder / f"node{machine}.log").open("ab")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def kill(machine):
+    """The launcher and its processes, which have sessions of their own, all at once as a power cut does."""
+    for process in [*psutil.Process(machine.pid).children(recursive=True), machine]:
+        process.kill()
 
 
 def free_port():
@@ -57,7 +63,7 @@ def test_a_machine_that_dies_costs_no_step_but_the_one_it_was_in(tmp_path):
     nodes = [launch(tmp_path / "b", machine, port) for machine in range(2)]
     try:
         wait_for(lambda: checkpoints.steps() and checkpoints.steps()[-1] >= 2, nodes)
-        os.killpg(nodes[1].pid, signal.SIGKILL)
+        kill(nodes[1])
         assert nodes[0].wait(120) != 0  # its processes lost their peers
         reached = checkpoints.steps()[-1]
         assert not (tmp_path / "b" / "weights.safetensors").exists()
@@ -67,7 +73,7 @@ def test_a_machine_that_dies_costs_no_step_but_the_one_it_was_in(tmp_path):
     finally:
         for process in nodes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
     assert 2 <= reached < node.STEPS
     (tmp_path / "a").mkdir()
     run_ranks(4, "fsdp", lambda rank: node.train(tmp_path / "a", Accelerator()))

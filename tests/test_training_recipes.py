@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
+from modeling_moshi_ttt.tokens_moshi_ttt import FRAME_RATE
 from modeling_moshi_ttt.training import modes, setup
 from modeling_moshi_ttt.training.run_config import load_run_config
 from modeling_moshi_ttt.training.train import train
@@ -37,6 +38,10 @@ def test_recipe_builds_the_tiny_model(path):
     groups = modes.parameter_groups(adapted.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
     assert sum(p.numel() for group in groups for p in group["params"]) > 0
     assert model.config.ttt_layers == ([] if run.mode == "lora" else model.config.ttt_layers)
+    if run.model.ttt.get("ttt_layers") and not run.curriculum:  # no mini-batch is torn by the end of a window
+        assert (
+            round(run.data.window_seconds * FRAME_RATE) % model.config.ttt_mini_batch_size == 0 or "each is one window" in path.read_text()
+        )
     (recipe, launch) = re.search(r"#   moshi-ttt train (\w+) --launch (\w+)\n", path.read_text()).groups()
     assert recipe == path.stem
     assert launch in {other.stem for other in LAUNCHES}

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from ranks import run_ranks
+from ranks import FSDP, run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from training_runs import make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt import MoshiTTTConfig, MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.training import modes, setup
-from modeling_moshi_ttt.training.checkpoint import full_state
 from modeling_moshi_ttt.training.run_config import LoraSettings, ModelSettings
 
 TTT = {"ttt_layers": "all", "ttt_mixer": "mlp"}
@@ -85,7 +85,7 @@ def test_two_ranks_make_the_same_model(tmp_path, kind):
         run = make_run(tmp_path / "run", "lora+ttt", seed=7)
         recordings = make_recordings(tmp_path / f"codes{rank}", [9, 9, 9, 9], model.config)
         trainer = make_trainer(run, recordings, model, accelerator=Accelerator(cpu=kind != "fsdp"))
-        whole = full_state(trainer.model)
+        whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True))
         save_file(whole, tmp_path / f"{rank}.safetensors")
 
     run_ranks(2, kind, work)
@@ -96,3 +96,33 @@ def test_two_ranks_make_the_same_model(tmp_path, kind):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("mode", ["full", "lora+ttt"])
+def test_one_rank_reads_the_weights_and_sends_them(tmp_path, monkeypatch, mode):
+    """As the FSDP launch files say: the other rank holds nothing until it gets its shards, of fresh TTT layers and LoRA too."""
+    plain = plain_moshi(tmp_path)
+    monkeypatch.setitem(FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+
+    def work(rank):
+        accelerator = Accelerator()
+        empty = setup.is_sent_weights(accelerator)
+        assert empty == (rank == 1)
+        model = setup.build_model(ModelSettings(path=plain, ttt=TTT, activation_checkpointing=False), 7, empty)
+        run = make_run(tmp_path / "run", mode, optim={"steps": 2}, seed=7)
+        recordings = make_recordings(tmp_path / f"codes{rank}", [9, 9, 9, 9], model.config)
+        assert all(p.is_meta == empty for p in setup.adapt(model, run).parameters())
+        model = setup.build_model(ModelSettings(path=plain, ttt=TTT, activation_checkpointing=False), 7, empty)
+        trainer = make_trainer(run, recordings, model, accelerator=accelerator)
+        options = StateDictOptions(full_state_dict=True)
+        save_file(get_model_state_dict(trainer.model, options=options), tmp_path / f"{rank}.safetensors")
+        trainer.fit()
+        assert trainer.progress.bad_steps == 0
+
+    run_ranks(2, "fsdp", work)
+    model = setup.build_model(ModelSettings(path=plain, ttt=TTT, activation_checkpointing=False), 7)
+    expected = setup.adapt(model, make_run(tmp_path, mode, seed=7)).state_dict()
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

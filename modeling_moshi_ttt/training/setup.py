@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, init_empty_weights
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -92,16 +92,22 @@ def model_config(settings: ModelSettings) -> MoshiTTTConfig:
     return MoshiTTTConfig.from_pretrained(path, **settings.config_changes)
 
 
-def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGeneration:
+def build_model(settings: ModelSettings, seed: int, empty: bool = False) -> MoshiTTTForConditionalGeneration:
     """The model with its weights. Fresh ones are the same for the same seed in every process: all of them where the path is a
     config.json, and the TTT layers that a checkpoint lacks.
+
+    Args:
+        empty: leave the weights on the meta device, for a process that is sent its part of them (see `is_sent_weights`).
 
     Raises:
         ValueError, FileNotFoundError: as in `model_config`; weights that cannot be loaded.
     """
     config, dtype, path = model_config(settings), getattr(torch, settings.dtype), resolve("model", settings.path)
     set_seed(seed)
-    if path.endswith(".json"):
+    if empty:
+        with init_empty_weights(include_buffers=False):
+            model = MoshiTTTForConditionalGeneration(config).to(dtype)
+    elif path.endswith(".json"):
         model = MoshiTTTForConditionalGeneration(config).to(dtype)
     else:
         try:
@@ -112,6 +118,12 @@ def build_model(settings: ModelSettings, seed: int) -> MoshiTTTForConditionalGen
     if settings.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def is_sent_weights(accelerator: Accelerator) -> bool:
+    """Whether rank 0 sends this process its shards: under FSDP with fsdp_cpu_ram_efficient_loading, where one process a node reads."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    return plugin is not None and bool(plugin.cpu_ram_efficient_loading) and not accelerator.is_local_main_process
 
 
 def adapt(model: MoshiTTTForConditionalGeneration, run: RunConfig) -> Any:

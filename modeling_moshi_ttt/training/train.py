@@ -7,10 +7,11 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..common.files import make_folder
 from ..common.lock import locked
@@ -74,15 +75,19 @@ def launch(launch_file: str, arguments: list[str]) -> int:
         raise MoshiTTTOSError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the launcher, which inherits it
-    process = subprocess.Popen([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], start_new_session=True)
+    process = psutil.Popen([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], start_new_session=True)
     signal.signal(signal.SIGUSR1, before)
     with stop_requests() as request:
         while True:
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            with contextlib.suppress(psutil.TimeoutExpired, KeyboardInterrupt):
                 code = process.wait(timeout=1)
                 return 128 + request.signal if code and request.signal else code
-            if request.signal:  # again, where they were still starting
-                os.killpg(process.pid, signal.SIGTERM if request.repeated else signal.SIGUSR1)
+            if request.repeated:
+                process.terminate()
+            elif request.signal:  # again and again, for those that were still starting
+                for child in process.children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.send_signal(signal.SIGUSR1)
 
 
 def train(config: RunConfig) -> Path:
@@ -109,7 +114,7 @@ def train(config: RunConfig) -> Path:
         held.callback(accelerator.wait_for_everyone)
         _lock(run_dir, accelerator, held)
         train_set, held_out, processor = _load_data(config, model_config, accelerator)
-        model = setup.build_model(config.model, config.seed)
+        model = setup.build_model(config.model, config.seed, empty=setup.is_sent_weights(accelerator))
         processor.complete(model.config)
         model = setup.adapt(model, config)
         if accelerator.is_main_process:
@@ -144,13 +149,12 @@ def _lock(run_dir: Path, accelerator: Any, held: contextlib.ExitStack) -> None:
 
 
 def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
-    """Prepared training and held-out sets (encoded by the main process, then read by all), and the processor."""
+    """Prepared training and held-out sets, and the processor."""
     from tqdm import tqdm
 
     from ..data.codes import CodesCache
     from ..data.spoken_dialogues import phrasebook
     from . import setup
-    from .windows import prepare_set
 
     processor = setup.load_processor(config.model)
     processor.check_model(model_config)
@@ -159,13 +163,27 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
     def progress(items: Any) -> Any:
         return tqdm(items, desc="encoding", disable=not accelerator.is_main_process)
 
-    with accelerator.main_process_first():
-        if config.dialogues is not None:
+    if config.dialogues is not None:
+        with accelerator.main_process_first():
             train_set: Any = phrasebook(config.dialogues, processor, cache.folder, progress)
-        else:
-            train_set = prepare_set(config.data.train, config.data, cache, progress)
-        held_out = None if config.data.evaluation is None else prepare_set(config.data.evaluation, config.data, cache, progress)
+    else:
+        train_set = _prepare(config.data.train, config, cache, accelerator, progress)
+    held_out = None if config.data.evaluation is None else _prepare(config.data.evaluation, config, cache, accelerator, progress)
     return train_set, held_out, processor
+
+
+def _prepare(sources: str, config: RunConfig, cache: Any, accelerator: Any, progress: Any) -> Any:
+    """A prepared set, of which each process has encoded its share, so that none waits for another's hours of work."""
+    from ..data.sources import read_sources
+    from .windows import prepare_set
+
+    if accelerator.num_processes > 1:
+        with accelerator.main_process_first():  # what has to be downloaded or unpacked
+            found = read_sources(sources, config.data, cache.store, [])
+        recordings = [recording for source in found for recording in source.recordings]
+        list(cache.prepare(progress(recordings[accelerator.process_index :: accelerator.num_processes]), []))  # problems are told below
+        accelerator.wait_for_everyone()
+    return prepare_set(sources, config.data, cache, progress)
 
 
 def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:

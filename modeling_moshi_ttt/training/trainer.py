@@ -76,9 +76,10 @@ class Trainer:
         self.config = self.bare.config
         self.window = max(round(run.data.window_seconds * FRAME_RATE), 1)
         sharded = accelerator.distributed_type == DistributedType.FSDP
-        optimizer = modes.make_optimizer(model.named_parameters(), run.optim, sharded)
-        self.model, self.wrapped_optimizer = accelerator.prepare(model, optimizer)
-        self.optimizer = getattr(self.wrapped_optimizer, "optimizer", self.wrapped_optimizer)
+        # accelerate takes a model and an optimizer together, and finds the sharded parameters by their old ones' addresses; those on the
+        # meta device have none, so the optimizer that counts is made of what has come out
+        self.model, _ = accelerator.prepare(model, modes.make_optimizer(model.named_parameters(), run.optim, sharded))
+        self.optimizer = modes.make_optimizer(self.model.named_parameters(), run.optim, sharded)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.memory = LaneMemory(self.bare, run.data.carry, run.data.accumulation, run.data.batch_size)
         self.rows = run.data.batch_size * run.data.accumulation * accelerator.num_processes
@@ -217,6 +218,7 @@ class Trainer:
             if batch.asked is not None:
                 parts[2] += (output.logits.argmax(dim=-1) == batch.text_labels)[batch.asked].sum()
                 parts[3] += batch.asked.sum()
+        del output  # its logits: backward needs the room
         # DDP and FSDP divide by the number of processes, but the losses are divided by the whole step's weight already
         self.accelerator.backward(total * self.accelerator.num_processes)
         self.memory.leave(micro)
