@@ -146,8 +146,11 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         log_with=run.trackers or None,
         project_dir=run.run_dir,
         step_scheduler_with_optimizer=False,
-        # several windows may pass before one backward: buffers must not be rewritten in between
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[
+            # several windows may pass before one backward: buffers must not be rewritten in between; gradients lie in DDP's buckets alone
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:

@@ -230,11 +230,9 @@ class Trainer:
         return [(self.run.seed, self.progress.step, first + row, turn) for row in range(self.run.data.batch_size)]
 
     def _sync(self, last: bool) -> Any:
-        """Gradients travel between ranks in the last micro-batch only."""
-        if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2
-            self.model.set_requires_gradient_sync(last)
-            return contextlib.nullcontext()
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        """Gradients travel between ranks in the last micro-batch only; under FSDP2 in each, for until then they would be held whole."""
+        sharded = hasattr(self.model, "set_requires_gradient_sync")
+        return contextlib.nullcontext() if last or sharded else self.accelerator.no_sync(self.model)
 
     def _clip(self) -> torch.Tensor:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
