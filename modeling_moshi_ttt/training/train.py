@@ -109,7 +109,7 @@ def train(config: RunConfig) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
-    with stop_requests() as request, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
         accelerator = setup.make_accelerator(config)
         held.callback(accelerator.wait_for_everyone)
         _lock(run_dir, accelerator, held)
@@ -123,7 +123,8 @@ def train(config: RunConfig) -> Path:
         from .trainer import Trainer
 
         trainer = Trainer(config, model, train_set, held_out, accelerator)
-        trainer.fit(request)
+        with stop_requests() as request:  # before and after, a signal ends the process at once, and nothing is lost
+            trainer.fit(request)
         if final_step(run_dir) != config.optim.steps:
             _finish(trainer, processor, run_dir)
         elif accelerator.is_main_process:
