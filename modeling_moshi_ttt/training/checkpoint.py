@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from ..common.files import check_manifest, parse_json, tensors_written, write_manifest
+from ..common.files import check_manifest, parse_json, sha256, tensors_written, write_manifest
 from ..common.run_folder import FORMAT, check_format
 from ..errors_moshi_ttt import MoshiTTTError
 
@@ -230,11 +230,11 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     """
     parameters = trainable(model)
     state = read_state(path)
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    saved = reader.read_metadata().state_dict_metadata
     if "format" not in state and not (path / "model.safetensors").exists():
         _restore_parts(path, parameters, optimizer, state)
         return
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
     _check_weights({key: entry.size for key, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}, parameters)
     tensors: Tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     for key, entry in saved.items():
@@ -288,8 +288,7 @@ def _restore_parts(path: Path, parameters: dict[str, nn.Parameter], optimizer: A
         parameter = parameters.get(name.partition(MOMENT)[0])
         if kind not in ("model", "optimizer") or parameter is None:
             continue
-        sharded = isinstance(parameter, DTensor) and (value.dim() > 0)
-        tensors[name] = _as_shard(parameter, value) if sharded else value
+        tensors[name] = _as_shard(parameter, value) if value.dim() > 0 else value
     _check_weights({name: tensor.shape for name, tensor in tensors.items()}, parameters)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
@@ -298,6 +297,9 @@ def _restore_parts(path: Path, parameters: dict[str, nn.Parameter], optimizer: A
 
 
 def _as_shard(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """A rank's part as what its parameter is: a shard of the whole, or the whole."""
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device)
     return DTensor.from_local(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
@@ -323,14 +325,16 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         self.written = written
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        files = {f"rank-{self.rank}.safetensors": save(self.own)}
-        if self.rank == 0:
-            files[STATE] = self.state.encode()
+        own = Path(self.path) / f"rank-{self.rank}.safetensors"
         with tensors_written(Path(self.path)):
             results = super().write_data(plan, planner).value()
-            for name, content in files.items():
-                with self.fs.create_stream(Path(self.path) / name, "wb") as file:
-                    file.write(content)
+            save_file(self.own, own)  # by itself, for a lane's memory is large and need not lie in one piece before it is written
+            with own.open("rb") as file:
+                os.fsync(file.fileno())
+            self.fs.digests[own.name] = {"size": own.stat().st_size, "sha256": sha256(own)}
+            if self.rank == 0:
+                with self.fs.create_stream(Path(self.path) / STATE, "wb") as file:
+                    file.write(self.state.encode())
                     file.flush()
                     os.fsync(file.fileno())
         future: Future[list[WriteResult]] = Future()
