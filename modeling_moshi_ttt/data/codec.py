@@ -16,7 +16,7 @@ from ..common.packaged import resolve
 from ..errors_moshi_ttt import MoshiTTTError
 
 # Part of every key: raise it when the way of encoding changes.
-LAYOUT = "codes-1 sound-2"
+LAYOUT = "codes-1 sound-2"  # as version 0.2.0 spelled it, whose codes are taken over
 PIECE = 125  # frames encoded at once
 
 
