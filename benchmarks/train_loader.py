@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from modeling_moshi_ttt.data.prepared import Prepared, PreparedSet
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.tokens_moshi_ttt import FRAME_RATE
-from modeling_moshi_ttt.training.run_config import DataSettings
-from modeling_moshi_ttt.training.windows import Loader, Prepared, PreparedSet, WindowReader, make_plan
+from modeling_moshi_ttt.training.windows import Loader, WindowReader, make_plan
 
 DELAYS = [0, 1, 1, 1, 1, 1, 1, 1]
 

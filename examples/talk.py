@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import modeling_moshi_ttt  # noqa: F401 - tells the Auto classes of the model
+from modeling_moshi_ttt import MoshiTTTError
 from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.hub import check_place
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
@@ -109,7 +110,7 @@ def main() -> int:
 
     recordings = read_manifest(arguments.manifest)
     if not 0 <= arguments.dialogue < len(recordings):
-        raise ValueError(f"--dialogue is {arguments.dialogue}; {arguments.manifest} holds 0 to {len(recordings) - 1}")
+        raise MoshiTTTError(f"--dialogue is {arguments.dialogue}; {arguments.manifest} holds 0 to {len(recordings) - 1}")
     check_place(arguments.model, "the model")
     model = AutoModel.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)

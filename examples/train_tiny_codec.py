@@ -26,6 +26,7 @@ from tiny_tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
+from modeling_moshi_ttt import MoshiTTTError
 from modeling_moshi_ttt.cli import without_trace
 from modeling_moshi_ttt.common.files import atomic_write, make_folder
 from modeling_moshi_ttt.data.audio import read_audio
@@ -306,7 +307,7 @@ def main() -> int:
     parser.add_argument("--speech-seconds", type=float, default=Plan.speech_seconds, help="how much speech to synthesise")
     args = parser.parse_args()
     if min(args.minutes, args.steps) <= 0:
-        raise ValueError(f"--minutes is {args.minutes:g} and --steps {args.steps}; both must be above 0")
+        raise MoshiTTTError(f"--minutes is {args.minutes:g} and --steps {args.steps}; both must be above 0")
     make_folder(args.work, "--work")
     torch.set_num_threads(1)
     plan = Plan(minutes=args.minutes, steps=args.steps, speech_seconds=args.speech_seconds)

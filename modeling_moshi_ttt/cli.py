@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 
+from .common.progress import quiet_libraries
 from .errors_moshi_ttt import MoshiTTTError
 from .version import __version__
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "pull": ("modeling_moshi_ttt.hub.pull", "fetch a checkpoint from the Hub, check it and say what it holds"),
 }
 FAILED, INTERRUPTED = 2, 130
+SHELLS = ("bash", "zsh", "tcsh")
 DEBUG = "MOSHI_TTT_DEBUG"
 ISSUES = "https://github.com/moshi-ttt/moshi-ttt/issues"
 
@@ -40,7 +42,8 @@ def _overview() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"moshi-ttt {__version__}")
-    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("--completion", choices=SHELLS, help="print what this shell completes commands and options with, and exit")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help="one of the commands below")
     return parser
 
 
@@ -62,11 +65,27 @@ def _run(module_name: str, name: str, arguments: Sequence[str]) -> int:
         prog=f"moshi-ttt {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.configure(parser)
+    quiet_libraries()
     options = parser.parse_intermixed_args(arguments)  # key=value words may stand on both sides of an option
     try:
         return int(module.run(options) or 0)
     except ModuleNotFoundError as error:
         raise MoshiTTTError(_missing_package(error)) from error
+
+
+def _completion(shell: str) -> str:
+    """A script for the shell, from the parsers of all commands."""
+    import shtab
+
+    parser = argparse.ArgumentParser(prog="moshi-ttt")
+    commands = parser.add_subparsers()
+    for name, (module_name, help_line) in COMMANDS.items():
+        module = _load(module_name)
+        command = commands.add_parser(name, help=help_line)
+        module.configure(command)
+        for action in command._actions:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # whatever else it may be, a path is right
+    return shtab.complete(parser, shell)
 
 
 def _is_users_mistake(error: Exception) -> bool:
@@ -87,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         _overview().print_help(sys.stderr)
         return FAILED
-    name = _overview().parse_args(argv[:1]).command
+    options = _overview().parse_args(argv[: 2 if argv[0] == "--completion" else 1])
+    if options.completion:
+        return without_trace(lambda: print(_completion(options.completion)) or 0)
+    name = options.command
     module_name, _ = COMMANDS[name]
     return without_trace(lambda: _run(module_name, name, argv[1:]))
 

@@ -10,3 +10,7 @@ class MoshiTTTError(ValueError):
 
 class MoshiTTTOSError(MoshiTTTError, OSError):
     """As [`MoshiTTTError`], of what the file system or the network refused or does not have."""
+
+
+class MoshiTTTFileNotFoundError(MoshiTTTOSError, FileNotFoundError):
+    """As [`MoshiTTTOSError`], of a file or folder that is not there."""

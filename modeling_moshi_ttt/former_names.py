@@ -16,6 +16,7 @@ FORMER = {
     "common.audio": "data.audio",
     "common.recordings": "data.recordings",
     "evaluation.books": "data.long_recordings",
+    "evaluation.voice": "data.voice",
     "tools": "hub",
     "tools.adapter": "adapters.checks",
     "tools.card": "hub.card",

@@ -135,3 +135,24 @@ def test_help_imports_no_package_of_the_extras():
     code += "print(sorted({'peft', 'datasets', 'matplotlib', 'sphn'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_a_shell_completes_commands_and_options(capsys, shell):
+    assert cli.main(["--completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in cli.COMMANDS)
+    assert "--transcript" in script
+
+
+def test_a_log_gets_lines_and_a_terminal_a_bar(monkeypatch, capsys):
+    from modeling_moshi_ttt.common import progress
+
+    assert sum(progress.progress_bar(range(5), desc="counting")) == 10
+    log = capsys.readouterr().err
+    assert log.startswith("counting: 100%")
+    assert log.count("\n") == 1
+    assert "\r" not in log
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert sum(progress.progress_bar(range(5), desc="counting")) == 10
+    assert "\r" in capsys.readouterr().err

@@ -10,10 +10,11 @@ from tree import ROOT
 from modeling_moshi_ttt import cli, packaged
 from modeling_moshi_ttt.common.packaged import names, resolve
 from modeling_moshi_ttt.data.recordings import read_manifest
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.sources import read_sources
 from modeling_moshi_ttt.evaluation.evaluate import EvaluateSettings
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.run_config import DataSettings, load_run_config
+from modeling_moshi_ttt.training.run_config import load_run_config
 
 KINDS = ("train", "evaluate", "accelerate", "model", "processor", "data")
 

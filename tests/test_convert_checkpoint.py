@@ -21,6 +21,7 @@ from modeling_moshi_ttt.conversion.convert import Options, convert, parse_ttt
 from modeling_moshi_ttt.conversion.kyutai_config import kyutai_from_config
 from modeling_moshi_ttt.conversion.mimi import fast_tokenizer, mimi_config, mimi_groups
 from modeling_moshi_ttt.conversion.tables import config_from_kyutai, hf_to_kyutai, kyutai_to_hf
+from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTOSError
 from modeling_moshi_ttt.hub.verify import verify
 
 MIMI_SETTINGS = {
@@ -442,7 +443,7 @@ def test_a_repository_on_the_hub_is_fetched_without_its_pickles(kyutai, tmp_path
 
 
 def test_bad_requests(kyutai, tmp_path):
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(MoshiTTTOSError, match="exists already"):
         convert(kyutai, tmp_path / "codec")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         convert(tmp_path / "nothing", tmp_path / "here")

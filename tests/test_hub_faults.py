@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_moshi_ttt.common.files import check_manifest
 from modeling_moshi_ttt.common.hub import redact
+from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTOSError
 from modeling_moshi_ttt.hub.pull import pull
 from modeling_moshi_ttt.hub.push import push
 from modeling_moshi_ttt.hub.remote import look
@@ -252,7 +253,7 @@ def test_names_and_places_that_are_taken(hub, api, pushed, checkpoints, tmp_path
         pull(REPO, tmp_path / "here", revision="v7", api=api)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds something already"):
+    with pytest.raises(MoshiTTTOSError, match="holds something already"):
         pull(REPO, tmp_path / "full", api=api)
     with pytest.raises(ValueError, match="login"):
         push(checkpoints / "new", "user/another", api=HfApi(endpoint=hub.url, token="hf_wrongTokenAltogether"))

@@ -202,4 +202,4 @@ def test_eight_bits_by_a_quantization_config(checkpoint):
 
 
 def test_the_card_template_is_shown_beside_them():
-    assert (ROOT / "hub" / "model_card.md.jinja").read_text() == (Path(cli.__file__).parent / "model_card.md.jinja").read_text()
+    assert (ROOT / "hub" / "model_card.md.jinja").read_text() == (Path(cli.__file__).parent / "hub" / "model_card.md.jinja").read_text()

@@ -4,8 +4,8 @@ import torch
 from tiny import cut, random_frames, tiny_config, tiny_model, with_labels
 
 from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.training.noise import add_noise
-from modeling_moshi_ttt.training.run_config import DataSettings
 from modeling_moshi_ttt.training.windows import Batch
 
 DELAYS = {"audio_delays": [0, 2, 1, 0, 1, 2]}

@@ -7,10 +7,11 @@ from made_phrases import make_phrasebook, tiny_processor
 from training_runs import make_model, make_run
 
 from modeling_moshi_ttt.data.facts import ScriptSettings
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.training.curriculum import Curriculum
 from modeling_moshi_ttt.training.dialogues import DialoguePlan, DialogueReader
 from modeling_moshi_ttt.training.noise import add_noise
-from modeling_moshi_ttt.training.run_config import CurriculumSettings, DataSettings, load_run_config
+from modeling_moshi_ttt.training.run_config import CurriculumSettings, load_run_config
 from modeling_moshi_ttt.training.trainer import Trainer
 
 SCRIPT = ScriptSettings(facts=[1, 1], lead=[0, 4], start=[0, 0], distance=[4, 8])

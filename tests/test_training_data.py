@@ -12,12 +12,14 @@ from training_runs import make_recordings
 
 from modeling_moshi_ttt.data import annotate, prepare
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
-from modeling_moshi_ttt.data.codes import CodesCache, codec_fingerprint, read_codes, recording_text, says_words
+from modeling_moshi_ttt.data.codec import codec_fingerprint
+from modeling_moshi_ttt.data.codes import CodesCache, read_codes, recording_text, says_words
+from modeling_moshi_ttt.data.prepared import PreparedSet, prepare_set
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.sources import parse_sources, read_sources
 from modeling_moshi_ttt.training.lanes import EMPTY, Window
 from modeling_moshi_ttt.training.noise import add_noise
-from modeling_moshi_ttt.training.run_config import DataSettings
-from modeling_moshi_ttt.training.windows import Loader, WindowReader, make_plan, prepare_set
+from modeling_moshi_ttt.training.windows import Loader, WindowReader, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,6 @@ def test_ranks_share_the_rows_without_overlap_or_loss(tmp_path):
     recordings = make_recordings(tmp_path, [8] * 12, Config)
     settings = DataSettings(train="x", carry="state")
     reader = WindowReader(recordings, [0, 1, 1], 3)
-    from modeling_moshi_ttt.training.windows import PreparedSet
 
     data = PreparedSet(recordings, [12], [1.0])
     names = []

@@ -22,10 +22,10 @@ from huggingface_hub import HfApi, constants
 from modeling_moshi_ttt.data import sources
 from modeling_moshi_ttt.data.audio import read_audio
 from modeling_moshi_ttt.data.codes import CodesCache
+from modeling_moshi_ttt.data.prepared import prepare_set
 from modeling_moshi_ttt.data.recordings import Recording
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.sources import read_sources
-from modeling_moshi_ttt.training.run_config import DataSettings
-from modeling_moshi_ttt.training.windows import prepare_set
 
 
 def sound(seed=0, seconds=1.0, rate=22050, channels=2, form="FLAC"):

@@ -10,11 +10,13 @@ from accelerate import Accelerator
 from safetensors.numpy import save_file
 from tiny import tiny_config
 
+from modeling_moshi_ttt.data.prepared import Prepared, PreparedSet
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from modeling_moshi_ttt.training import setup
-from modeling_moshi_ttt.training.run_config import CheckpointSettings, DataSettings, LoraSettings, ModelSettings, OptimSettings, RunConfig
+from modeling_moshi_ttt.training.run_config import CheckpointSettings, LoraSettings, ModelSettings, OptimSettings, RunConfig
 from modeling_moshi_ttt.training.trainer import Trainer
-from modeling_moshi_ttt.training.windows import Prepared, PreparedSet, WindowReader
+from modeling_moshi_ttt.training.windows import WindowReader
 
 
 class DyingReader(WindowReader):

@@ -13,7 +13,7 @@ from transformers import MoshiConfig
 from ..common.files import atomic_write, read_json
 from ..common.run_folder import FINAL_RUN
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,7 +81,7 @@ def _held_ttt(folder: Path) -> dict[str, Any]:
     """The TTT settings that follow from the weights of an adapter; {} where it holds no TTT weights."""
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise MoshiTTTOSError(f"{path} is missing")
+        raise MoshiTTTFileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if TTT_LAYER.search(name)]  # noqa: SIM118

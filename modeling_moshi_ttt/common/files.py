@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
 
 MANIFEST = "manifest.json"
 
@@ -81,7 +81,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object from a file; ValueError or FileNotFoundError names it."""
     file = Path(path)
     if not file.is_file():
-        raise MoshiTTTOSError(f"{file} is missing")
+        raise MoshiTTTFileNotFoundError(f"{file} is missing")
     try:
         content = parse_json(file.read_bytes())
     except ValueError as error:

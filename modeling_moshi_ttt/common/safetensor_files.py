@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from .files import atomic_write, inside, parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -75,7 +75,7 @@ class TensorFiles:
             return self._indexed(self.source / INDEX)
         if (self.source / SINGLE).is_file():
             return dict.fromkeys(self._keys(self.source / SINGLE), self.source / SINGLE)
-        raise MoshiTTTOSError(f"{self.source} holds no {SINGLE} and no {INDEX}{self._pickle_hint()}")
+        raise MoshiTTTFileNotFoundError(f"{self.source} holds no {SINGLE} and no {INDEX}{self._pickle_hint()}")
 
     def _pickle_hint(self) -> str:
         pickles = sorted(p.name for p in self.source.glob("*") if p.suffix in PICKLES) if self.source.is_dir() else []
@@ -97,7 +97,7 @@ class TensorFiles:
     @staticmethod
     def _keys(path: Path) -> list[str]:
         if not path.is_file():
-            raise MoshiTTTOSError(f"{path} is missing")
+            raise MoshiTTTFileNotFoundError(f"{path} is missing")
         try:
             with safe_open(path, "pt") as file:
                 return list(file.keys())

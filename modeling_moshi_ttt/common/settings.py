@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 import yaml
 
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from . import packaged
 from .files import read_text
 
@@ -146,7 +146,9 @@ def _read(path: Path, kind: packaged.Kind | None) -> dict[str, Any]:
     except FileNotFoundError:
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml")))
         hint = f", and the package none of this name; {packaged.known(kind, path)}" if kind else "."
-        raise MoshiTTTOSError(f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}{hint}") from None
+        raise MoshiTTTFileNotFoundError(
+            f"{path}: there is no such settings file; {path.parent} holds {there or 'no .yaml file'}{hint}"
+        ) from None
     except IsADirectoryError:
         raise MoshiTTTError(f"{path} is a folder; name the settings file in it.") from None
     except yaml.YAMLError as error:

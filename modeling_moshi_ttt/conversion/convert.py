@@ -26,7 +26,7 @@ from ..common.files import atomic_folder, atomic_write, parse_json, read_json
 from ..common.hub import hub_errors, is_hub_name
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
 from ..hub.stage import copy_others
 from . import old_ttt
 from .kyutai_config import MOSHI_7B, kyutai_from_config, published, split_codebooks
@@ -134,7 +134,7 @@ def _local(src: str, api: HfApi) -> Path:
     if path.exists():
         return path
     if not is_hub_name(src):
-        raise MoshiTTTOSError(f"{src}: there is no such file or folder")
+        raise MoshiTTTFileNotFoundError(f"{src}: there is no such file or folder")
     with hub_errors(f"fetching {src}", then="run the same command again to go on"):
         return Path(api.snapshot_download(src, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..common.files import atomic_write, inside, parse_json
 from ..errors_moshi_ttt import MoshiTTTError
-from ..training.run_config import COLUMNS
 from .audio import audio_duration
 from .recordings import MAIN_SPEAKER, USER_SPEAKER, Recording, parse_words, read_manifest
+from .settings import COLUMNS
 
 SOUND_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 ARCHIVE_SUFFIXES = (".tar", ".parquet")

@@ -16,7 +16,7 @@ import sphn
 import torch
 
 from ..common.files import atomic_write
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..resampling import Resampler, resample, source_window
 
 # Part of every key of what is kept of sounds, codes, scores and results: raise it when the samples read from a file change.
@@ -74,7 +74,7 @@ def _opened(path: str | os.PathLike[str], sample_rate: int) -> Iterator[soundfil
     """
     path = Path(path)
     if not path.is_file():
-        raise MoshiTTTOSError(f"{path}: there is no such sound file.")
+        raise MoshiTTTFileNotFoundError(f"{path}: there is no such sound file.")
     if path.stat().st_size == 0:
         raise MoshiTTTError(f"{path}: the sound file is empty (0 bytes); replace it or leave it out.")
     try:

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..common.files import atomic_write, sha256
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER, ZERO, parse_word
-from .audio import READING, read_audio
+from .audio import read_audio
+from .codec import codec_fingerprint, encode_stereo
 from .recordings import Recording
 
-# Part of every key: raise it when the way of encoding changes.
-LAYOUT = "codes-1"
 # A manifest may round its durations, and decoders trim; a sound that is shorter than stated by more seconds than this was cut off.
 CUT_TOLERANCE = 0.2
-
-
-def codec_fingerprint(processor: Any) -> str:
-    """Sixteen hexadecimal digits that change when the codec's weights, its frame layout or the way of reading sounds change."""
-    digest = hashlib.sha256(f"{LAYOUT} {READING}".encode())
-    codec = processor.codec
-    for name, tensor in sorted(codec.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else str(tensor.item()).encode()
-        )
-    digest.update(str(processor.num_codebooks).encode())
-    return digest.hexdigest()[:16]
 
 
 class CodesCache:
@@ -109,14 +93,6 @@ def _states_length(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(8)
     return not (start[:4] == b"RIFF" and start[4:] == b"\xff" * 4)
-
-
-def encode_stereo(processor: Any, samples: np.ndarray, name: Any) -> np.ndarray:
-    """Codes [2, K, T] int16 of stereo samples [2, n]; ValueError for another number of channels."""
-    if samples.shape[0] != 2:
-        raise MoshiTTTError(f"{name}: the recording has {samples.shape[0]} channels; it must have two, Moshi left and the user right.")
-    codes = processor.encode_audio(torch.from_numpy(samples))
-    return codes.numpy().astype(np.int16)
 
 
 def recording_text(processor: Any, recording: Recording, frames: int) -> np.ndarray:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors_moshi_ttt import MoshiTTTError
-from ..evaluation.scoring import CodeSequence
 from .audio import audio_pieces
+from .code_sequence import CodeSequence
 from .recordings import Recording
 
 PIECE_SECONDS = 10.0  # read and encoded at once

@@ -27,10 +27,10 @@ def run(args: argparse.Namespace) -> int:
 
     from ..common.files import make_folder
     from ..tokens_moshi_ttt import FRAME_RATE
-    from ..training.run_config import DataSettings, check_columns
-    from ..training.setup import read_processor
-    from ..training.windows import prepare_set
+    from .codec import read_processor
     from .codes import CodesCache, says_words
+    from .prepared import prepare_set
+    from .settings import DataSettings, check_columns
 
     settings = dataclasses.replace(
         DataSettings(train=args.sources),

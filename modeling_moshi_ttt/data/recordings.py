@@ -10,7 +10,7 @@ from typing import Any
 
 from ..common.files import inside, parse_json, read_text
 from ..common.packaged import resolve
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 
 Word = tuple[str, tuple[float, float], str]  # (text, (start, end) in seconds, speaker)
@@ -37,7 +37,7 @@ def read_manifest(path: str | os.PathLike[str], allow_outside: bool = False, pro
     """
     path = Path(resolve("data", path))
     if not path.is_file():
-        raise MoshiTTTOSError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
+        raise MoshiTTTFileNotFoundError(f'{path}: there is no such manifest (a .jsonl of {{"path": …, "duration": …}} lines).')
     found: list[str] = []
     recordings: list[Recording] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -67,7 +67,7 @@ def _read_line(manifest: Path, line: str, allow_outside: bool) -> Recording:
         raise MoshiTTTError(f"duration is {duration!r}, it must be a number of seconds > 0.")
     sound = manifest.parent / entry["path"] if allow_outside else inside(manifest.parent, entry["path"])
     if not sound.is_file():
-        raise MoshiTTTOSError(f"there is no sound file {sound}.")
+        raise MoshiTTTFileNotFoundError(f"there is no sound file {sound}.")
     return Recording(sound, float(duration), read_words(sound.with_suffix(".json")))
 
 

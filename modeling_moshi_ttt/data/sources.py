@@ -12,10 +12,10 @@ from ..common.files import inside
 from ..common.hub import hub_errors
 from ..common.packaged import resolve
 from ..errors_moshi_ttt import MoshiTTTError
-from ..training.run_config import DataSettings
 from .archives import ARCHIVE_SUFFIXES, SOUND_SUFFIXES, add_parquet_words, read_archive
 from .audio import audio_duration
 from .recordings import Recording, read_manifest, read_words
+from .settings import DataSettings
 
 HUB = "hub:"
 # A manifest may round its durations; beyond this many seconds it speaks of another file.

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.voice import IndistinctVoice, Segment, voice_activity
 from ..errors_moshi_ttt import MoshiTTTError
-from .voice import IndistinctVoice, Segment, voice_activity
 
 LONGEST_REPLY = 10.0  # seconds; what starts later answers nothing
 

@@ -17,18 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.code_sequence import CodeSequence
 from ..delay_pattern import delay, undelay
 from ..errors_moshi_ttt import MoshiTTTError
 from ..resampling import resample
 from ..tokens_moshi_ttt import ZERO
-
-
-class CodeSequence(NamedTuple):
-    """One recording as aligned codes. A stream that is None is absent: its embedding is exactly zero, and it is not scored."""
-
-    moshi: Tensor  # [K, T] int64
-    user: Tensor | None = None  # [U, T]
-    text: Tensor | None = None  # [T]
 
 
 @dataclass(frozen=True)

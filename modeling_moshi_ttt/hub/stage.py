@@ -11,7 +11,7 @@ from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model_type, 
 from ..common.files import MANIFEST, atomic_write, read_json, write_manifest
 from ..common.run_folder import CURVE, FINAL, FINAL_RUN, METRICS, PICTURES, RESULTS, RUN_CONFIG
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, INDEX, PICKLES, SINGLE, ShardWriter, TensorFiles
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .card import CARD, CARD_FACTS, SUMMARY, check_facts, summarise, without_paths, write_card
 from .probe import OLD_PROBE, compare, stage_probe
@@ -40,10 +40,10 @@ def locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
     """(the checkpoint's folder, the run's folder) for a run folder or a checkpoint folder, which is then both."""
     root = Path(source)
     if not root.is_dir():
-        raise MoshiTTTOSError(f"{root}: there is no such folder")
+        raise MoshiTTTFileNotFoundError(f"{root}: there is no such folder")
     if not is_adapter(root) and not (root / "config.json").is_file():
         if not (root / FINAL).is_dir():
-            raise MoshiTTTOSError(
+            raise MoshiTTTFileNotFoundError(
                 f"{root} holds neither a config.json, nor an {ADAPTER_CONFIG}, nor a folder {FINAL!r} with one: nothing to push"
             )
         return root / FINAL, root
@@ -162,7 +162,7 @@ def copy_results(source: Path, target: Path, wanted: bool) -> None:
     """An evaluation's results.json and pictures."""
     if not (source / RESULTS).is_file():
         if wanted:
-            raise MoshiTTTOSError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
+            raise MoshiTTTFileNotFoundError(f"{source} holds no {RESULTS}: it is no folder of an evaluation")
         return
     atomic_write(target / RESULTS, json.dumps(without_paths(read_json(source / RESULTS)), indent=1))
     for picture in sorted((source / PICTURES).glob("*.png")):

@@ -15,7 +15,7 @@ from ..adapters.bases import check_model_type, is_adapter
 from ..common.files import MANIFEST, check_manifest, read_json
 from ..common.safetensor_files import PICKLES, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from .carried_code import Range, describe_code, folder_code, runs_here
 from .probe import compare, probe_loss, read_probe
@@ -154,7 +154,7 @@ def verify(folder: str | os.PathLike[str], run_probe: bool = True) -> Facts:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MoshiTTTOSError(f"{folder}: there is no such folder")
+        raise MoshiTTTFileNotFoundError(f"{folder}: there is no such folder")
     refuse(folder_problems(folder), folder)
     if is_adapter(folder):
         from ..adapters.checks import verify_adapter  # it needs PEFT

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..cache_moshi_ttt import MoshiTTTCache
+from ..data.settings import Carry
 from ..delay_pattern import last_frames
 from ..tokens_moshi_ttt import IGNORED
-from .run_config import Carry
 from .windows import Batch
 
 

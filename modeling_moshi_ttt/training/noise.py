@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..data.settings import DataSettings
 from ..tokens_moshi_ttt import TEXT_PADDING_IDS
-from .run_config import DataSettings
 from .windows import Batch
 
 

@@ -19,7 +19,8 @@ from ..common.hub import check_place
 from ..common.packaged import resolve
 from ..common.run_folder import FINAL
 from ..configuration_moshi_ttt import MoshiTTTConfig
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..data.codec import read_processor
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import modes
 from .report import check_trackers
@@ -27,20 +28,6 @@ from .run_config import ModelSettings, RunConfig
 
 # How long one process waits for the others: longer than unpacking an archive or writing a final model takes, which one does for all.
 TIMEOUT = timedelta(hours=2)
-
-
-def read_processor(source: str, setting: str) -> Any:
-    """The processor with its codec from a folder, the package or the Hub; ValueError naming the setting where there is none."""
-    from ..processing_moshi_ttt import MoshiTTTProcessor
-
-    source = resolve("processor", source)
-    check_place(source, setting)
-    try:
-        return MoshiTTTProcessor.from_pretrained(source)
-    except Exception as error:  # transformers and tokenizers have one of its own for every kind of damage
-        bare = Path(source).is_dir() and not (Path(source) / "processor_config.json").is_file()
-        reason = "it holds no processor_config.json" if bare else f"{type(error).__name__}: {error}".splitlines()[0]
-        raise MoshiTTTError(f"{setting} is {source}, where no processor can be loaded ({reason})") from error
 
 
 def load_processor(settings: ModelSettings) -> Any:
@@ -60,7 +47,7 @@ def check_start(path: str) -> None:
     place = Path(path)
     if path.endswith(".json"):
         if not place.is_file():
-            raise MoshiTTTOSError(f"model.path: there is no file {path}.")
+            raise MoshiTTTFileNotFoundError(f"model.path: there is no file {path}.")
         check_loadable(read_json(place), f"model.path: {path}")
         return
     if is_adapter(place):

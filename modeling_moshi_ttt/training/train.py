@@ -18,7 +18,7 @@ from ..common.lock import locked
 from ..common.packaged import known, names, resolve
 from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step
 from ..common.settings import describe
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
 from .moshi_finetune import load_moshi_finetune
 from .run_config import RunConfig, load_run_config
 from .signals import RunStopped, stop_requests
@@ -72,7 +72,9 @@ def launch(launch_file: str, arguments: list[str]) -> int:
     path = resolve("accelerate", launch_file)
     if not Path(path).is_file():
         hint = known("accelerate", launch_file)
-        raise MoshiTTTOSError(f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}")
+        raise MoshiTTTFileNotFoundError(
+            f"--launch is {launch_file}: there is no such file, and the package holds none of this name; {hint}"
+        )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path]
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # for the launcher, which inherits it
     process = psutil.Popen([*launcher, "-m", "modeling_moshi_ttt.cli", "train", *arguments], start_new_session=True)
@@ -175,8 +177,8 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
 
 def _prepare(sources: str, config: RunConfig, cache: Any, accelerator: Any, progress: Any) -> Any:
     """A prepared set, of which each process has encoded its share, so that none waits for another's hours of work."""
+    from ..data.prepared import prepare_set
     from ..data.sources import read_sources
-    from .windows import prepare_set
 
     if accelerator.num_processes > 1:
         with accelerator.main_process_first():  # what has to be downloaded or unpacked

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from ..common.files import tensors_written
 from ..common.run_folder import CHECKPOINTS, METRICS, RUN_CONFIG, read_settings, write_settings
+from ..data.prepared import PreparedSet
+from ..data.settings import DataSettings
 from ..data.spoken_dialogues import Phrasebook
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
@@ -33,10 +35,10 @@ from .memory import LaneMemory
 from .noise import add_noise
 from .objective import objective, ratio
 from .report import MetricsFile, peak_memory, shown
-from .run_config import DataSettings, ModelSettings, RunConfig
+from .run_config import ModelSettings, RunConfig
 from .schedule import longer, set_rates
 from .signals import RunStopped, StopRequest
-from .windows import Batch, Loader, PreparedSet, Step, WindowReader, evaluation_plan, make_plan, worker_errors
+from .windows import Batch, Loader, Step, WindowReader, evaluation_plan, make_plan, worker_errors
 
 logger = logging.getLogger(__name__)
 # Settings that may change when a run goes on: they do not touch a number of it.

@@ -7,8 +7,8 @@ import pytest
 
 from modeling_moshi_ttt.data.audio import read_audio
 from modeling_moshi_ttt.data.recordings import read_manifest
+from modeling_moshi_ttt.data.voice import IndistinctVoice, voice_activity
 from modeling_moshi_ttt.evaluation import dialogue
-from modeling_moshi_ttt.evaluation.voice import IndistinctVoice, voice_activity
 
 RATE = 24000
 DIALOGUES = Path(__file__).parents[1] / "examples" / "data" / "dialogues"
