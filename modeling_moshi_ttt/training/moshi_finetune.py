@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..common.files import read_text
-from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from .run_config import RunConfig, load_run_config
 
 # Kyutai's repositories, and the same weights in transformers' layout.
@@ -82,7 +82,7 @@ def load_moshi_finetune(path: str | Path, overrides: Sequence[str] = ()) -> tupl
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise MoshiTTTOSError(f"--from-moshi-finetune is {path}: there is no such file.")
+        raise MoshiTTTFileNotFoundError(f"--from-moshi-finetune is {path}: there is no such file.")
     try:
         content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:

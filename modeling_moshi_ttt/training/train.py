@@ -157,8 +157,10 @@ def _lock(run_dir: Path, accelerator: Any, held: contextlib.ExitStack) -> None:
 
 def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
     """Prepared training and held-out sets, and the processor."""
+
     from ..common.progress import progress_bar
     from ..data.cache import CodesCache
+    from ..data.codes import CodesCache
     from ..data.spoken_dialogues import phrasebook
     from . import setup
 
