@@ -86,8 +86,8 @@ def parse_layers(layers: list[int] | str, num_hidden_layers: int) -> list[int]:
         ValueError: the text is not understood, a layer is repeated, or it lies outside `[0, num_hidden_layers)`.
     """
     last = num_hidden_layers - 1
-    if len(layers) > (MAX_ENTRIES if isinstance(layers, str) else num_hidden_layers):
-        raise MoshiTTTError(f"`ttt_layers` holds {len(layers)} entries; it names layers from 0 to {last}, each once.")
+    if len(layers) > MAX_ENTRIES:
+        raise MoshiTTTError(f"`ttt_layers` must hold at most {MAX_ENTRIES} entries; it holds {len(layers)}.")
     if isinstance(layers, str):
         numbers = _parse_layer_text(layers.strip(), num_hidden_layers)
     else:

@@ -186,8 +186,8 @@ def _exchange(first: Path, second: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+    anywhere, exchange = 0, 2  # no folder is needed for whole paths; RENAME_EXCHANGE
+    if rename(anywhere, os.fsencode(first.absolute()), anywhere, os.fsencode(second.absolute()), exchange) == 0:
         return True
     reason = ctypes.get_errno()
     if reason in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
