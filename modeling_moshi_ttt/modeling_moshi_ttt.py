@@ -97,7 +97,9 @@ class MoshiTTTDecoderLayer(GradientCheckpointingLayer):
         if self.ttt is not None:
             inputs = (self.ttt_layernorm(hidden_states), ttt_state, frames.positions, frames.mask, frames.reset_mask)
             inner_losses = self.ttt.inner_losses(*inputs) if output_inner_losses else None
-            write_gates = self.ttt.write_gate(inputs[0]) if output_write_gates else None
+            if output_write_gates:
+                with torch.autocast(hidden_states.device.type, enabled=False):  # as the layer itself takes them
+                    write_gates = self.ttt.write_gate(inputs[0])
             remembered, ttt_state = self.ttt(*inputs)
             hidden_states = hidden_states + self.ttt_gate(remembered)
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -51,9 +51,8 @@ class TTTLayer(nn.Module):
     """What both mixers share; use `TTTLinear` or `TTTMLP`.
 
     `config` gives hidden_size, ttt_num_heads, ttt_head_dim, ttt_mini_batch_size, ttt_base_lr, ttt_inner_norm ("layer_norm" or "none"),
-    ttt_write_threshold, ttt_rope ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation. The layer holds nothing
-    of a
-    stream: its state goes in and comes out of `forward`.
+    ttt_write_threshold, ttt_rope ("mini_batch", "absolute" or "none"), ttt_norm_eps, scan_checkpoint_group_size and ttt_implementation.
+    The layer holds nothing of a stream: its state goes in and comes out of `forward`.
     """
 
     op: Any = None
