@@ -38,13 +38,17 @@ def launch_of(recipe: str) -> str:
     return found[1] if found else "one_gpu"
 
 
+def speed(one: Simulation, card: str) -> str:
+    """Tokens a second at most, to three digits."""
+    return f"{float(f'{one.tokens / one.step_seconds[card]:.3g}'):,.0f} tokens/s"
+
+
 def header(found: dict[str, Any]) -> str:
     """The line that a recipe's header holds of its own numbers in simulate.json."""
     one = Simulation(**found["H100"])
-    speed = one.tokens / one.step_seconds["H100"]
     return (
         f"{HEADER}{one.peak / GB:.1f} GB a GPU; host memory of a node {one.host_start / GB:.0f} GB to start, {one.host_save / GB:.0f} GB to save; "
-        f"on H100s at most {speed:,.0f} tokens/s."
+        f"on H100s at most {speed(one, 'H100')}."
     )
 
 
@@ -65,9 +69,12 @@ def table(numbers: dict[str, Any]) -> str:
             if one is None:
                 cells.append("not simulated: TTT in torch")
                 continue
-            speed = f"≤ {one.tokens / one.step_seconds[card.name]:,.0f} tokens/s"
             memory = f"{one.peak / GB:.1f} GB"
-            cells.append(f"fits, {memory}, {speed}" if fits(one, card) else f"does not fit, {memory}. {cure(run, launch, one, card)}")
+            cells.append(
+                f"fits, {memory}, ≤ {speed(one, card.name)}"
+                if fits(one, card)
+                else f"does not fit, {memory}. {cure(run, launch, one, card)}"
+            )
         rows.append(f"| `{recipe}` | `{found['launch']}`, {found['world']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -94,7 +101,7 @@ def write(numbers: dict[str, Any]) -> None:
         path.write_text(with_header(path.read_text(), header(found)))
     text = TABLE.read_text()
     begin = text.index("| recipe |")
-    TABLE.write_text(text[:begin] + table(numbers) + "\n" + text[begin:].partition("\n\n")[2])
+    TABLE.write_text(text[:begin] + table(numbers) + "\n\n" + text[begin:].partition("\n\n")[2])
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from .run_config import RunConfig
 from .simulate import Simulation, model_config, simulate
 
 SHARED = ("weights", "gradients", "moments")  # what FSDP2 cuts
-ROWS = ("activations", "states")  # what grows with the rows of a micro-batch
 
 
 def card_here() -> Card | None:
@@ -75,7 +74,8 @@ def verdict(run: RunConfig, launch: Launch, found: Simulation, card: Card) -> st
 def cure(run: RunConfig, launch: Launch, found: Simulation, card: Card) -> str:
     """What to change so that it fits, scaled from this account: fewer rows at once, an optimizer without moments, or more GPUs."""
     rows, kinds = run.data.batch_size, found.by_kind
-    growing = sum(kinds.get(kind, 0) for kind in ROWS)
+    # lanes are as many whatever the rows of a micro-batch
+    growing = kinds["activations"] + (kinds["states"] if run.data.carry == "none" else 0)
     fixed = found.peak - growing
     fewer = [n for n in range(rows - 1, 0, -1) if rows % n == 0]
 

@@ -53,8 +53,8 @@ class Simulation:
 
     peak: of all tensors on the card, and `by_kind` what they are then (of `ledger.KINDS`). host_start, host_save: of a node's memory, to
     load the model and to write a checkpoint. checkpoint: on disk, over all ranks. staged: copied from a card while training stands.
-    flops, moved, sent: of a step on one card, its memory and its links. step_seconds: by the roofline of each card, TTT kernels where they
-    fit. tokens: of a step over all ranks.
+    flops, moved, sent: of a step on one card, its memory and its links. step_seconds: by the roofline, of each card on which TTT runs
+    alike. tokens: of a step over all ranks.
     """
 
     peak: int
@@ -297,6 +297,7 @@ def _result(trainer: _Trainer, ledger: Ledger, simulated: int, launch: Launch, c
     a_node = launch.processes // launch.machines
     held = sum(p.numel() * p.element_size() for p in parameters)
     kernels = kernels_take(config, card) and bool(config.ttt_layers)
+    alike = [c for c in CARDS.values() if not config.ttt_layers or kernels_take(config, c) == kernels_take(config, card)]
     tf32 = torch.get_float32_matmul_precision() != "highest"
     frames = trainer.window * run.data.batch_size * run.data.tbptt_windows * run.data.accumulation * launch.processes
     sent = sum(ledger.sent.values()) * run.data.accumulation // simulated
@@ -312,11 +313,7 @@ def _result(trainer: _Trainer, ledger: Ledger, simulated: int, launch: Launch, c
         sent=sent,
         tokens=frames * trainer.tokens_per_frame,
         kernels=kernels,
-        step_seconds={
-            c.name: max(seconds(costs, c, tf32), sent / c.link)
-            for c in CARDS.values()
-            if kernels_take(config, c) == kernels_take(config, card)
-        },
+        step_seconds={c.name: max(seconds(costs, c, tf32), sent / c.link) for c in alike},
     )
 
 
