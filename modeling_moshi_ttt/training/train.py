@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,8 @@ def _lock(run_dir: Path, accelerator: Any, held: contextlib.ExitStack) -> None:
 
 def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[Any, Any, Any]:
     """Prepared training and held-out sets, and the processor."""
-
     from ..common.progress import progress_bar
     from ..data.cache import CodesCache
-    from ..data.codes import CodesCache
     from ..data.spoken_dialogues import phrasebook
     from . import setup
 
@@ -182,16 +181,15 @@ def _load_data(config: RunConfig, model_config: Any, accelerator: Any) -> tuple[
 
 def _prepare(sources: str, config: RunConfig, cache: Any, accelerator: Any, progress: Any) -> Any:
     """A prepared set, of which each process has encoded its share, so that none waits for another's hours of work."""
-    from ..data.prepared import prepare_set
-    from ..data.sources import read_sources
+    from ..data.prepared import prepare, prepare_set
+    from ..data.shard import Shard
 
     if accelerator.num_processes > 1:
-        with accelerator.main_process_first():  # what has to be downloaded or unpacked
-            found = read_sources(sources, config.data, cache.store, [])
-        recordings = [recording for source in found for recording in source.recordings]
-        list(cache.prepare(progress(recordings[accelerator.process_index :: accelerator.num_processes]), []))  # problems are told below
+        lenient = replace(config.data, on_bad_files="skip")  # what is wrong is told below, by all processes alike
+        prepare(sources, lenient, cache, progress, Shard(accelerator.process_index, accelerator.num_processes))
         accelerator.wait_for_everyone()
-    return prepare_set(sources, config.data, cache, progress)
+    with accelerator.main_process_first():
+        return prepare_set(sources, config.data, cache, progress)
 
 
 def _finish(trainer: Any, processor: Any, run_dir: Path) -> None:
