@@ -163,7 +163,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(tmp_path):
     roomy = CARDS["H100"]._replace(name="roomy", memory=needed(found.peak))
     assert fits(found, roomy)
     assert verdict(run, launch, found, roomy).startswith("fits roomy")
-    tight = roomy._replace(name="tight", memory=needed(found.peak - found.by_kind["activations"] / 2))
+    tight = roomy._replace(name="tight", memory=needed(found.peak - found.by_kind["activations"] / 4))
     words = verdict(run, launch, found, tight)
     less = re.search(r"Would fit: data\.batch_size=(\d) data\.accumulation=(\d)", words)
     assert int(less[1]) * int(less[2]) == 4
