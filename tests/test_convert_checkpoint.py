@@ -445,7 +445,7 @@ def test_bad_requests(kyutai, tmp_path):
         convert(kyutai, tmp_path / "codec")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         convert(tmp_path / "nothing", tmp_path / "here")
-    with pytest.raises(ValueError, match="--ttt 'speed=3' is not understood; write name=value with one of layers, mixer"):
+    with pytest.raises(ValueError, match="--ttt 'speed=3' is not understood; write name=value with one of layers"):
         parse_ttt(["speed=3"])
     with pytest.raises(ValueError, match="--ttt 'hidden_size=3' is not understood"):
         parse_ttt(["hidden_size=3"])

@@ -8,7 +8,7 @@ import pytest
 from modeling_moshi_ttt.data.audio import read_audio
 from modeling_moshi_ttt.data.recordings import read_manifest
 from modeling_moshi_ttt.data.voice import IndistinctVoice, voice_activity
-from modeling_moshi_ttt.evaluation import dialogue
+from modeling_moshi_ttt.evaluation import behavior
 
 RATE = 24000
 DIALOGUES = Path(__file__).parents[1] / "examples" / "data" / "dialogues"
@@ -48,7 +48,7 @@ def noisy(stereo, kind, level, recordings) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def clean(recordings):
-    measured = [dialogue.measure(recordings[name], RATE) for name in NAMES]
+    measured = [behavior.behavior_of(recordings[name], RATE) for name in NAMES]
     assert [one.withheld for one in measured] == [None] * len(NAMES)
     return measured
 
@@ -58,7 +58,7 @@ def clean(recordings):
 def test_what_is_reported_holds_at_any_noise_floor(recordings, clean, kind, level):
     """Beside the same dialogues without noise: reply delay within a frame of 80 ms, overlap and silence within 2% (pink noise at -35 dBFS:
     2.5%); babble that comes too near to the voices is named, and its numbers are withheld."""
-    found = [dialogue.measure(noisy(recordings[name], kind, level, recordings), RATE) for name in NAMES]
+    found = [behavior.behavior_of(noisy(recordings[name], kind, level, recordings), RATE) for name in NAMES]
     if (kind, level) == ("babble", -35):
         withheld = [one for one in found if one.withheld is not None]
         assert len(withheld) >= 4
@@ -66,7 +66,7 @@ def test_what_is_reported_holds_at_any_noise_floor(recordings, clean, kind, leve
         assert all(one.overlap is one.silence is one.greeting is None and not one.reply_delays for one in withheld)
         return
     assert [one.withheld for one in found] == [None] * len(NAMES)
-    ours, truth = dialogue.summarise(found), dialogue.summarise(clean)
+    ours, truth = behavior.summarize(found), behavior.summarize(clean)
     assert abs(ours["reply delay, median s"] - truth["reply delay, median s"]) <= FRAME
     assert abs(ours["first sound, median s"] - truth["first sound, median s"]) <= FRAME
     assert abs(ours["overlap, share"] - truth["overlap, share"]) <= 0.02
@@ -98,12 +98,12 @@ def test_what_cannot_be_told_apart_is_withheld(samples, words):
 
 def test_withheld_numbers_are_null_with_a_reason(recordings):
     loud = 0.1 * np.random.default_rng(0).normal(size=recordings["ana"].shape)
-    withheld = dialogue.measure(recordings["ana"] * [[0], [1]] + loud * [[1], [0]], RATE, text="a b", reference="a b")
+    withheld = behavior.behavior_of(recordings["ana"] * [[0], [1]] + loud * [[1], [0]], RATE, text="a b", reference="a b")
     assert withheld.withheld.startswith("Moshi's channel: a floor of -20 dBFS")
-    good = dialogue.measure(recordings["mei"], RATE, text="a", reference="a b")
-    both = dialogue.summarise([withheld, good])
+    good = behavior.behavior_of(recordings["mei"], RATE, text="a", reference="a b")
+    both = behavior.summarize([withheld, good])
     assert both["withheld"].startswith("1 of 2 recordings: Moshi's channel")
     assert both["overlap, share"] == pytest.approx(good.overlap)
     assert both["word error rate"] == 0.25
-    alone = dialogue.summarise([withheld])
+    alone = behavior.summarize([withheld])
     assert [alone[name] for name in alone if name not in ("words a minute", "word error rate", "withheld")] == [None] * 5

@@ -21,6 +21,7 @@ from .codes import read_about, read_codes, save_codes
 from .index import Known, Row
 from .recordings import Recording
 from .settings import DataSettings
+from .sound_worker import pieces_in_worker
 from .sources import Placed
 from .words import WordReport, recording_text, says_words
 
@@ -128,8 +129,8 @@ class CodesCache:
         """Codes of every sound, or the error that stopped it."""
         rate, seconds = self.processor.sampling_rate, PIECE / self.processor.frame_rate
         streams = [
-            _whole_stereo(audio_pieces(work.placed.recording.path, rate, seconds), work.placed.recording, rate, settings.mono_is)
-            for work in works
+            _whole_stereo(pieces_in_worker(audio_pieces, recording.path, rate, seconds), recording, rate, settings.mono_is)
+            for recording in (work.placed.recording for work in works)
         ]
         for work, found in zip(works, encode_streams(self.processor, streams)):
             if isinstance(found, MoshiTTTError):

@@ -71,7 +71,7 @@ class Worker:
         self.busy = bool(answer.get("more"))
         if "shape" in answer:
             data = received.read(int(np.prod(answer["shape"])) * 4)
-            return np.frombuffer(data, np.float32).reshape(answer["shape"])
+            return np.frombuffer(bytearray(data), np.float32).reshape(answer["shape"])
         return answer.get("value", END)
 
     def stop(self) -> None:
