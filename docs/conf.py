@@ -25,7 +25,7 @@ autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields of named tuples are members already
-napoleon_custom_sections = [("Args of forward", "params_style")]
+napoleon_custom_sections = [(f"{part} of {call}", "params_style") for part in ("Args", "Raises") for call in ("forward", "generate")]
 
 html_theme = "furo"
 html_title = f"Moshi-TTT {release}"

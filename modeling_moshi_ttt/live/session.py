@@ -125,9 +125,6 @@ class MoshiTTTSession:
             raise MoshiTTTError(
                 f"`sample_rate={sample_rate}` has no sample in a frame of 80 ms; give the rate of the sound in Hz, as 24000."
             )
-        begun = (self.stream.state.calls > 0).cpu()
-        if bool(begun.any()):
-            self.stream.step(None, begun)  # hears the end of a prompt, and returns a frame of it that nobody is to hear
         self._before_sound()
 
     def _silent(self) -> RowSound:
