@@ -369,6 +369,7 @@ class MoshiTTTStream:
         other.past_key_values = self.past_key_values.draft()
         other.past_key_values.state = self.past_key_values.state.map(Tensor.clone)
         other.state = replace(self.state)
+        other.in_use = InUse()
         return other
 
 

@@ -151,7 +151,7 @@ KINDS: dict[str, tuple[Callable[[Path], bytes], Callable[[bytes, Path], Any]]] =
     "manifests": (_manifest, _read_manifest),
     "words": (lambda _: json.dumps(WORDS).encode(), _read_words),
     "recordings": (lambda _: b'{"path": "a.wav", "duration": 0.1}\n', _read_jsonl),
-    "archives": (_tar, lambda data, folder: read_archive(_put(folder, "a.tar", data), folder / "out", {}, [])),
+    "archives": (_tar, lambda data, folder: read_archive(_put(folder, "a.tar", data), folder / "out", {}, "repair", [])),
     "sounds": (_sound, lambda data, folder: in_worker(read_audio, _put(folder, "a.wav", data))),
     "weights": (_weights, _read_weights),
     "streams": (lambda _: stream_state(), _read_stream),

@@ -247,12 +247,12 @@ def test_manifests_that_ask_nothing_or_the_impossible_are_named(tmp_path, questi
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conditions": ["attention"]}, "conditions holds 'attention'"),
-        ({"modes": ["live"]}, "modes holds 'live'"),
-        ({"seeds": [1, 1]}, "seeds holds 1 twice"),
+        ({"conditions": ["attention"]}, "`conditions.*'attention'"),
+        ({"modes": ["live"]}, "`modes.*'live'"),
+        ({"seeds": [1, 1]}, "`seeds.* 1 twice"),
         ({"memory": -1}, "memory"),
-        ({"kinds": ["hobby"], "facts": [1, 1]}, "kinds holds 'hobby'"),
-        ({"beside": {"TTT": "folder"}}, "beside holds 'TTT', the name of a condition"),
+        ({"kinds": ["hobby"], "facts": [1, 1]}, "kinds.*'hobby'"),
+        ({"beside": {"TTT": "folder"}}, "`beside.TTT`"),
         ({"seconds": [-1.0]}, "seconds"),
     ],
 )

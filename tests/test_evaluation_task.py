@@ -92,7 +92,7 @@ run("compare", "a", "b", "--output", "compared")
     )
     assert done.returncode == 0, done.stderr
     assert "\n  loudness.numbers: list of float, needed" in done.stdout
-    assert "\nloudness: Is it loud?" in done.stdout
+    assert "  loudness: group | null = null\n      Is it loud?" in done.stdout
     assert json.loads((tmp_path / "a" / "results.json").read_text())["tasks"]["loudness"]["numbers"] == [1.0, 2.0, 5.0]
     report = (tmp_path / "a" / "report.html").read_text()
     assert "Is it loud?" in report
