@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cache_moshi_ttt import MoshiTTTCache
 from ..errors_moshi_ttt import MoshiTTTError
 from .session import MoshiTTTSession
 
@@ -24,12 +25,16 @@ def full_session(model: Any, processor: Any, rows: int) -> MoshiTTTSession:
 
 
 def row_bytes(session: MoshiTTTSession) -> int:
-    """Memory of one row: keys and values, fast weights, and the codec's state."""
-    state = session.stream.past_key_values.state
-    tensors = [x for pair in state.key_values if pair is not None for x in pair]
-    tensors += [x for ttt in state.ttt_states if ttt is not None for x in ttt.tensors().values()]
-    tensors += session.audio.state_dict().values()
-    return sum(x.numel() * x.element_size() for x in tensors) // session.batch_size
+    """Memory of one row: what the model's cache and the codec's streams hold of it."""
+    audio = sum(x.numel() * x.element_size() for x in session.audio.state_dict().values())
+    return audio // session.batch_size + cache_bytes(session.stream.past_key_values)
+
+
+def cache_bytes(cache: MoshiTTTCache) -> int:
+    """Of one row: keys and values, fast weights and the open mini-batch."""
+    tensors = [x for pair in cache.state.key_values if pair is not None for x in pair]
+    tensors += [x for ttt in cache.state.ttt_states if ttt is not None for x in ttt.tensors().values()]
+    return sum(x.numel() * x.element_size() for x in tensors) // cache.batch_size
 
 
 def quantile(times: Sequence[float], share: float) -> float:

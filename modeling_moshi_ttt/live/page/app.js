@@ -5,6 +5,7 @@ import { FRAME, OpusCodec, PcmCodec, Sound, level, toInt16, wav } from "./sound.
 
 const AUDIO = 1, TEXT = 2, CONTROL = 3, METADATA = 4, ERROR = 5, PING = 6, START = 0, PAUSE = 2, SAVE = 16;
 const KEPT_FRAMES = 12.5 * 900; // of a recording: fifteen minutes
+const LEAD = 12000; // samples of silence before a first clip: nobody speaks at once
 const $ = (id) => document.getElementById(id);
 const form = $("settings").querySelector("form"), address = new URLSearchParams(location.search);
 const losses = new Losses($("losses"), $("layers"));
@@ -137,12 +138,13 @@ async function begin(withMicrophone, resume = null) {
 async function playClip(button, { name, words }) {
   const answer = await fetch(`/api/clips/${name}.wav`);
   const samples = Float32Array.from(new Int16Array((await answer.arrayBuffer()).slice(44)), (x) => x / 32768);
-  if (!call) await begin(false);
+  const begins = !call;
+  if (begins) await begin(false);
   if (!call) return;
   if (call.paused) call.pause(false);
   for (const other of $("clips").children) other.removeAttribute("aria-busy");
   button.setAttribute("aria-busy", "true");
-  call.clip = samples;
+  call.clip = begins ? Float32Array.from({ length: LEAD + samples.length }, (_, i) => samples[i - LEAD] ?? 0) : samples;
   write("you", words);
 }
 
@@ -150,7 +152,7 @@ let turn = null; // the line of the transcript that grows
 function write(who, text) {
   const now = performance.now();
   if (!turn || turn.who !== who || who === "you" || now - turn.last > 4000) {
-    const line = document.createElement("li"), when = document.createElement("small");
+    const line = document.createElement("p"), when = document.createElement("small");
     when.textContent = `${who === "you" ? "you" : "Moshi"}, ${$("clock").textContent}`;
     line.className = who;
     line.append(when, document.createTextNode(""));
