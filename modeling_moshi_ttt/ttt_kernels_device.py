@@ -29,9 +29,9 @@ except ImportError:  # the torch scan serves machines without Triton
 @jit
 def normalize(z, eps, D: tl.constexpr):
     """(z - mean) / sqrt(biased variance + eps) over the last axis of z [BT, D]; also the reciprocal root [BT]."""
-    centred = z - (tl.sum(z, 1) / D)[:, None]
-    scale = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
-    return centred * scale[:, None], scale
+    centered = z - (tl.sum(z, 1) / D)[:, None]
+    scale = 1.0 / tl.sqrt_rn(tl.sum(centered * centered, 1) / D + eps)
+    return centered * scale[:, None], scale
 
 
 @jit

@@ -308,8 +308,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _standardise(x: Tensor) -> Tensor:
     """Mean 0 and unbiased standard deviation 1 over D, as in the video layer's target."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (x.std(-1, keepdim=True) + 1e-8)
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (x.std(-1, keepdim=True) + 1e-8)
 
 
 def _rotation(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def test_whisper_hears_calls(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("model", "message"), [("nowhere", "no such folder"), (".", "no recogniser can be loaded")])
-def test_a_recogniser_that_is_none_is_named_before_a_sound_is_read(tmp_path, monkeypatch, model, message):
+def test_a_recognizer_that_is_none_is_named_before_a_sound_is_read(tmp_path, monkeypatch, model, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.wav").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"--model is {re.escape(model)}.*{message}"):
@@ -65,11 +65,11 @@ def test_nothing_is_asked_where_nobody_speaks(tmp_path):
     write_audio(tmp_path / "a.wav", np.stack([spoken, quiet]), RATE)
     asked = []
 
-    def recogniser(samples):
+    def recognizer(samples):
         asked.append(len(samples) / RATE)
         return [{"text": " yes", "timestamp": (0.0, 0.5)}]
 
-    words = json.loads(annotate.annotate(tmp_path / "a.wav", recogniser, "moshi").read_text())["alignments"]
+    words = json.loads(annotate.annotate(tmp_path / "a.wav", recognizer, "moshi").read_text())["alignments"]
     assert len(asked) == 1
     assert 1.8 < asked[0] < 2.8
     ((text, (start, _), speaker),) = words

@@ -414,7 +414,7 @@ def test_an_adapter_is_merged_into_the_model(tmp_path):
         merged, expected, base = (one(**frames).logits for one in (model, adapted, plain.load()[0]))
     assert (merged - expected).abs().max() < 1e-4
     assert (base - expected).abs().max() > 1e-2
-    assert subject.fingerprint != plain.fingerprint
+    assert subject.digest != plain.digest
     assert "adapter" in subject.about()["name"]
 
 

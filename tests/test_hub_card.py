@@ -13,7 +13,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 
 from modeling_moshi_ttt.common.checkpoint_files import copy_companions
-from modeling_moshi_ttt.hub.card import check_facts, summarise, write_card
+from modeling_moshi_ttt.hub.card import check_facts, summarize, write_card
 from modeling_moshi_ttt.hub.stage import stage
 from modeling_moshi_ttt.hub.verify import verify
 
@@ -173,10 +173,10 @@ def test_a_card_json_of_other_types_is_refused(tmp_path, facts):
 
 def test_a_log_that_a_kill_has_torn_is_still_a_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "text_loss": 2.0}\n{"step": 2, "text_l')
-    assert summarise(tmp_path / "metrics.jsonl") == {"last_text_loss": 2.0}
+    assert summarize(tmp_path / "metrics.jsonl") == {"last_text_loss": 2.0}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match="metrics.jsonl, record 2: not JSON"):
-        summarise(tmp_path / "metrics.jsonl")
+        summarize(tmp_path / "metrics.jsonl")
 
 
 def test_links_of_the_hubs_cache_are_followed_and_links_elsewhere_are_refused(cards, tmp_path):

@@ -153,7 +153,7 @@ def test_the_same_push_twice_is_one_commit(hub, api, pushed, checkpoints):
     ],
     ids=lambda fault: f"{fault.kind}-{fault.status if fault.kind == 'status' else fault.path[-20:]}",
 )
-def test_a_broken_pull_is_recognised_and_ends_well_when_repeated(hub, api, pushed, tmp_path, fault):
+def test_a_broken_pull_is_recognized_and_ends_well_when_repeated(hub, api, pushed, tmp_path, fault):
     hub.faults.append(Fault(**vars(fault)))
     with pytest.raises((OSError, ValueError)) as failed:
         pull(REPO, tmp_path / "here", api=api)

@@ -14,7 +14,7 @@ from modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 IMPLEMENTATIONS = ("scan", "reference")
 
 
-def fingerprint(model) -> dict[str, str]:
+def digest(model) -> dict[str, str]:
     """A hash of every parameter and buffer."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors}
@@ -191,7 +191,7 @@ def test_padding_changes_nothing(side):
 
 def test_forward_writes_to_no_parameter_and_no_buffer():
     model = tiny_model()
-    before = fingerprint(model)
+    before = digest(model)
     frames = with_labels(random_frames(model.config, rows=2, frames=21))
     memory = model.new_cache(2)
     model.train()
@@ -200,7 +200,7 @@ def test_forward_writes_to_no_parameter_and_no_buffer():
     stream = model.new_stream(batch_size=2)
     for t in range(9):
         stream.step(frames["user_audio_codes"][..., t])
-    assert fingerprint(model) == before
+    assert digest(model) == before
     # and nothing of a stream hangs on the model
     holders = [name for name, module in model.named_modules() if any(isinstance(v, torch.Tensor) for v in vars(module).values())]
     assert holders == []

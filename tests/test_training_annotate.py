@@ -108,7 +108,7 @@ def test_ctc_hears_words_with_times(tmp_path):
     assert set(prepared) == {"alignments"}
 
 
-def test_a_language_for_a_recogniser_that_takes_none(tmp_path):
+def test_a_language_for_a_recognizer_that_takes_none(tmp_path):
     save_ctc(tmp_path / "ctc")
     noise(tmp_path / "a.wav", 1.0)
     with pytest.raises(ValueError, match=r"--language"):

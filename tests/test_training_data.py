@@ -13,7 +13,7 @@ from training_runs import make_recordings
 from modeling_moshi_ttt.data import annotate, prepare
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
 from modeling_moshi_ttt.data.cache import CodesCache
-from modeling_moshi_ttt.data.codec import codec_fingerprint
+from modeling_moshi_ttt.data.codec import codec_digest
 from modeling_moshi_ttt.data.prepared import PreparedSet, prepare_set
 from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.sources import parse_sources, read_sources
@@ -143,10 +143,10 @@ def test_a_damaged_cache_file_is_made_again(tmp_path, processor):
 
 def test_another_codec_has_other_codes(processor):
     other = small_processor()
-    assert codec_fingerprint(other) == codec_fingerprint(processor)
+    assert codec_digest(other) == codec_digest(processor)
     with torch.no_grad():
         next(other.codec.parameters()).add_(1e-3)
-    assert codec_fingerprint(other) != codec_fingerprint(processor)
+    assert codec_digest(other) != codec_digest(processor)
 
 
 def test_text_is_the_processors(tmp_path, processor):
@@ -291,12 +291,12 @@ def test_annotate_hears_each_channel_by_itself(tmp_path, monkeypatch, capsys):
     write_audio(tmp_path / "mono.wav", 0.1 * np.random.default_rng(5).standard_normal(24000), 24000)
     heard = []
 
-    def recogniser(samples):
+    def recognizer(samples):
         heard.append(samples)
         start = 0.5 if len(heard) % 2 else 0.1
         return [{"text": " hi", "timestamp": (start, None)}, {"text": " ", "timestamp": (0.2, 0.3)}]
 
-    monkeypatch.setattr(annotate, "load_recogniser", lambda *_: recogniser)
+    monkeypatch.setattr(annotate, "load_recognizer", lambda *_: recognizer)
     (tmp_path / "b.wav").write_bytes(b"")
     assert annotate.run(options(annotate, str(tmp_path), "--mono-is", "user")) == 1
     out = capsys.readouterr().out

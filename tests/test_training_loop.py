@@ -53,7 +53,7 @@ def test_accumulation_is_one_batch_in_pieces(tmp_path):
         assert max((other[name] - results[0][0][name]).abs().max().item() for name in other) < 1e-5
 
 
-def test_the_normaliser_is_the_weight_of_the_whole_step(tmp_path):
+def test_the_normalizer_is_the_weight_of_the_whole_step(tmp_path):
     """The step's loss equals the model's own loss on all rows at once."""
     model = make_model()
     recordings = make_recordings(tmp_path / "codes", LENGTHS, model.config, speechless=(1,))

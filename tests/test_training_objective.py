@@ -8,7 +8,7 @@ import torch
 from training_runs import make_model, make_recordings, make_run, make_trainer
 
 from modeling_moshi_ttt.common.files import read_log, write_manifest
-from modeling_moshi_ttt.hub.card import summarise
+from modeling_moshi_ttt.hub.card import summarize
 from modeling_moshi_ttt.training.objective import objective
 from modeling_moshi_ttt.training.report import plot_curve, shown
 
@@ -76,7 +76,7 @@ def test_losses_over_no_words_are_null_everywhere(tmp_path):
     assert trainer.progress.best_step in (2, 4)
     plot_curve(tmp_path / "run" / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "last_text_loss" not in summarise(tmp_path / "run" / "metrics.jsonl")
+    assert "last_text_loss" not in summarize(tmp_path / "run" / "metrics.jsonl")
 
 
 def test_a_run_over_nothing_at_all_is_null_and_has_no_best(tmp_path):

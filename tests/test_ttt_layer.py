@@ -124,7 +124,7 @@ def test_backward_through_two_uses_of_the_layer():
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_the_target_normalises_the_difference_of_value_and_key(mixer):
+def test_the_target_normalizes_the_difference_of_value_and_key(mixer):
     """A layer whose wv equals wk has v - k = 0, so only ttt_norm_bias is left to learn; normalising v alone would leave more."""
     layer = make_layer(mixer, ttt_rope="none")
     x = torch.randn(1, 5, 24, dtype=torch.float64)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
-from .recognisers import SAMPLE_RATE, Chunk, Recogniser, load_recogniser
+from .recognizers import SAMPLE_RATE, Chunk, Recognizer, load_recognizer
 from .shard import add_shard, read_shard
 from .voice import IndistinctVoice, voice_activity
 
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, help="sound files, or folders of them")
     parser.add_argument("--model", default="openai/whisper-small", help="recogniser that gives word times: a folder or a Hub name")
     parser.add_argument(
-        "--recogniser", choices=("auto", "transformers", "faster-whisper"), default="auto", help="what runs it (default: as the model is)"
+        "--recognizer", choices=("auto", "transformers", "faster-whisper"), default="auto", help="what runs it (default: as the model is)"
     )
     parser.add_argument("--language", help="language of the recordings, if the recogniser takes one; else each recording's is found out")
     parser.add_argument("--device", help="where the recogniser runs, as in cuda:0")
@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     todo = [path for path in files if args.overwrite or find_words(path, "") is None]
     problems = []
     if todo:
-        recognise = load_recogniser(args.model, args.recogniser, args.language, args.device, args.batch_size)
+        recognize = load_recognizer(args.model, args.recognizer, args.language, args.device, args.batch_size)
         for path in progress_bar(todo, desc="annotating"):
             try:
-                annotate(path, recognise, args.mono_is)
+                annotate(path, recognize, args.mono_is)
             except (MoshiTTTError, OSError) as error:
                 problems.append(str(error))
     print(f"{len(todo) - len(problems)} files annotated, {len(files) - len(todo)} had words already")
@@ -81,7 +81,7 @@ def find_sounds(paths: list[Path]) -> list[Path]:
     return files
 
 
-def annotate(path: Path, recognise: Callable[[np.ndarray], list[Chunk]], mono_is: str) -> Path:
+def annotate(path: Path, recognize: Callable[[np.ndarray], list[Chunk]], mono_is: str) -> Path:
     """Write the words of one recording beside it; returns the file. ValueError for more than two channels.
 
     recognise: gives the words of samples [N] at 16 kHz; a `Recogniser` hears several pieces together.
@@ -98,9 +98,9 @@ def annotate(path: Path, recognise: Callable[[np.ndarray], list[Chunk]], mono_is
         pieces = voiced_pieces(block[channel] for block in audio_pieces(path, SAMPLE_RATE, BLOCK))
         while group := list(islice(pieces, AT_ONCE)):
             heard = (
-                recognise.several([piece for _, piece in group])
-                if isinstance(recognise, Recogniser)
-                else [recognise(piece) for _, piece in group]
+                recognize.several([piece for _, piece in group])
+                if isinstance(recognize, Recognizer)
+                else [recognize(piece) for _, piece in group]
             )
             for (start, piece), chunks in zip(group, heard, strict=True):
                 length = len(piece) / SAMPLE_RATE

@@ -16,7 +16,7 @@ from ..common.files import sha256
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from ..tokens_moshi_ttt import ZERO
 from .audio import audio_pieces, states_length
-from .codec import PIECE, codec_fingerprint, encode_streams
+from .codec import PIECE, codec_digest, encode_streams
 from .codes import read_about, read_codes, save_codes
 from .index import Known, Row
 from .recordings import Recording
@@ -57,7 +57,7 @@ class CodesCache:
     def __init__(self, folder: str | Path, processor: Any, batch_size: int = 1):
         self.processor, self.batch_size = processor, batch_size
         self.store = Path(folder) / "sources"
-        self.codec = codec_fingerprint(processor)
+        self.codec = codec_digest(processor)
         self.folder = Path(folder) / self.codec
         self._tokenizer = hashlib.sha256(json.dumps(sorted(processor.tokenizer.get_vocab().items())).encode()).hexdigest()
 

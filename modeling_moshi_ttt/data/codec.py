@@ -43,7 +43,7 @@ def to_device(processor: Any, device: str) -> Any:
     return processor
 
 
-def codec_fingerprint(processor: Any) -> str:
+def codec_digest(processor: Any) -> str:
     """Sixteen hexadecimal digits that change when the codec's weights, its frame layout or the way of reading sounds change."""
     digest = hashlib.sha256(LAYOUT.encode())
     codec = processor.codec
@@ -54,6 +54,9 @@ def codec_fingerprint(processor: Any) -> str:
         )
     digest.update(str(processor.num_codebooks).encode())
     return digest.hexdigest()[:16]
+
+
+codec_fingerprint = codec_digest  # its name in version 0.2, until 0.4
 
 
 def encode_streams(

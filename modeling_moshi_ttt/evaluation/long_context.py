@@ -328,7 +328,7 @@ class LongContext(Task):
 
             def losses(name: str, book: CodeSequence, condition: str) -> np.ndarray:
                 # of the codes, not of the name: another set of data may use the same names
-                key = f"{subject.fingerprint} {digests[name]} {condition} {context.seed}"
+                key = f"{subject.digest} {digests[name]} {condition} {context.seed}"
                 path = context.output / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
                 if path.is_file():
                     bar.update(book.moshi.shape[-1])

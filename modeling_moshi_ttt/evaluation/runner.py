@@ -77,7 +77,7 @@ def _key(name: str, section: Any, settings: SectionSettings, others: Mapping[str
     # recall has a seed of its own, which counts
     key: dict[str, Any] = json.loads(json.dumps({"seed": settings.seed} | asdict(section), default=str))
     if others:
-        key["others"] = {label: one.fingerprint for label, one in others.items()}
+        key["others"] = {label: one.digest for label, one in others.items()}
     if data := digest(task(name).inputs(section)):
         key["inputs"] = data
     return key

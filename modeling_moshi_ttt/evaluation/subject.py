@@ -54,7 +54,7 @@ class Subject:
         self.config = self._config() if self.folder is not None else {}
 
     @cached_property
-    def fingerprint(self) -> str:
+    def digest(self) -> str:
         """SHA-256 over the names and contents of the weights and configurations of model and adapter, and the TTT settings in effect."""
         digest = hashlib.sha256(self.settings.dtype.encode())
         if self.adapter is not None:
@@ -103,7 +103,7 @@ class Subject:
         if self.folder is None:
             return {"name": "no model", "fingerprint": "", "ttt": {}}
         name = f"{self.settings.model}" + (f" with {self.settings.adapter}" if self.settings.adapter else "")
-        return {"name": name, "fingerprint": self.fingerprint, "ttt": self.ttt}
+        return {"name": name, "fingerprint": self.digest, "ttt": self.ttt}
 
 
 def _device(name: str) -> str:

@@ -225,7 +225,7 @@ class ZeroShot(Task):
         weights = ScoreWeights(section.semantic_weight, section.acoustic_weight)
         text: str | int = model.config.text_padding_ids[0] if section.text == "padding" else "absent"
         scorer = SpeechScorer(model, lambda waves: encode_waves(processor, waves), weights, section.user, text, context.batch_size)
-        header = {"fingerprint": subject.fingerprint, "user": section.user, "text": section.text, "reading": READING}
+        header = {"fingerprint": subject.digest, "user": section.user, "text": section.text, "reading": READING}
         found = {}
         for one in section.tasks:
             pairs = read_task(one.task, one.folder, one.split, one.parts)

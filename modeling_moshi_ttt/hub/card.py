@@ -133,7 +133,7 @@ def training_rows(run: dict[str, Any], summary: dict[str, Any], details: dict[st
     return rows + [(key, str(details[key])) for key in ("hardware", "time") if details.get(key)]
 
 
-def summarise(metrics: Path) -> dict[str, Any]:
+def summarize(metrics: Path) -> dict[str, Any]:
     """The last losses, the best held-out loss, the median throughput and the peak memory of a run's metrics.jsonl."""
     lines = read_log(metrics)
     found: dict[str, Any] = {}

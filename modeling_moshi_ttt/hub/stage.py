@@ -15,7 +15,7 @@ from ..common.files import atomic_write, inside, read_json, write_manifest
 from ..common.run_folder import CURVE, FINAL, FINAL_RUN, METRICS, PICTURES, RESULTS, RUN_CONFIG
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, ShardWriter, TensorFiles
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
-from .card import CARD_FACTS, SUMMARY, check_facts, summarise, write_card
+from .card import CARD_FACTS, SUMMARY, check_facts, summarize, write_card
 from .facts import Facts
 from .private import without_paths
 from .probe import compare, stage_probe
@@ -178,7 +178,7 @@ def copy_run(folder: Path, run: Path, target: Path) -> None:
             content = read_json(path)
             atomic_write(target / RUN_CONFIG, json.dumps(without_paths(content.get("run", content)), indent=1))
     if (run / METRICS).is_file():
-        atomic_write(target / SUMMARY, json.dumps(summarise(run / METRICS), indent=1))
+        atomic_write(target / SUMMARY, json.dumps(summarize(run / METRICS), indent=1))
     elif (folder / SUMMARY).is_file():
         atomic_write(target / SUMMARY, json.dumps(without_paths(read_json(folder / SUMMARY)), indent=1))
     if (run / CARD_FACTS).is_file():

@@ -382,10 +382,10 @@ def read_session(folder: str | os.PathLike[str], owner: dict[str, str]) -> Saved
 
 def belongs_to(model: Any, processor: Any) -> dict[str, str]:
     """Digests of the model and the codec that a session needs to go on."""
-    return {"model": _fingerprint(model), "codec": _fingerprint(processor.codec)}
+    return {"model": _digest(model), "codec": _digest(processor.codec)}
 
 
-def _fingerprint(module: Any, values: int = 16) -> str:
+def _digest(module: Any, values: int = 16) -> str:
     """A digest of a model's configuration and of some values of every weight, which tells it from any other training of its kind."""
     told = json.dumps(module.config.to_diff_dict(), default=str)
     config = json.loads(told, object_hook=lambda fields: {name: x for name, x in fields.items() if name not in NOT_THE_MODEL})

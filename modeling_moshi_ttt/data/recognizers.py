@@ -16,7 +16,7 @@ Kind = Literal["auto", "transformers", "faster-whisper"]
 Chunk = dict[str, Any]  # {"text": " word", "timestamp": (start, end) in seconds}, as transformers' pipelines give it
 
 
-class Recogniser:
+class Recognizer:
     """Hears pieces of one voice, float32 [N] at 16 kHz and 30 s at most, and gives the words of each: one by a call, or several together."""
 
     def __init__(self, several: Callable[[Sequence[np.ndarray]], list[list[Chunk]]]):
@@ -26,7 +26,7 @@ class Recogniser:
         return self.several([samples])[0]
 
 
-def load_recogniser(model: str, kind: Kind, language: str | None, device: str | None, batch_size: int) -> Recogniser:
+def load_recognizer(model: str, kind: Kind, language: str | None, device: str | None, batch_size: int) -> Recognizer:
     """The recogniser in a folder or of a Hub name; nothing is fetched for a folder.
 
     kind: "auto" takes faster-whisper for a folder with model.bin, and for a name in which that stands.
@@ -50,37 +50,37 @@ def load_recogniser(model: str, kind: Kind, language: str | None, device: str | 
         raise MoshiTTTError(f"--model is {model}, where no recogniser can be loaded ({reason}).") from error
 
 
-def _transformers(model: str, language: str | None, device: str | None, batch_size: int) -> Recogniser:
+def _transformers(model: str, language: str | None, device: str | None, batch_size: int) -> Recognizer:
     from transformers import pipeline
 
-    recogniser: Any = pipeline("automatic-speech-recognition", model=model, device=device)
-    if language and recogniser.type != "seq2seq_whisper":  # the pipeline would leave it out in silence
+    recognizer: Any = pipeline("automatic-speech-recognition", model=model, device=device)
+    if language and recognizer.type != "seq2seq_whisper":  # the pipeline would leave it out in silence
         raise MoshiTTTError(f"--language is {language!r}, but the recogniser {model} takes none; leave it out.")
-    together = batch_size if recogniser.tokenizer.pad_token_id is not None else 1  # it cannot pad what it hears together
+    together = batch_size if recognizer.tokenizer.pad_token_id is not None else 1  # it cannot pad what it hears together
     options = {"generate_kwargs": {"language": language}} if language else {}
 
-    def recognise(pieces: Sequence[np.ndarray]) -> list[list[Chunk]]:
+    def recognize(pieces: Sequence[np.ndarray]) -> list[list[Chunk]]:
         inputs = [{"raw": piece, "sampling_rate": SAMPLE_RATE} for piece in pieces]
-        return [list(heard["chunks"]) for heard in recogniser(inputs, return_timestamps="word", batch_size=together, **options)]
+        return [list(heard["chunks"]) for heard in recognizer(inputs, return_timestamps="word", batch_size=together, **options)]
 
-    return Recogniser(recognise)
+    return Recognizer(recognize)
 
 
-def _faster_whisper(model: str, language: str | None, device: str | None, batch_size: int) -> Recogniser:
+def _faster_whisper(model: str, language: str | None, device: str | None, batch_size: int) -> Recognizer:
     try:
         from faster_whisper import BatchedInferencePipeline, WhisperModel
     except ModuleNotFoundError:
         raise MoshiTTTError(f"--model {model} needs faster-whisper; install it with: pip install 'moshi-ttt[annotate]'") from None
     kind, _, index = (device or "auto").partition(":")
-    recogniser = BatchedInferencePipeline(
+    recognizer = BatchedInferencePipeline(
         WhisperModel(model, device=kind, device_index=int(index or 0), local_files_only=Path(model).is_dir())
     )
 
-    def recognise(pieces: Sequence[np.ndarray]) -> list[list[Chunk]]:
+    def recognize(pieces: Sequence[np.ndarray]) -> list[list[Chunk]]:
         ends = np.cumsum([len(piece) for piece in pieces]) / SAMPLE_RATE
         starts = [0.0, *ends[:-1].tolist()]
         clips = [{"start": start, "end": end} for start, end in zip(starts, ends.tolist())]
-        segments, _ = recogniser.transcribe(
+        segments, _ = recognizer.transcribe(
             np.concatenate(pieces), language=language, word_timestamps=True, vad_filter=False, clip_timestamps=clips, batch_size=batch_size
         )
         heard: list[list[Chunk]] = [[] for _ in pieces]
@@ -89,4 +89,4 @@ def _faster_whisper(model: str, language: str | None, device: str | None, batch_
             heard[piece].append({"text": word.word, "timestamp": (word.start - starts[piece], word.end - starts[piece])})
         return heard
 
-    return Recogniser(recognise)
+    return Recognizer(recognize)
