@@ -43,7 +43,7 @@ class Worker:
     def ask(self, function: str, path: str, arguments: tuple[Any, ...]) -> None:
         """Have a function of `data.audio` run."""
         self.path = path
-        self.send(json.dumps([function, [path, *arguments]]))
+        self.send(json.dumps([os.getcwd(), function, [path, *arguments]]))  # a relative path is of this process's folder
 
     def send(self, line: str) -> None:
         sent = self.process.stdin
@@ -132,7 +132,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in requests:
-        name, arguments = json.loads(line)
+        folder, name, arguments = json.loads(line)
+        os.chdir(folder)
         try:
             found = getattr(audio, name)(*arguments)
             for piece in found if isinstance(found, Iterator) else ():
