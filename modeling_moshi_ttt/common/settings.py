@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, ge
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
@@ -251,7 +252,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     else:
-        value = field.default
+        value = field.default.default if isinstance(field.default, FieldInfo) else field.default
     if value is dataclasses.MISSING:
         return NEEDED
     if dataclasses.is_dataclass(value):
