@@ -187,8 +187,14 @@ class _Trainer(Trainer):
         return x
 
     def _micro_batch(self, *arguments: Any) -> Tensor:
-        before = self.ledger.costs.copy()
-        result = super()._micro_batch(*arguments)
+        before, backward = self.ledger.costs.copy(), self.accelerator.backward
+
+        def with_states(*loss: Any) -> None:
+            self.follow(self.ledger)  # forward has put new states in place
+            backward(*loss)
+
+        with mock.patch.object(self.accelerator, "backward", with_states):
+            result = super()._micro_batch(*arguments)
         self.micro_costs = self.ledger.costs - before
         self.follow(self.ledger)
         return result
