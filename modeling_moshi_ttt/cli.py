@@ -17,7 +17,7 @@ COMMANDS = {
     "annotate": ("modeling_moshi_ttt.data.annotate", "write word times beside recordings, with a speech recogniser"),
     "train": ("modeling_moshi_ttt.training.train", "train or adapt a model as a run configuration says"),
     "respond": ("modeling_moshi_ttt.live.respond", "answer a recording, or a folder of them, with the sound and words of a model"),
-    "serve": ("modeling_moshi_ttt.live.serve", "let people talk to a model: a page in the browser, Kyutai's protocol, many callers at once"),
+    "serve": ("modeling_moshi_ttt.live.serve", "let people talk to a model: a page in the browser, Kyutai's protocol, many callers"),
     "talk": ("modeling_moshi_ttt.live.talk", "talk to a model in a terminal, with this machine's microphone and loudspeaker"),
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),

@@ -298,4 +298,6 @@ def test_a_live_state_shows_the_losses_that_a_measurement_finds(mixer, inner_nor
     torch.testing.assert_close(shown.current, found.before[:, 1].mean(-1))
     torch.testing.assert_close(shown.drift, found.drift[:, 0])
     _, apart = layer(x[:, 3:], state, attention_mask=torch.tensor([[1], [0]]))
-    torch.testing.assert_close(layer.open_losses(apart).current.nan_to_num(-1), torch.stack([-torch.ones_like(shown.drift[0]), shown.current[1]]))
+    torch.testing.assert_close(
+        layer.open_losses(apart).current.nan_to_num(-1), torch.stack([-torch.ones_like(shown.drift[0]), shown.current[1]])
+    )
