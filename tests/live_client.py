@@ -41,9 +41,9 @@ def running(app):
 
 
 @contextlib.contextmanager
-def serving(model, processor, folder, rows=2, patience=10**6, clips=(), **settings):
+def serving(model, processor, folder, rows=2, patience=10**6, clips=(), name="tiny", **settings):
     """(engine, port) of a server."""
-    engine = Engine(model, processor, rows, ConversationStore(folder, 3600, model, processor), patience, "tiny")
+    engine = Engine(model, processor, rows, ConversationStore(folder, 3600, model, processor), patience, name)
     with running(create_app(engine, ServerSettings(**settings), clips)) as port:
         yield engine, port
 

@@ -58,13 +58,13 @@ class Call {
       if (!this.clip) for (const button of $("clips").children) button.removeAttribute("aria-busy");
     }
     this.codec.encode(frame);
-    $("level-you").value = level(frame);
+    showLevel("you", level(frame));
     keep("you", frame);
   }
 
   say(samples) {
     this.sound.play("moshi", samples);
-    $("level-moshi").value = level(samples);
+    showLevel("moshi", level(samples));
     keep("moshi", samples);
   }
 
@@ -102,7 +102,7 @@ class Call {
     this.send(CONTROL, [paused ? PAUSE : START]);
     $("pause").setAttribute("aria-pressed", paused);
     $("pause").textContent = paused ? "Go on" : "Pause";
-    $("level-you").value = 0;
+    showLevel("you", 0);
     tell(paused ? "Paused: it hears nothing, and time stands still for it." : "");
   }
 
@@ -114,7 +114,7 @@ class Call {
     this.codec.close();
     this.sound.close();
     call = null;
-    for (const id of ["level-you", "level-moshi"]) $(id).value = 0;
+    for (const who of ["you", "moshi"]) showLevel(who, 0);
     for (const id of ["pause", "save"]) $(id).disabled = true;
     $("pause").textContent = "Pause";
     showCall(false);
@@ -172,6 +172,11 @@ function keep(side, samples) {
 function showCall(on) {
   $("call").setAttribute("aria-pressed", on);
   $("call-label").textContent = on ? "Hang up" : "Talk";
+}
+
+function showLevel(who, share) {
+  $(`level-${who}`).style.setProperty("--level", share);
+  $(`level-${who}`).setAttribute("aria-valuenow", share.toFixed(2));
 }
 
 function showClock(seconds) { $("clock").textContent = `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`; }
