@@ -139,22 +139,20 @@ def test_the_kernels_are_counted_where_a_card_takes_them():
 
 
 @pytest.mark.parametrize(
-    ("launch", "mode", "words"),
+    ("launch", "words"),
     [
-        (Launch(8), "full", "`num_processes=8` needs a launch file for several"),
-        (Launch(8, kind="MULTI_GPU"), "full", "`mode=full` under DDP"),
+        (Launch(8), "`num_processes=8` needs a launch file for several"),
         (
             Launch(
                 12, 2, "FSDP", parallelism={"parallelism_config_dp_shard_size": 8, "parallelism_config_dp_replicate_size": 2}
             ),
-            "full",
             "`num_processes=12` must be .* 8 x 2",
         ),
     ],
 )  # fmt: skip
-def test_processes_that_cannot_share_the_work_are_refused(tmp_path, launch, mode, words):
+def test_processes_that_cannot_share_the_work_are_refused(tmp_path, launch, words):
     with pytest.raises(ValueError, match=words):
-        simulate(small_run(tmp_path, mode), launch, config=tiny_config())
+        simulate(small_run(tmp_path), launch, config=tiny_config())
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(tmp_path):

@@ -40,14 +40,12 @@ class Launch:
                 mesh["parallelism_config_dp_replicate_size"] = machines
         return cls(processes, machines, found["distributed_type"], found["mixed_precision"], found.get("fsdp_config", {}), mesh)
 
-    def check(self, mode: str) -> None:
-        """ValueError where this many processes cannot share the work so, or the mode has no use for them."""
+    def check(self) -> None:
+        """ValueError where this many processes cannot share the work so."""
         if self.kind == "NO" and self.processes > 1:
             raise MoshiTTTError(
                 f"`num_processes={self.processes}` needs a launch file for several: ddp (adapters) or fsdp2_8gpu (any mode), not one_gpu."
             )
-        if self.kind == "MULTI_GPU" and mode == "full":
-            raise MoshiTTTError("`mode=full` under DDP keeps every weight, gradient and moment on every GPU; launch fsdp2_8gpu instead.")
         shard, copies = (int(self.parallelism.get(f"parallelism_config_dp_{name}_size", 1)) for name in ("shard", "replicate"))
         if self.parallelism and shard * copies != self.processes:
             raise MoshiTTTError(

@@ -87,7 +87,7 @@ def simulate(run: RunConfig, launch: Launch | None = None, card: Card = CARDS["H
         ValueError: settings that `moshi-ttt train` would refuse, or processes that cannot share the work so.
     """
     launch = launch or Launch()
-    launch.check(run.mode)
+    launch.check()
     run = replace(run, trackers=[], data=replace(run.data, own_noise=0.0, user_noise=0.0, text_noise=0.0, user_code_noise=0.0))
     config = config or model_config(run)
     model = _adapted(config, run)
