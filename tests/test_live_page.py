@@ -80,7 +80,10 @@ def until(condition, seconds: float = 90) -> None:
 
 def test_a_visitor_without_a_microphone_sees_that_it_remembers(processor, browse, tmp_path):
     model = MoshiTTTForConditionalGeneration.from_pretrained(packaged("model", "remembering")).eval()
-    with serving(model, processor, tmp_path / "kept", clips=demo_clips(), name="remembering", sampling={"do_sample": False}) as (engine, port):
+    with serving(model, processor, tmp_path / "kept", clips=demo_clips(), name="remembering", sampling={"do_sample": False}) as (
+        engine,
+        port,
+    ):
         page = browse(port, microphone=False, viewport={"width": 1280, "height": 800}, color_scheme="light")
         page.get_by_role("button", name="Tell it a name").click()
         until(lambda: engine.callers() and engine.callers()[0].frames > 150)  # attention reaches 70 frames
