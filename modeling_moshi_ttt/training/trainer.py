@@ -397,7 +397,8 @@ class Trainer:
             # memories and dropout belong to micro-batches, so these cannot be exchanged for one another
             now |= {"data.batch_size": self.run.data.batch_size, "data.accumulation": self.run.data.accumulation}
         if (self.run_dir / RUN_CONFIG).exists():
-            before = {key: value for key, value in read_settings(self.run_dir)["fixed"].items() if key not in FREE_SETTINGS}
+            before = read_settings(self.run_dir)["fixed"]
+            before = {key: value for key, value in before.items() if key in now or key not in FREE_SETTINGS}
             # settings that came with a later version were at their defaults
             unset = _fixed(RunConfig("", ModelSettings(""), DataSettings(""), mode="full").to_dict())
             before = {key: value for key, value in unset.items() if key in now} | before
