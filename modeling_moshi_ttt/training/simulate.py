@@ -179,6 +179,9 @@ class _Trainer(Trainer):
         ledger.mark(self.model.parameters(), "weights")
         ledger.mark(self.model.buffers(), "buffers")
         ledger.mark((x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)), "moments")
+        self._mark_states()
+
+    def _mark_states(self) -> None:
         for cache in self.memory.caches:
             cache.state.map(lambda x: self._marked(x, "states"))
 
@@ -190,7 +193,7 @@ class _Trainer(Trainer):
         before, backward = self.ledger.costs.copy(), self.accelerator.backward
 
         def with_states(*loss: Any) -> None:
-            self.follow(self.ledger)  # forward has put new states in place
+            self._mark_states()  # forward has put new ones in place
             backward(*loss)
 
         with mock.patch.object(self.accelerator, "backward", with_states):
