@@ -141,7 +141,7 @@ class OpusSound:
             raise MoshiTTTError(f"the sound is no Ogg Opus ({error}); send 24 kHz mono, or bare samples with `format=pcm`.") from None
 
     def encode(self, pcm: np.ndarray) -> bytes:
-        return self._writer.append_pcm(pcm)
+        return self._writer.append_pcm(np.clip(pcm, -1, 1))
 
 
 class PcmSound:
