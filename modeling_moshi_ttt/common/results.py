@@ -34,6 +34,7 @@ class Part(TypedDict):
     seconds: that it took.
     version, date, command: of the package, when, and how.
     hours: of recordings.
+    model_name: of the model. data: what was measured on, where that is no file.
     """
 
     __pydantic_config__ = MORE  # type: ignore[misc]
@@ -44,6 +45,8 @@ class Part(TypedDict):
     date: NotRequired[str]
     command: NotRequired[str]
     hours: NotRequired[float | None]
+    model_name: NotRequired[str]
+    data: NotRequired[str]
 
 
 class Results(TypedDict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -16,13 +17,17 @@ from ..errors_moshi_ttt import MoshiTTTError
 from .drawing import STYLE, line_style, new_figure, provenance, save
 from .task import shapes, task
 
+LETTERS = 20  # below a picture, of an inch of its width
+
 
 def draw(part: dict[str, Any]) -> Figure | None:
-    """The picture of one part, with what it was measured on below it; None where its evaluation has none."""
+    """The picture of one part, with what was found and on what it was measured below it; None where its evaluation has none."""
     with matplotlib.rc_context(STYLE):
         figure = task(part["kind"]).figure(part)
-        if figure is not None and (said := provenance(part)):
-            figure.text(0.0, -0.01, said, ha="left", va="top", fontsize=6.5, color="#666666")
+        if figure is not None:
+            found = wrap(task(part["kind"]).finding(part), round(LETTERS * figure.get_figwidth()))
+            said = "\n".join(filter(None, [*found, provenance(part)]))
+            figure.text(0.0, -0.01, said, ha="left", va="top", fontsize=7, color="#444444")
         return figure
 
 

@@ -3,7 +3,7 @@ comparisons have it from here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -133,6 +133,10 @@ class Task(Protocol):
     def measures(self, part: Any) -> list[Measure]:
         """The numbers that two results are compared by."""
         raise NotImplementedError
+
+    def merged(self, parts: Sequence[Any]) -> dict[str, Any] | None:
+        """The mean over checkpoints of what `run` gave for each, with the worst; None: this evaluation has no such numbers."""
+        return None
 
 
 def task(name: str) -> Task:
