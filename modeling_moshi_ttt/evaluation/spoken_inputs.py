@@ -100,7 +100,8 @@ def read_questions(recording: Recording) -> list[Question]:
         MoshiTTTError: malformed questions, or times that cannot be: asked before told, or too late for an answer within the recording.
     """
     path = recording.path.with_suffix(".json")
-    found = checked(_Beside, read_json(path), path) if path.is_file() else {}
+    cure = 'give "kind", "value" (words), "told" and "asked" (seconds) of each question'
+    found = checked(_Beside, read_json(path), path, cure=cure) if path.is_file() else {}
     questions = []
     for index, item in enumerate(found.get("questions", [])):
         latest = recording.duration - len(item["value"]) / FRAME_RATE
