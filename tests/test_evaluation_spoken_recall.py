@@ -23,7 +23,7 @@ from modeling_moshi_ttt.evaluation.plots import draw
 from modeling_moshi_ttt.evaluation.settings import EvaluateSettings
 from modeling_moshi_ttt.evaluation.spoken_inputs import SpokenRecallSettings, batches, recordings
 from modeling_moshi_ttt.evaluation.spoken_listening import Heard, answer_to, answers, under, within_reach
-from modeling_moshi_ttt.evaluation.spoken_recall import TASK, cells, chance, measure
+from modeling_moshi_ttt.evaluation.spoken_recall import TASK, cells, chance, measure, share_right
 from modeling_moshi_ttt.evaluation.task import shapes
 
 
@@ -342,3 +342,12 @@ def test_full_attention_takes_as_many_dialogues_at_once_as_fit(processor, monkey
     for condition in ("TTT", "full attention"):
         assert [one["dialogue"] for one in answers(model, processor, dialogues, condition, "free")] == ["a", "b", "c"]
     assert rows == [3, 2, 1]
+
+
+def test_the_interval_is_of_the_share_that_is_shown():
+    """Dialogues with many questions weigh as much in the interval as in the share."""
+    many = [{"dialogue": f"many {i}", "right": True, "old": False} for i in range(12) for _ in range(9)]
+    one = [{"dialogue": f"one {i}", "right": False, "old": False} for i in range(12)]
+    shown = share_right(many + one, 0)
+    assert shown["accuracy"] == pytest.approx(0.9)
+    assert shown["interval"][0] < 0.9 < shown["interval"][1]

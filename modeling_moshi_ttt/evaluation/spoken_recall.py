@@ -54,7 +54,7 @@ def share_right(found: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]
     for one in found:
         each.setdefault(one["dialogue"], []).append(one["right"])
         checkpoints.setdefault(one.get("checkpoint", 0), []).append(one["right"])
-    interval = bootstrap_interval([float(np.mean(rights)) for rights in each.values()], seed)
+    interval = bootstrap_interval([float(np.mean(rights)) for rights in each.values()], seed, weights=list(map(len, each.values())))
     shares = {"accuracy": float(np.mean([one["right"] for one in found])), "old": float(np.mean([one["old"] for one in found]))}
     if len(checkpoints) > 1:
         shares["worst"] = min(float(np.mean(rights)) for rights in checkpoints.values())
