@@ -22,7 +22,7 @@ def test_another_number_is_written_over():
     page = "Before <!-- measured: spoken_sentence -->99% after 35 s<!-- /measured -->, and after."
     said = measured.spoken_sentence()
     assert measured.written(page) == f"Before <!-- measured: spoken_sentence -->{said}<!-- /measured -->, and after."
-    assert re.fullmatch(r"\d+% after 35 s for voices of its training, \d+% for others, against \d+( to \d+)?% with what attention reaches alone", said)
+    assert re.fullmatch(r"\d+% after 35 s for voices of its training, \d+% for others, against \d+( to \d+)?% without that memory", said)
 
 
 @pytest.mark.parametrize("name", sorted({*measured.DRAWN, *measured.VOICES.values()}))

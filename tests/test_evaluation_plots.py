@@ -203,7 +203,7 @@ def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
     written = capsys.readouterr().out.split()
     assert {Path(name).name for name in written} == {f"{name}.{kind}" for name in ("zero", "remembers", "log") for kind in ("png", "svg")}
     assert (tmp_path / "out" / "log.svg").is_file()
-    for name, message in (("gone.json", "gone.json is missing"), (".", "is a folder")):
+    for name, message in (("gone.json", "gone.json is missing"), ("out", "results.json is missing")):
         with pytest.raises((ValueError, OSError), match=message):
             plots.run(parser.parse_args([str(tmp_path / name)]))
     (tmp_path / "broken.json").write_text("{")

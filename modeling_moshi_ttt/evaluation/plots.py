@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ..common.files import inside, read_json, read_log
-from ..common.results import checked_part, read_results
+from ..common.results import RESULTS, checked_part, read_results
 from ..errors_moshi_ttt import MoshiTTTError
 from .drawing import STYLE, line_style, new_figure, provenance, save
 from .task import shapes, task
@@ -67,7 +67,7 @@ def training_panels(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def figures(path: Path) -> Iterator[tuple[str, Figure]]:
     """(name, picture) of everything in a file that has one. Raises MoshiTTTError where the file is not as it was written."""
     if path.is_dir():
-        raise MoshiTTTError(f"{path} is a folder; name the result file in it.")
+        path = path / RESULTS
     if path.suffix == ".jsonl":
         panels = training_panels(read_log(path))
         if not panels:
@@ -82,7 +82,7 @@ def figures(path: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", nargs="+", help="result files (results.json, recall.json, a training log.jsonl)")
+    parser.add_argument("results", nargs="+", help="result files or their folders (results.json, recall.json, a training log.jsonl)")
     parser.add_argument("--output", type=Path, default=None, help="folder of the pictures (default: beside each file)")
 
 

@@ -27,6 +27,7 @@ from ..data.recordings import Recording, read_manifest
 from ..data.spoken_dialogues import Question, Script, speak
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
+from .inputs import check_stereo
 from .spoken_listening import Condition, Heard, Mode
 
 PIECE = 125  # frames that are encoded at once
@@ -151,10 +152,10 @@ def _all(makers: Sequence[Callable[[], Heard]]) -> list[Heard]:
 
 def _read(manifest: Path, one: Recording, questions: list[Question], processor: Any) -> Heard:
     codes = encode_recording(processor, one)
-    if codes.user is None:
-        raise MoshiTTTError(f"{one.path}: has 1 channel; a dialogue is stereo, Moshi left and the user right.")
-    text = codes.text if codes.text is not None else torch.tensor(processor.text_frames((), codes.user.shape[1]))
-    return Heard(Path(os.path.relpath(one.path, manifest.parent)).as_posix(), codes.user, codes.moshi, text, questions)
+    check_stereo(one.path, 1 if codes.user is None else 2)
+    user: Tensor = codes.user  # type: ignore[assignment]
+    text = codes.text if codes.text is not None else torch.tensor(processor.text_frames((), user.shape[1]))
+    return Heard(Path(os.path.relpath(one.path, manifest.parent)).as_posix(), user, codes.moshi, text, questions)
 
 
 def _scripts(section: SpokenRecallSettings, seeds: Sequence[int]) -> Iterator[tuple[str, int, Script, str]]:

@@ -170,6 +170,7 @@ class SpokenRecall(Task):
     name, settings, shape = "spoken_recall", SpokenRecallSettings, SpokenRecallPart
     question = "Does it remember what it was told?"
     reading = "Facts are told in speech, then other things, then it is asked; some facts are corrected."
+    drawn_by = ("seeds", "voices", "ways", "kinds", "facts", "digits")
 
     def inputs(self, section: SpokenRecallSettings) -> Iterable[str]:
         if section.manifest is None:

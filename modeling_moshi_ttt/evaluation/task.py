@@ -88,6 +88,7 @@ class Task(Protocol):
         shape: the TypedDict of what `run` gives; a result file is held against it when it is read.
         question, reading: what it asks, and how to read the answer, for the report.
         needs_model: whether there is a model under evaluation.
+        drawn_by: settings that say, beside the seed, what data are drawn where none are read; results of others are not compared.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Task(Protocol):
     question: str
     reading: str
     needs_model: bool = True
+    drawn_by: tuple[str, ...] = ()
 
     def inputs(self, section: Any) -> Iterable[str]:
         """Read the folders and manifests of a section; what it gives are lines over the contents of all that it reads, hashed as they

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import field
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -27,7 +27,7 @@ from .statistics import bootstrap_interval
 
 CHANCE = 0.5
 AUDIO_SUFFIXES = (".wav", ".flac")
-SALMON_PARTS = (
+SalmonPart = Literal[
     "bg_alignment",
     "bg_all_consistency",
     "bg_domain_consistency",
@@ -36,7 +36,8 @@ SALMON_PARTS = (
     "sentiment_alignment",
     "sentiment_consistency",
     "speaker_consistency",
-)
+]
+SALMON_PARTS: tuple[str, ...] = get_args(SalmonPart)
 FREQUENCY_BANDS = {"oov": 1.0, "1-4": 5.0, "5-19": 20.0, "20-99": 100.0, "100+": math.inf}  # sWUGGY's, each with its upper edge
 # accuracies in percent as published (Moshi's report arXiv:2410.00037, TWIST's and SpiRit-LM's papers); the last row was measured by us
 PUBLISHED: dict[str, dict[str, float]] = {
