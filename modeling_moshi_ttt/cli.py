@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": ("modeling_moshi_ttt.evaluation.evaluate", "score a model on spoken benchmarks and on long recordings"),
     "recall": ("modeling_moshi_ttt.evaluation.recall", "measure what the model remembers beyond its attention window"),
     "plot": ("modeling_moshi_ttt.evaluation.plots", "draw the curves of a run or of an evaluation"),
+    "merge": ("modeling_moshi_ttt.evaluation.merge", "average results of several checkpoints of one training"),
     "compare": ("modeling_moshi_ttt.evaluation.compare", "compare two results: paired differences, a verdict, overlaid curves"),
     "convert": ("modeling_moshi_ttt.conversion.convert", "convert checkpoints from and to Kyutai's and transformers' layouts"),
     "verify": ("modeling_moshi_ttt.hub.verify", "check a checkpoint: files, weights, shapes, numbers, and its loss on the probe"),

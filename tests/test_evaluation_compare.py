@@ -134,7 +134,10 @@ def test_curves_lie_over_each_other():
         ({"spoken_recall": answers(FEW)}, ["--task", "recall"], "--task recall"),
         ({"spoken_recall": answers(FEW) | {"settings": {"seed": 1}}}, [], "settings.seed"),
         ({"spoken_recall": answers(FEW) | {"settings": {"seed": 0, "inputs": "x"}}}, [], "settings"),
+        ({"spoken_recall": answers(FEW) | {"settings": {"seed": 0, "voices": "held_out"}}}, [], "settings.voices"),
         ({"spoken_recall": {"kind": "spoken_recall"}}, [], "tasks.spoken_recall.dialogues"),
+        ({"spoken_recall": answers(FEW) | {"hours": float("nan")}}, [], "tasks.spoken_recall.hours"),
+        ({"spoken_recall": answers(FEW) | {"kind": "comparison"}}, [], "tasks.spoken_recall.kind"),
         ({"spoken_recall": answers(FEW) | {"runs": {}}}, [], "spoken_recall"),
     ],
 )

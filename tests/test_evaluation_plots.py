@@ -121,8 +121,16 @@ def test_a_picture_says_what_it_was_measured_on():
         "date": "2026-01-02",
         "seconds": 1800.0,
     }
-    said = [text.get_text() for text in plots.draw(PARTS["books"] | about).texts]
-    assert said == ["data: talk.jsonl; 1.50 hours of recordings; seed 7; moshi-ttt 9.8.7, 2026-01-02; measured in 0.50 hours"]
+    part = PARTS["books"] | about | {"model_name": "runs/one"}
+    (text,) = plots.draw(part).texts
+    *found, measured = text.get_text().split("\n")
+    assert " ".join(found) == task("long_context").finding(part)
+    assert (
+        measured
+        == "model: runs/one; data: talk.jsonl; 1.50 hours of recordings; seed 7; moshi-ttt 9.8.7, 2026-01-02; measured in 0.50 hours"
+    )
+    several = part | {"settings": {"seed": 7, "seeds": [0, 1]}, "data": "2 made dialogues"}
+    assert "data: 2 made dialogues; 1.50 hours of recordings; seeds 0, 1;" in plots.draw(several).texts[0].get_text()
 
 
 @pytest.mark.parametrize("name", list(PARTS))
@@ -195,7 +203,7 @@ def test_the_command_draws_results_and_training_logs(tmp_path, capsys):
     written = capsys.readouterr().out.split()
     assert {Path(name).name for name in written} == {f"{name}.{kind}" for name in ("zero", "remembers", "log") for kind in ("png", "svg")}
     assert (tmp_path / "out" / "log.svg").is_file()
-    for name, message in (("gone.json", "gone.json is missing"), (".", "is a folder")):
+    for name, message in (("gone.json", "gone.json is missing"), ("out", "results.json is missing")):
         with pytest.raises((ValueError, OSError), match=message):
             plots.run(parser.parse_args([str(tmp_path / name)]))
     (tmp_path / "broken.json").write_text("{")

@@ -153,13 +153,13 @@ def test_weights_by_hand():
     assert sums.score(ScoreWeights(0, 0, 2)) == -2.0
     with pytest.raises(ValueError, match="not all 0"):
         ScoreWeights(0, 0, 0)
-    with pytest.raises(ValueError, match="no token has a weight"):
+    with pytest.raises(ValueError, match="weights="):
         StreamSums((0.0, -1.0), (0, 1)).score(ScoreWeights(0, 0, 1))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_broken_numbers_are_an_error_not_a_score(bad):
-    with pytest.raises(ValueError, match="no score is made"):
+    with pytest.raises(ValueError, match="score="):
         StreamSums((0.0, bad), (0, 3)).score()
 
 
@@ -167,7 +167,7 @@ def test_a_failing_model_stops_the_run():
     model = make_model()
     with torch.no_grad():
         model.decoder.model.norm.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="no score is made"):
+    with pytest.raises(ValueError, match="score="):
         [found.score() for found in score_sequences(model, [make_sequence(4, 1)])]
 
 
@@ -175,7 +175,7 @@ def test_a_failing_model_stops_the_run():
     ("sequence", "message"),
     [
         (CodeSequence(torch.zeros(2, 4, dtype=torch.long)), r"`moshi` of shape \(2, 4\)"),
-        (CodeSequence(torch.zeros(3, 0, dtype=torch.long)), "no frames"),
+        (CodeSequence(torch.zeros(3, 0, dtype=torch.long)), r"`moshi` of shape \(3, 0\)"),
         (CodeSequence(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)), "`user` of shape"),
         (CodeSequence(torch.zeros(3, 4, dtype=torch.long), None, torch.zeros(5, dtype=torch.long)), "`text` of shape"),
     ],

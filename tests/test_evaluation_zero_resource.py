@@ -87,7 +87,7 @@ def test_salmon_parts(sets):
     result = zr.accuracy(pairs, _scores(pairs, [1, 0.5] + [0, 1] * 7))
     assert result["groups"]["bg_alignment"]["accuracy"] == 0.75
     assert result["accuracy"] == (1.5 + 7) / 16
-    with pytest.raises(ValueError, match="'gender' is no part of SALMon"):
+    with pytest.raises(ValueError, match="folder=.*gender"):
         zr.read_salmon(sets / "salmon", ["gender"])
 
 
@@ -106,10 +106,10 @@ def test_a_score_that_is_not_finite_is_an_error_and_never_decides(sets, bad):
     pairs = zr.read_storycloze(sets / "sSC")
     scores = _scores(pairs, [1, 1])
     scores[pairs[0].negative] = bad
-    with pytest.raises(ValueError, match=r"3_aa-1_incorrect.wav.*finite"):
+    with pytest.raises(ValueError, match=r"3_aa-1_incorrect.wav: `score="):
         zr.accuracy(pairs, scores)
     del scores[pairs[0].negative]
-    with pytest.raises(ValueError, match="has no score"):
+    with pytest.raises(KeyError, match=r"3_aa-1_incorrect\.wav"):
         zr.accuracy(pairs, scores)
 
 
@@ -117,8 +117,10 @@ def test_a_score_that_is_not_finite_is_an_error_and_never_decides(sets, bad):
     ("text", "band"),
     [("0", "oov"), ("0.5", "oov"), ("1", "1-4"), ("4", "1-4"), ("5", "5-19"), ("20", "20-99"), ("100", "100+"), ("", ""), ("nan", "")],
 )
-def test_frequency_bands_include_their_lower_edge(text, band):
-    assert zr.frequency_band(text, "gold.csv") == band
+def test_frequency_bands_include_their_lower_edge(tmp_path, text, band):
+    folders.make_swuggy(tmp_path)
+    _edit_gold(tmp_path / "lexical" / "dev", lambda rows: [row.update(frequency=text) for row in rows])
+    assert {pair.group for pair in zr.read_swuggy(tmp_path)} == {band}
 
 
 def _edit_gold(root, edit):
@@ -134,14 +136,14 @@ def _edit_gold(root, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda rows: rows.append(dict(rows[0])), "two rows with correct"),
-        (lambda rows: rows.pop(0), "lacks its '.' side"),
-        (lambda rows: [row.pop("voice") for row in rows], r"lacks the column\(s\) voice"),
-        (lambda rows: rows[0].update(correct="yes"), "correct is 'yes'"),
-        (lambda rows: rows[0].update(filename="gone"), r"1 audio file\(s\) named in gold.csv are missing: gone.wav"),
-        (lambda rows: rows[0].update(filename="../gone"), "must not contain a folder"),
-        (lambda rows: [row.update(frequency="often") for row in rows], "frequency 'often' is no number"),
-        (lambda rows: [row.update(frequency="-1") for row in rows], "is negative"),
+        (lambda rows: rows.append(dict(rows[0])), r"gold\.csv: .*of `\('0', "),
+        (lambda rows: rows.pop(0), r"gold\.csv: .*there are 1"),
+        (lambda rows: [row.pop("voice") for row in rows], r"rows\.0\.voice` is missing"),
+        (lambda rows: rows[0].update(correct="yes"), r"rows\.0\.correct=yes"),
+        (lambda rows: rows[0].update(filename="gone"), r"gold\.csv: `filename=gone"),
+        (lambda rows: rows[0].update(filename="../gone"), r"rows\.0\.filename=\.\./gone"),
+        (lambda rows: [row.update(frequency="often") for row in rows], r"rows\.0\.frequency=often"),
+        (lambda rows: [row.update(frequency="-1") for row in rows], r"rows\.0\.frequency=-1"),
     ],
 )
 def test_a_broken_gold_file_is_named(tmp_path, edit, message):
@@ -158,17 +160,17 @@ def test_broken_folders_are_named(tmp_path):
         zr.read_storycloze(tmp_path / "none")
     story = folders.make_storycloze(tmp_path / "story")
     (story / "2_bb-2_correct.wav").rename(story / "4_cc-3_correct.wav")
-    with pytest.raises(ValueError, match="the pair bb-2 lacks its 'correct' side"):
+    with pytest.raises(ValueError, match="`bb-2` there are 1"):
         zr.read_storycloze(story)
     (story / "4_cc-3_correct.wav").rename(story / "4_aa-1_correct.wav")
-    with pytest.raises(ValueError, match="same key"):
+    with pytest.raises(ValueError, match="`aa-1` there are 3"):
         zr.read_storycloze(story)
     (story / "4_aa-1_correct.wav").rename(story / "other.wav")
     with pytest.raises(ValueError, match=r"other.wav: the name must be"):
         zr.read_storycloze(story)
     salmon = folders.make_salmon(tmp_path / "salmon", ("bg_alignment",))
     (salmon / "bg_alignment" / "sample_2_1.wav").unlink()
-    with pytest.raises(ValueError, match="sample 2 has 1 files"):
+    with pytest.raises(ValueError, match="`2` there are 1"):
         zr.read_salmon(salmon, ["bg_alignment"])
 
 
@@ -195,8 +197,6 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
         low, high = bootstrap_interval(generator.normal(1.0, 2.0, 60), seed=trial, resamples=300)
         hits += low <= 1.0 <= high
     assert 0.88 <= hits / 200 <= 0.99
-    with pytest.raises(ValueError, match="empty"):
-        bootstrap_interval([])
 
 
 def test_paired_test_by_hand():
@@ -206,5 +206,3 @@ def test_paired_test_by_hand():
     large = paired_test(np.random.default_rng(0).normal(0.5, 1.0, 100))
     assert large["p"] < 0.01
     assert paired_test([0.3]) == {"mean": 0.3, "interval": None, "p": None, "pairs": 1}
-    with pytest.raises(ValueError, match="finite"):
-        paired_test([math.nan])

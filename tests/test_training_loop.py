@@ -275,8 +275,12 @@ def test_a_stopped_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, stop):
     assert again.folder.steps() == unbroken.folder.steps()
 
 
-def test_adafactor_learns_and_resumes_exactly(tmp_path, monkeypatch):
-    rates = {"steps": 8, "optimizer": "adafactor", "lr": 0.1, "ttt_lr": 0.1, "gate_lr": 0.1}
+ENTRIES = {"adafactor": {"step", "row_var", "col_var", "variance"}, "muon": {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}}
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 0.1), ("muon", 0.01)])
+def test_other_optimizers_learn_and_resume_exactly(tmp_path, monkeypatch, optimizer, rate):
+    rates = {"steps": 8, "optimizer": optimizer, "lr": rate, "ttt_lr": rate, "gate_lr": rate}
     unbroken = long_run(tmp_path / "a", optim=rates)
     unbroken.fit()
     losses = [r["loss"] for r in told(tmp_path / "a" / "run") if "loss" in r]
@@ -299,7 +303,7 @@ def test_adafactor_learns_and_resumes_exactly(tmp_path, monkeypatch):
     assert equal(weights(again), weights(unbroken))
     assert told(tmp_path / "b" / "run") == told(tmp_path / "a" / "run")
     (shard,) = unbroken.folder.newest().glob("shard-*")
-    assert {name.split("|")[1] for name in load_file(shard) if "|" in name} == {"step", "row_var", "col_var", "variance"}
+    assert {name.split("|")[1] for name in load_file(shard) if "|" in name} == ENTRIES[optimizer]
 
 
 def killed_run(folder, seconds):

@@ -1,5 +1,6 @@
 """Modes change exactly what they name, and adapters come back to the bit."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_frozen_changes_nothing_and_refuses_an_optimizer():
     model = modes.apply(make_model(), "frozen")
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="Nothing is trainable.*frozen"):
-        modes.parameter_groups(model.named_parameters(), 1e-3, None, None, 0.1)
+        modes.parameter_groups(model.named_parameters(), OptimSettings(lr=1e-3))
 
 
 def inputs(config, rows=2, frames=11):
@@ -103,7 +104,7 @@ def test_adapter_round_trip(tmp_path, mode):
 
 def test_groups_have_their_rates_and_decay_spares_norms_biases_gates():
     model = modes.apply(make_model(), "full")
-    groups = modes.parameter_groups(model.named_parameters(), 1e-3, 2e-3, 3e-3, 0.1)
+    groups = modes.parameter_groups(model.named_parameters(), OptimSettings(lr=1e-3, ttt_lr=2e-3, gate_lr=3e-3))
     table = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(table) == len(list(model.parameters()))
     by_name = {name: table[id(p)] for name, p in model.named_parameters()}
@@ -126,7 +127,7 @@ def test_groups_have_their_rates_and_decay_spares_norms_biases_gates():
 def test_gates_are_spared_by_their_name_whatever_their_shape():
     shapes = {"ttt_gate.gating_alpha": (2, 3), "ttt.W1": (2, 3, 3)}
     named = [(f"decoder.model.layers.0.{name}", torch.nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
-    groups = modes.parameter_groups(named, 1e-3, 2e-3, 3e-3, 0.1)
+    groups = modes.parameter_groups(named, OptimSettings(lr=1e-3, ttt_lr=2e-3, gate_lr=3e-3))
     assert {group["name"]: group["weight_decay"] for group in groups} == {"gate, no decay": 0.0, "ttt": 0.1}
 
 
@@ -153,8 +154,41 @@ def test_adafactor_keeps_rows_and_columns(tmp_path):
         held[optimizer] = sum(t.numel() * t.element_size() for t in tensors)
         assert held[optimizer] == sum(moment_bytes(optimizer, p) for p in trained)
     assert held["adafactor"] < held["adamw"] / 3
-    with pytest.raises(ValueError, match=r"optim\.optimizer is 'adafactor' with FSDP.*choose adamw"):
-        modes.make_optimizer(make_model().named_parameters(), OptimSettings(optimizer="adafactor"), sharded=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_under_fsdp_only_adamw_is_taken(optimizer):
+    with pytest.raises(ValueError, match=f"`optim.optimizer={optimizer}` must be adamw"):
+        modes.make_optimizer(make_model().named_parameters(), OptimSettings(optimizer=optimizer), sharded=True)
+
+
+def test_muon_moves_the_matrices_of_linear_layers_and_adamw_all_else():
+    """Each exactly as torch's own optimizer would, with one changing learning rate."""
+    settings = OptimSettings(optimizer="muon", lr=1e-2, ttt_lr=3e-3, betas=[0.8, 0.9], weight_decay=0.1)
+    models = [modes.apply(make_model(), "full") for _ in range(2)]
+    both = modes.make_optimizer(models[0].named_parameters(), settings, sharded=False)
+    matrix = re.compile(r"(proj\.linear|fc[12]|ttt\.w[qkvo])\.weight$")
+    named = list(models[1].named_parameters())
+    alone = []
+    for name, parameter in named:
+        lr = 3e-3 if modes.is_ttt_parameter(name) and modes.GATE not in name else 1e-2
+        if parameter.dim() == 2 and matrix.search(name):
+            alone.append(torch.optim.Muon([parameter], lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+        else:
+            decay = next(g["weight_decay"] for g in both.param_groups for p in g["params"] if p is dict(models[0].named_parameters())[name])
+            alone.append(torch.optim.AdamW([parameter], lr=lr, betas=(0.8, 0.9), weight_decay=decay))
+    assert sum(isinstance(each, torch.optim.Muon) for each in alone) > 5
+    for factor in (1.0, 0.5):
+        for group, rate in zip(both.param_groups, [3e-3 if g["name"].startswith("ttt") else 1e-2 for g in both.param_groups]):
+            group["lr"] = rate * factor
+        for first, second in zip(*(model.parameters() for model in models)):
+            first.grad = torch.randn_like(first)
+            second.grad = first.grad.clone()
+        both.step()
+        for each in alone:
+            each.param_groups[0]["lr"] *= 1.0 if factor == 1.0 else 0.5
+            each.step()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
 
 
 def test_table_counts_every_parameter_once():

@@ -35,7 +35,7 @@ def test_recipe_builds_the_tiny_model(path):
         run.model.ttt["ttt_layers"] = "last:2"
     model = setup.build_model(run.model, run.seed)
     adapted = setup.adapt(model, run)
-    groups = modes.parameter_groups(adapted.named_parameters(), run.optim.lr, run.optim.ttt_lr, run.optim.gate_lr, run.optim.weight_decay)
+    groups = modes.parameter_groups(adapted.named_parameters(), run.optim)
     assert sum(p.numel() for group in groups for p in group["params"]) > 0
     assert model.config.ttt_layers == ([] if run.mode == "lora" else model.config.ttt_layers)
     if run.model.ttt.get("ttt_layers") and not run.curriculum:  # no mini-batch is torn by the end of a window

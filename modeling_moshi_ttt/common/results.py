@@ -14,7 +14,7 @@ from .files import read_json
 
 RESULTS = "results.json"
 FORMAT = 2  # 1, of versions 0.1 and 0.2, had no number, and its parts no "version", "date" and "command"
-MORE = ConfigDict(extra="allow", strict=True)
+MORE = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
 class Model(TypedDict):
@@ -34,6 +34,7 @@ class Part(TypedDict):
     seconds: that it took.
     version, date, command: of the package, when, and how.
     hours: of recordings.
+    model_name: of the model. data: what was measured on, where that is no file.
     """
 
     __pydantic_config__ = MORE  # type: ignore[misc]
@@ -44,6 +45,8 @@ class Part(TypedDict):
     date: NotRequired[str]
     command: NotRequired[str]
     hours: NotRequired[float | None]
+    model_name: NotRequired[str]
+    data: NotRequired[str]
 
 
 class Results(TypedDict):
@@ -66,28 +69,29 @@ def read_results(path: Path, shapes: Mapping[str, type[Any]]) -> dict[str, Any]:
     number = data.get("format", 1)
     if type(number) is int and number > FORMAT:
         raise MoshiTTTError(f"{path}: `format={number}` must be {FORMAT} or less; install the version of moshi-ttt that wrote it.")
-    results = checked(Results, data, path)
+    results: dict[str, Any] = checked(Results, data, path)
     results["tasks"] = {name: checked_part(part, shapes, path, f"tasks.{name}.") for name, part in results["tasks"].items()}
     return results
 
 
 def checked_part(part: Any, shapes: Mapping[str, type[Any]], path: Path, prefix: str = "") -> dict[str, Any]:
     """A part of the shape that its kind has; MoshiTTTError as in `read_results`."""
-    kind = checked(Part, part, path, prefix)["kind"]
+    kind: str = checked(Part, part, path, prefix)["kind"]
     if kind not in shapes:
         raise MoshiTTTError(f"{path}: `{prefix}kind={kind!r}` must be one of {', '.join(shapes)}; install the version that wrote it.")
-    return checked(shapes[kind], part, path, prefix)
+    found: dict[str, Any] = checked(shapes[kind], part, path, prefix)
+    return found
 
 
-def checked(shape: type[Any], data: Any, path: Path, prefix: str = "") -> dict[str, Any]:
-    """`data` of a shape, with the defaults that it says; MoshiTTTError names the first field that is not."""
+def checked(shape: Any, data: Any, path: Path, prefix: str = "", cure: str = "give a file as `moshi-ttt` wrote it") -> Any:
+    """`data` of a shape, with the defaults that it says; MoshiTTTError names the first field that is not, and says what to do."""
     try:
-        found: dict[str, Any] = TypeAdapter(shape).validate_python(data)
+        found = TypeAdapter(shape).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = prefix + ".".join(map(str, first["loc"]))
         wrong = (
             f"{field}` is missing" if first["type"] == "missing" else f"{field}={str(first['input'])[:40]}` does not fit ({first['msg']})"
         )
-        raise MoshiTTTError(f"{path}: `{wrong}; give a file as `moshi-ttt` wrote it.") from None
+        raise MoshiTTTError(f"{path}: `{wrong}; {cure}.") from None
     return found

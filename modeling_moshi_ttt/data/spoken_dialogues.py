@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -300,10 +300,16 @@ class Spoken:
     questions: list[Question]
 
 
-def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
-    """A script as sound at 24 kHz, every phrase rendered anew."""
+def speak(script: Script, espeak: Espeak, voice: str, take: Callable[[np.ndarray], None] | None = None) -> Spoken:
+    """A script as sound at 24 kHz, every phrase rendered anew.
+
+    Args:
+        take: is given the sound piece by piece, float32 [2, n], as it is made; `Spoken.samples` is then empty, and an hour takes no more memory
+            than a sentence.
+    """
     rng, size = script.rng, round(SAMPLE_RATE / FRAME_RATE)
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    sound = [np.zeros((2, 0), np.float32)]
+    hand_on = take or sound.append
     words, questions = [], []
     told: dict[str, float] = {}
     values: dict[str, list[tuple[str, ...]]] = {}
@@ -311,8 +317,9 @@ def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
 
     def add(side: int, samples: np.ndarray) -> None:
         nonlocal at
-        sides[side].append(samples)
-        sides[1 - side].append(np.zeros(len(samples), np.float32))
+        both = np.zeros((2, len(samples)), np.float32)
+        both[side] = samples
+        hand_on(both)
         at += len(samples)
 
     def say(side: int, text: str) -> None:
@@ -341,4 +348,4 @@ def speak(script: Script, espeak: Espeak, voice: str) -> Spoken:
         elif turn.role == "ask":
             questions.append(Question(turn.fact, tuple(values[turn.fact.kind][:-1]), told[turn.fact.kind], now))
     add(1, np.zeros(10 * size, np.float32))
-    return Spoken(np.stack([np.concatenate(side) for side in sides]), words, questions)
+    return Spoken(np.concatenate(sound, axis=1), words, questions)

@@ -63,12 +63,13 @@ def check_same(places: Sequence[Path], a: Parts, b: Parts) -> None:
         raise MoshiTTTError(f"{held}: both must hold results of the same tasks; give --task NAME for one that both hold.")
     for name in a:
         first, second = (parts[name].get("settings", {}) for parts in (a, b))
-        field = "inputs" if "inputs" in first or "inputs" in second else "seed"  # what was read, or else what was drawn
-        if first.get(field) != second.get(field):
-            raise MoshiTTTError(
-                f"`tasks.{name}.settings.{field}={first.get(field)}` of {places[0]} must be that of {places[1]} ({second.get(field)}); "
-                "evaluate both on the same data."
-            )
+        read = "inputs" in first or "inputs" in second
+        for field in ("inputs",) if read else ("seed", *task(name).drawn_by):
+            if (first.get(field) or None) != (second.get(field) or None):
+                raise MoshiTTTError(
+                    f"`tasks.{name}.settings.{field}={first.get(field)}` of {places[0]} must be that of {places[1]} ({second.get(field)}); "
+                    "evaluate both on the same data."
+                )
 
 
 def differences(name: str, a: dict[str, Any], b: dict[str, Any], seed: int = 0) -> list[Difference]:

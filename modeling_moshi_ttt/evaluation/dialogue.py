@@ -14,10 +14,10 @@ from ..common.results import Part
 from ..common.settings import Count, Positive, settings_group
 from ..data.audio import read_audio
 from ..data.recordings import Recording, read_manifest
-from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER
 from .behavior import WITHHELD, Behavior, behavior_of, summarize
 from .formatting import number
+from .inputs import check_stereo
 from .kept_numbers import recording_line
 from .task import Context, Measure, Table, Task
 
@@ -62,8 +62,7 @@ def measure(
     rate = processor.sampling_rate
     for index, recording in enumerate(progress(recordings)):
         samples = read_audio(recording.path, rate, 0.0, max_seconds)
-        if len(samples) != 2:
-            raise MoshiTTTError(f"{recording.path}: has {len(samples)} channel(s); a dialogue is stereo, Moshi left and the user right")
+        check_stereo(recording.path, len(samples))
         words = " ".join(word for word, (start, _), who in recording.words or () if who == MAIN_SPEAKER and start < max_seconds)
         transcript = words if recording.words is not None else None
         found["reference"].append(behavior_of(samples, rate, transcript, transcript))

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..common.files import atomic_write
+from .formatting import duration
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY)
@@ -55,7 +56,7 @@ def seconds_axis(axes: Any, times: Sequence[float]) -> None:
     """A log axis of seconds, with ticks at those of these times that are near what is drawn, in seconds, minutes or hours."""
     axes.set_xscale("log")
     times = [t for t in times if axes.dataLim.x0 / 2 <= t <= 2 * axes.dataLim.x1]
-    axes.set_xticks(times, [f"{t:g} s" if t < 60 else f"{t / 60:g} min" if t < 3600 else f"{t / 3600:g} h" for t in times])
+    axes.set_xticks(times, list(map(duration, times)))
     axes.minorticks_off()
 
 
@@ -78,15 +79,17 @@ def heat_map(axes: Any, values: np.ndarray, columns: Sequence[Any], rows: Sequen
 
 
 def provenance(part: Mapping[str, Any]) -> str:
-    """The data of a part, how much of it, its seed, and the version, date and time of its measuring, as far as it says so."""
+    """The model of a part, its data, how much of it, its seeds, and the version, date and time of its measuring, as far as it says so."""
     settings = part.get("settings") or {}
     sources = [settings.get(name) for name in ("manifest", "folder")] + [one.get("folder") for one in settings.get("tasks") or ()]
     names = list(dict.fromkeys(Path(source).name for source in sources if source))
-    said = ["data: " + ", ".join(names)] if names else []
+    said = ["model: " + part["model_name"]] if "model_name" in part else []
+    said += ["data: " + (", ".join(names) or part["data"])] if names or "data" in part else []
     if part.get("hours"):
         said.append(f"{part['hours']:.2f} hours of recordings")
-    if "seed" in settings:
-        said.append(f"seed {settings['seed']}")
+    seeds = settings.get("seeds") or [settings["seed"]] if "seed" in settings else []
+    if seeds:
+        said.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     if "version" in part:
         said.append(f"moshi-ttt {part['version']}, {part.get('date', '')}")
     if "seconds" in part:

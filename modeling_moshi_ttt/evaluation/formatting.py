@@ -22,3 +22,9 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def p_value(p: float | None) -> str:
     return ABSENT if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as seconds, minutes or hours, to two digits."""
+    size, unit = next((size, unit) for size, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= size or size == 1)
+    return f"{seconds / size:.2g} {unit}"

@@ -47,6 +47,12 @@ def long_recordings(section: RecordingsSettings) -> dict[str, list[Path] | Recor
     return dict(list(found.items())[: section.max_recordings])
 
 
+def check_stereo(path: Path, channels: int) -> None:
+    """Refuse a recording that is no dialogue, by its path."""
+    if channels != 2:
+        raise MoshiTTTError(f"{path}: its channels, {channels}, must be 2; a dialogue is stereo, Moshi left and the user right.")
+
+
 def content_lines(section: RecordingsSettings) -> Iterable[str]:
     """Lines over the contents of a section's recordings, hashed as they are asked for; what cannot be read is named at once."""
     return (f"{name} {_line(one)}" for name, one in long_recordings(section).items())

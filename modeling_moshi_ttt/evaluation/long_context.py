@@ -12,7 +12,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, get_args
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ from .statistics import bootstrap_interval, paired_test
 from .task import Context, Measure, Table, Task
 
 TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED = "TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"
-CONDITIONS = (TTT, RESET, FROZEN, GATE_ZERO, SHUFFLED)
+Condition = Literal["TTT", "reset every window", "frozen at W0", "gate 0", "shuffled windows"]
+CONDITIONS = get_args(Condition)
 STREAMS = ("text", "semantic", "acoustic")
 
 
@@ -44,7 +45,7 @@ STREAMS = ("text", "semantic", "acoustic")
 class LongContextSettings(RecordingsSettings):
     """Loss against position under each condition."""
 
-    conditions: Annotated[list[str], DISTINCT] = field(default_factory=lambda: list(CONDITIONS))
+    conditions: Annotated[list[Condition], DISTINCT] = field(default_factory=lambda: list(CONDITIONS))
     """The memory as it is, and what is taken from it."""
     chunk: Count | None = None
     """Frames in one forward pass; null: a window."""
@@ -53,9 +54,6 @@ class LongContextSettings(RecordingsSettings):
         super().__post_init__()
         if TTT not in self.conditions:
             raise MoshiTTTError(f"`conditions={self.conditions}` must hold {TTT!r}, which the others are compared with; add it.")
-        for condition in self.conditions:
-            if condition not in CONDITIONS:
-                raise MoshiTTTError(f"`conditions={self.conditions}` must be of {', '.join(CONDITIONS)}; {condition!r} is none.")
 
 
 def condition_parameters(model: Any, condition: str) -> dict[str, Tensor]:

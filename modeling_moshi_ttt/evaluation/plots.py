@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from ..common.files import inside, read_json, read_log
-from ..common.results import checked_part, read_results
+from ..common.results import RESULTS, checked_part, read_results
 from ..errors_moshi_ttt import MoshiTTTError
 from .drawing import STYLE, line_style, new_figure, provenance, save
 from .task import shapes, task
 
+LETTERS = 20  # below a picture, of an inch of its width
+
 
 def draw(part: dict[str, Any]) -> Figure | None:
-    """The picture of one part, with what it was measured on below it; None where its evaluation has none."""
+    """The picture of one part, with what was found and on what it was measured below it; None where its evaluation has none."""
     with matplotlib.rc_context(STYLE):
         figure = task(part["kind"]).figure(part)
-        if figure is not None and (said := provenance(part)):
-            figure.text(0.0, -0.01, said, ha="left", va="top", fontsize=6.5, color="#666666")
+        if figure is not None:
+            found = wrap(task(part["kind"]).finding(part), round(LETTERS * figure.get_figwidth()))
+            said = "\n".join(filter(None, [*found, provenance(part)]))
+            figure.text(0.0, -0.01, said, ha="left", va="top", fontsize=7, color="#444444")
         return figure
 
 
@@ -62,7 +67,7 @@ def training_panels(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def figures(path: Path) -> Iterator[tuple[str, Figure]]:
     """(name, picture) of everything in a file that has one. Raises MoshiTTTError where the file is not as it was written."""
     if path.is_dir():
-        raise MoshiTTTError(f"{path} is a folder; name the result file in it.")
+        path = path / RESULTS
     if path.suffix == ".jsonl":
         panels = training_panels(read_log(path))
         if not panels:
@@ -77,7 +82,7 @@ def figures(path: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", nargs="+", help="result files (results.json, recall.json, a training log.jsonl)")
+    parser.add_argument("results", nargs="+", help="result files or their folders (results.json, recall.json, a training log.jsonl)")
     parser.add_argument("--output", type=Path, default=None, help="folder of the pictures (default: beside each file)")
 
 

@@ -61,6 +61,7 @@ def run_evaluation(settings: SectionSettings, show_progress: bool = True) -> Pat
         now = datetime.now(UTC)
         results["tasks"][name] = part | {
             "kind": name,
+            "model_name": results["model"]["name"],
             "settings": keys[name],
             "seconds": round(time.perf_counter() - begin, 1),
             "version": __version__,

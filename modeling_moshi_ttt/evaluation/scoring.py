@@ -36,7 +36,7 @@ class ScoreWeights:
         values = (self.semantic, self.acoustic, self.text)
         if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) == 0:
             raise MoshiTTTError(
-                f"score weights are semantic {values[0]}, acoustic {values[1]}, text {values[2]}; they must be >= 0 and not all 0"
+                f"`semantic={values[0]}`, `acoustic={values[1]}` and `text={values[2]}` must be numbers of 0 or more, and not all 0."
             )
 
 
@@ -55,11 +55,12 @@ class StreamSums:
         factors = [weights.text, weights.semantic, *[weights.acoustic] * (len(self.sums) - 2)]
         total = math.fsum(w * s for w, s in zip(factors, self.sums))
         weight = math.fsum(w * n for w, n in zip(factors, self.tokens))
-        if weight == 0:
-            raise MoshiTTTError(f"no token has a weight: tokens of text and codebooks are {self.tokens}, their weights {factors}")
-        score = total / weight if mean else total
+        score = total / (weight if mean else 1.0) if weight else math.nan
         if not math.isfinite(score):
-            raise MoshiTTTError(f"the log-likelihood is {score}; the model's numbers are broken, and no score is made of them")
+            raise MoshiTTTError(
+                f"`score={score}` must be finite: of `sums={self.sums}`, `tokens={self.tokens}` and `weights={factors}`. Give weights to streams "
+                "that are there; sums that are not finite come from broken weights of the model."
+            )
         return score
 
 
@@ -95,9 +96,9 @@ def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
 
 
 def gather_log_probs(logits: Tensor, audio_logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, K, T, card]."""
+    """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, P, T, card], P >= K."""
     known = targets.clamp(min=0)[..., None]  # [B, 1 + K, T, 1]
-    audio = _log_softmax(audio_logits).gather(-1, known[:, 1:])
+    audio = _log_softmax(audio_logits[:, : known.shape[1] - 1]).gather(-1, known[:, 1:])
     # the text's vocabulary is the largest by far, and in spoken benchmarks there is no text
     spoken = bool((targets[:, 0] >= 0).any())
     text = _log_softmax(logits).gather(-1, known[:, 0]) if spoken else audio.new_zeros(known[:, 0].shape)
@@ -126,14 +127,14 @@ def collate(config: Any, batch: Sequence[CodeSequence], device: torch.device | s
 def check_sequences(config: Any, batch: Sequence[CodeSequence]) -> None:
     """Raise a MoshiTTTError that names the recording and what does not fit."""
     for number, sequence in enumerate(batch):
-        frames = sequence.moshi.shape[-1]
+        frames = max(sequence.moshi.shape[-1], 1)
         shapes = {"moshi": (config.num_codebooks, frames), "user": (config.num_user_codebooks, frames), "text": (frames,)}
         for name, shape in shapes.items():
             stream = getattr(sequence, name)
             if stream is not None and tuple(stream.shape) != shape:
-                raise MoshiTTTError(f"sequence {number}: `{name}` of shape {tuple(stream.shape)} must be {shape}.")
-        if frames == 0:
-            raise MoshiTTTError(f"sequence {number}: holds no frames; the audio is shorter than one frame of 80 ms")
+                raise MoshiTTTError(
+                    f"sequence {number}: `{name}` of shape {tuple(stream.shape)} must be {shape}, with a frame of 80 ms or more."
+                )
 
 
 def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -192,10 +193,11 @@ class SpeechScorer:
         batch_size: int = 16,
         sample_rate: int = 24000,
     ) -> None:
-        if user not in ("absent", "silence"):
-            raise MoshiTTTError(f"`user={user!r}` must be 'absent' or 'silence'.")
-        if text != "absent" and not (isinstance(text, int) and 0 <= text < model.config.vocab_size):
-            raise MoshiTTTError(f"`text={text!r}` must be 'absent' or a text id below {model.config.vocab_size}.")
+        ids = range(model.config.vocab_size)
+        choices = (("user", user, ("absent", "silence"), "'silence'"), ("text", text, ("absent", *ids), f"a text id below {len(ids)}"))
+        for name, value, known, other in choices:
+            if value not in known:
+                raise MoshiTTTError(f"`{name}={value!r}` must be 'absent' or {other}.")
         self.model, self.encode, self.weights, self.user, self.text = model, encode, weights, user, text
         self.batch_size, self.sample_rate = batch_size, sample_rate
 

@@ -9,18 +9,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..data.spoken_dialogues import Question
 from ..tokens_moshi_ttt import FRAME_RATE, ZERO
-from .long_context import FROZEN, GATE_ZERO, TTT, condition_parameters
+from .long_context import FROZEN, GATE_ZERO, condition_parameters
 
 WINDOW, FULL = "window only", "full attention"
-CONDITIONS = (TTT, FROZEN, GATE_ZERO, WINDOW, FULL)
+Condition = Literal["TTT", "frozen at W0", "gate 0", "window only", "full attention"]
+Mode = Literal["free", "led"]
 CHUNK = 512  # frames in one led forward pass
+FULL_FRAMES = 2**17  # rows times frames whose keys and values full attention keeps at once: of a small model about a gigabyte
 ANSWER = (8, 8)  # frames in which an answer counts: these many, and these for each of its words
 
 
@@ -127,33 +129,29 @@ def led_answer_to(best: Tensor, heard: Heard, question: Question, processor: Any
 LISTENING: Mapping[str, Callable[[Any, Sequence[Heard]], list[Tensor]]] = {"free": listen_freely, "led": listen_led}
 
 
-def answers(
-    model: Any,
-    processor: Any,
-    heard: Sequence[Heard],
-    condition: str,
-    mode: str,
-    batch_size: int,
-    progress: Callable[[Any], Any] = iter,
-) -> list[dict[str, Any]]:
-    """Every question with what was answered under a condition: its dialogue and times (seconds), how many facts were asked for in it, how
-    often this one was corrected, and whether the answer is right, or a value from before a correction."""
+def answers(model: Any, processor: Any, heard: Sequence[Heard], condition: str, mode: str) -> list[dict[str, Any]]:
+    """Every question with what was answered under a condition, the dialogues heard side by side: its dialogue and times (seconds), how many facts
+    were asked for in it, how often this one was corrected, and whether the answer is right, or a value from before a correction."""
     model.eval()
     facts = {one.name: len({question.fact.kind for question in one.questions}) for one in heard}
-    parts = [part for one in heard for part in within_reach(one, reach(model.config))] if condition == WINDOW else heard
-    ordered = sorted(parts, key=lambda one: one.user.shape[1])
+    parts = [part for one in heard for part in within_reach(one, reach(model.config))] if condition == WINDOW else list(heard)
+    rows = len(heard)
+    if condition == FULL:
+        rows = max(1, min(rows, FULL_FRAMES // max(one.user.shape[1] for one in heard)))
     found = []
     with under(model, condition):
-        for first in progress(range(0, len(ordered), batch_size)):
-            batch = ordered[first : first + batch_size]
+        for first in range(0, len(parts), rows):
+            batch = parts[first : first + rows]
             for one, text in zip(batch, LISTENING[mode](model, batch)):
-                for question in one.questions:
-                    free = mode == "free"
-                    said = (
-                        answer_to(text, one.asked(question), question, processor) if free else led_answer_to(text, one, question, processor)
-                    )
-                    since = question.asked - question.told
-                    about = {"dialogue": one.name, "seed": one.seed, "kind": question.fact.kind, "facts": facts[one.name]}
-                    times = {"told": round(question.told, 2), "since": round(since, 2), "corrected": len(question.before)}
-                    found.append(about | times | {"right": said == question.fact.value, "old": said in question.before})
+                found += [_judged(one, question, text, mode, processor) | {"facts": facts[one.name]} for question in one.questions]
     return found
+
+
+def _judged(one: Heard, question: Question, text: Tensor, mode: str, processor: Any) -> dict[str, Any]:
+    if mode == "free":
+        said = answer_to(text, one.asked(question), question, processor)
+    else:
+        said = led_answer_to(text, one, question, processor)
+    about = {"dialogue": one.name, "seed": one.seed, "kind": question.fact.kind}
+    times = {"told": round(question.told, 2), "since": round(question.asked - question.told, 2), "corrected": len(question.before)}
+    return about | times | {"right": said == question.fact.value, "old": said in question.before}

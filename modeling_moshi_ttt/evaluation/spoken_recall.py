@@ -4,168 +4,41 @@ an hour later. Every condition and every model beside hears the same dialogues."
 from __future__ import annotations
 
 import itertools
-import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Any, NotRequired
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from typing_extensions import TypedDict
 
-from ..common.files import read_json
 from ..common.results import MORE, Part
-from ..common.settings import DISTINCT, Count, CountOrZero, Flag, NotNegative, Seed, Whole, check_entries, settings_group
-from ..data.espeak import Espeak
-from ..data.facts import DIGITS, HELD_OUT_VOICES, KINDS, VALUES, VOICES, Fact, ScriptSettings
-from ..data.long_recordings import encode_recording
-from ..data.recordings import Recording, read_manifest
-from ..data.spoken_dialogues import Question, Script, speak
+from ..data.facts import DIGITS, NUMBER, VALUES
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
 from . import drawing
-from .formatting import percent
+from .formatting import duration, percent
 from .kept_numbers import recording_line
 from .long_context import FROZEN, GATE_ZERO, TTT
 from .memory_probe import Memory, draw_memory, probe, said_of_memory
-from .spoken_listening import CONDITIONS, FULL, LISTENING, WINDOW, Heard, answers
+from .spoken_inputs import SpokenRecallSettings, batches, recordings, told_once
+from .spoken_listening import FULL, WINDOW, Heard, answers
 from .statistics import bootstrap_interval
 from .task import Context, Measure, Table, Task
 
 TIMES = (0, 8, 35, 120, 480, 1620, 3600)  # seconds at which the columns begin
-PIECE = 125  # frames that are encoded at once
-
-
-@settings_group
-class SpokenRecallSettings:
-    """Where the dialogues come from, and under which conditions they are heard."""
-
-    manifest: Path | None = None
-    """A data.jsonl of ours, each recording's .json with "questions"; null makes dialogues."""
-    dialogues: Count = 24
-    """How many are made of each kind below, of facts together, sentences of talk and renderings that are held out from training."""
-    seconds: Annotated[list[NotNegative], DISTINCT] = field(default_factory=lambda: [8.0, 35.0])
-    """Seconds of talk between telling and asking."""
-    told_after: Annotated[list[NotNegative], DISTINCT] = field(default_factory=lambda: [0.0])
-    """Seconds of talk before the facts."""
-    corrected: Flag = True
-    """Also dialogues in which facts are told anew."""
-    voices: Literal["trained", "held_out"] = "trained"
-    """Voices that training heard, or others."""
-    ways: Literal["trained", "held_out"] = "trained"
-    """Ways of telling and asking a fact: those that training heard, or others."""
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    """Kinds of facts, as in training."""
-    facts: list[Whole] = field(default_factory=lambda: [1, 2])
-    """Lowest and highest number of facts in a dialogue."""
-    digits: list[Whole] = field(default_factory=lambda: [1, 1])
-    """Lowest and highest number of digits of a number."""
-    conditions: Annotated[list[str], DISTINCT] = field(default_factory=lambda: ["TTT", "gate 0"])
-    """Conditions of the model: TTT as it is; its memory frozen at W0; its gate 0; "window only", with no more of the dialogue before a question than
-    attention reaches through all layers; "full attention", of all that came before."""
-    beside: dict[str, str] = field(default_factory=dict)
-    """Other models, by the name they are shown with."""
-    modes: Annotated[list[str], DISTINCT] = field(default_factory=lambda: ["free"])
-    """How it hears dialogues: free (it hears its own answers) or led (it hears the right ones)."""
-    seeds: list[Seed] = field(default_factory=list)
-    """Seeds of the dialogues that are made; none: the run's seed."""
-    memory: CountOrZero = 0
-    """Dialogues whose memory is looked into as it goes: drift, steps, gate, false writes."""
-
-    def __post_init__(self) -> None:
-        if self.seeds:
-            check_entries("seeds", self.seeds)
-        for name, known in (("conditions", CONDITIONS), ("modes", tuple(LISTENING))):
-            for entry in getattr(self, name):
-                if entry not in known:
-                    raise MoshiTTTError(f"`{name}={getattr(self, name)}` must be of {', '.join(known)}; {entry!r} is none.")
-        twice = [name for name in self.beside if name in self.conditions]
-        if twice:
-            raise MoshiTTTError(f"`beside.{twice[0]}` must not have the name of a condition; give the model another name.")
-        ScriptSettings(kinds=self.kinds, facts=self.facts, digits=self.digits)  # checks them
-
-
-def read_questions(recording: Recording) -> list[Question]:
-    """The "questions" of the .json beside a recording.
-
-    Raises:
-        ValueError: malformed questions, or times that cannot be: asked before told, or outside the recording.
-    """
-    path = recording.path.with_suffix(".json")
-    found = read_json(path).get("questions", []) if path.is_file() else []
-    questions = []
-    for index, item in enumerate(found):
-        try:
-            before = tuple(tuple(value) for value in item.get("before", []))
-            one = Question(Fact(item["kind"], tuple(item["value"])), before, float(item["told"]), float(item["asked"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise MoshiTTTError(
-                f'{path}: questions[{index}] is {item!r}; it must hold "kind", "value" (words), "told" and "asked" (seconds).'
-            ) from None
-        if not 0 <= one.told < one.asked <= recording.duration:
-            raise MoshiTTTError(
-                f"{path}: questions[{index}] is told at {one.told:g} s and asked at {one.asked:g} s of {recording.duration:g} s; "
-                "a fact must be told before it is asked, and both within the recording."
-            )
-        questions.append(one)
-    return questions
-
-
-def recordings(section: SpokenRecallSettings) -> list[tuple[Recording, list[Question]]]:
-    """What a manifest holds; ValueError where nothing in it is asked."""
-    found = [(one, read_questions(one)) for one in read_manifest(section.manifest, allow_outside=True)]  # type: ignore[arg-type]
-    if not any(questions for _, questions in found):
-        raise MoshiTTTError(f'{section.manifest}: no recording has "questions" in the .json beside it, so there is nothing to recall.')
-    return found
-
-
-def encoded(section: SpokenRecallSettings, processor: Any, seed: int, progress: Callable[[Any], Any] = iter) -> list[Heard]:
-    """The dialogues, read or made, as codes."""
-    if section.manifest is not None:
-        heard = []
-        for one, questions in progress(recordings(section)):
-            codes = encode_recording(processor, one)
-            if codes.user is None:
-                raise MoshiTTTError(f"{one.path}: has 1 channel; a dialogue is stereo, Moshi left and the user right.")
-            text = codes.text if codes.text is not None else torch.tensor(processor.text_frames((), codes.user.shape[1]))
-            heard.append(Heard(one.path.stem, codes.user, codes.moshi, text, questions))
-        return heard
-    espeak = Espeak()
-    scripts = progress(list(_scripts(section, section.seeds or [seed])))
-    return [_made(name, drawn, script, voice, espeak, processor) for name, drawn, script, voice in scripts]
-
-
-def _made(name: str, seed: int, script: Script, voice: str, espeak: Espeak, processor: Any) -> Heard:
-    spoken = speak(script, espeak, voice)
-    stream, size = processor.new_audio_stream(2), PIECE * processor.frame_size
-    samples = torch.from_numpy(np.pad(spoken.samples, ((0, 0), (0, -spoken.samples.shape[1] % processor.frame_size))))
-    codes = torch.cat([stream.encode_frames(piece).cpu() for piece in samples.split(size, dim=1)], dim=-1)  # [2, K, T]
-    text = torch.tensor(processor.text_frames(spoken.words, codes.shape[-1]))
-    return Heard(name, codes[1], codes[0], text, spoken.questions, seed)
-
-
-def _scripts(section: SpokenRecallSettings, seeds: Sequence[int]) -> Iterator[tuple[str, int, Script, str]]:
-    """Name, seed, script and voice of every dialogue that is made."""
-    voices = VOICES if section.voices == "trained" else HELD_OUT_VOICES
-    kinds = itertools.product(seeds, section.seconds, section.told_after, (0.0, 1.0)[: 1 + section.corrected], range(section.dialogues))
-    for seed, seconds, after, corrections, number in kinds:
-        distance, lead = round(seconds * FRAME_RATE), round(after * FRAME_RATE)
-        settings = ScriptSettings(section.kinds, section.facts, section.digits, echo=0.0, corrections=corrections)
-        settings = replace(settings, distance=[distance, distance], lead=[lead, lead])
-        name = f"{'corrected' if corrections else 'told'} {seconds:g} s after {after:g} s, {number}"
-        rng = random.Random(f"{seed} {name}")
-        script = Script(settings, rng, held_out=True, new_ways=section.ways == "held_out")
-        yield f"seed {seed}, {name}" if len(seeds) > 1 else name, seed, script, rng.choice(voices)
+TICKS = (2, *TIMES[1:])
+APART = 1.03  # between the points of two lines at one time, so that their intervals do not hide one another
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def chance() -> float:
-    """Share of right answers of who knows the kind of a fact but not its value, over the four kinds alike, numbers of one digit."""
-    return float(np.mean([1 / len(values) for values in (*VALUES.values(), DIGITS)]))
+def chance(section: SpokenRecallSettings) -> float:
+    """Share of right answers of who knows the kind of a fact, but not its value."""
+    low, high = section.digits
+    numbers = float(np.mean([float(len(DIGITS)) ** -count for count in range(low, high + 1)]))
+    return float(np.mean([numbers if kind == NUMBER else 1 / len(VALUES[kind]) for kind in section.kinds]))
 
 
 def bucket(seconds: float) -> int:
@@ -174,12 +47,17 @@ def bucket(seconds: float) -> int:
 
 
 def share_right(found: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """Accuracy of some answers, with an interval over their dialogues, and the share of values from before a correction."""
+    """Accuracy of some answers, with an interval over their dialogues, and the share of values from before a correction; of the answers of
+    several checkpoints the accuracy of the worst, too."""
     each: dict[str, list[bool]] = {}
+    checkpoints: dict[int, list[bool]] = {}
     for one in found:
         each.setdefault(one["dialogue"], []).append(one["right"])
-    interval = bootstrap_interval([float(np.mean(rights)) for rights in each.values()], seed)
+        checkpoints.setdefault(one.get("checkpoint", 0), []).append(one["right"])
+    interval = bootstrap_interval([float(np.mean(rights)) for rights in each.values()], seed, weights=list(map(len, each.values())))
     shares = {"accuracy": float(np.mean([one["right"] for one in found])), "old": float(np.mean([one["old"] for one in found]))}
+    if len(checkpoints) > 1:
+        shares["worst"] = min(float(np.mean(rights)) for rights in checkpoints.values())
     return shares | {"interval": list(interval), "questions": len(found), "dialogues": len(each)}
 
 
@@ -201,45 +79,59 @@ def cells(found: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]
     ]
 
 
-AXES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "facts": lambda one: one["facts"],
-    "corrections": lambda one: one["corrected"],
-    "told from s": lambda one: bucket(one["told"]),
-    "seed": lambda one: one["seed"],
+AXES: dict[str, tuple[str, Callable[[Any], Any]]] = {  # its name -> the field of an answer that it groups by, and how
+    "facts": ("facts", int),
+    "corrections": ("corrected", int),
+    "told from s": ("told", bucket),
+    "seed": ("seed", int),
+    "checkpoint": ("checkpoint", int),
 }
+
+
+def numbers(found: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """The `Run` of some answers."""
+    by = {}
+    for axis, (field, key) in AXES.items():
+        if all(field in one for one in found):
+            groups = grouped(found, lambda one, field=field, key=key: key(one[field]))  # type: ignore[misc]
+            by[axis] = [{"value": value} | share_right(there, seed) for value, there in groups.items()]
+    grid = grouped(found, lambda one: (bucket(one["told"]), bucket(one["told"] + one["since"])))
+    told_asked = [{"told": t, "asked": a} | share_right(there, seed) for (t, a), there in grid.items()]
+    return {"cells": cells(found, seed), "by": by, "grid": told_asked, "answers": list(found)}
 
 
 def measure(
     models: Mapping[str, tuple[Any, Sequence[str]]],
     processor: Any,
-    heard: Sequence[Heard],
+    dialogues: Iterable[Sequence[Heard]],
     modes: Sequence[str],
-    batch_size: int = 16,
     seed: int = 0,
-    progress: Callable[[Any], Any] = iter,
 ) -> dict[str, Any]:
-    """Accuracy of every model under its conditions: `models` maps a name to (model, conditions); "" is the model under evaluation."""
-    runs = {}
-    for (name, (model, conditions)), mode in itertools.product(models.items(), modes):
-        for condition in conditions:
-            found = answers(model, processor, heard, condition, mode, batch_size, progress)
-            label = f"{name or condition}, {mode}" if len(modes) > 1 else name or condition
-            by = {
-                axis: [{"value": value} | share_right(there, seed) for value, there in grouped(found, key).items()]
-                for axis, key in AXES.items()
-            }
-            grid = grouped(found, lambda one: (bucket(one["told"]), bucket(one["told"] + one["since"])))
-            told_asked = [{"told": t, "asked": a} | share_right(there, seed) for (t, a), there in grid.items()]
-            runs[label] = {"cells": cells(found, seed), "by": by, "grid": told_asked, "answers": found}
-    hours = sum(one.user.shape[1] for one in heard) / FRAME_RATE / 3600
-    return {"kind": "spoken_recall", "dialogues": len(heard), "hours": hours, "modes": list(modes), "chance": chance(), "runs": runs}
+    """Accuracy of every model under its conditions.
+
+    Args:
+        models: name -> (model, conditions); "" is the model under evaluation.
+        dialogues: a few at a time, which are heard side by side and then forgotten.
+        seed: of the resamples for the intervals.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    count = frames = 0
+    for heard in dialogues:
+        count, frames = count + len(heard), frames + sum(one.user.shape[1] for one in heard)
+        for (name, (model, conditions)), mode in itertools.product(models.items(), modes):
+            for condition in conditions:
+                label = f"{name or condition}, {mode}" if len(modes) > 1 else name or condition
+                found.setdefault(label, []).extend(answers(model, processor, heard, condition, mode))
+    runs = {label: numbers(there, seed) for label, there in found.items()}
+    return {"kind": "spoken_recall", "dialogues": count, "hours": frames / FRAME_RATE / 3600, "modes": list(modes), "runs": runs}
 
 
 # ---------------------------------------------------------------- the evaluation
 
 
 class Cell(TypedDict):
-    """Share of right answers. Those of `Run.cells` are of a time since told; of `by`, of a `value`; of `grid`, of `told` and `asked`."""
+    """Share of right answers. Those of `Run.cells` are of a time since told; of `by`, of a `value`; of `grid`, of `told` and `asked`. worst: of the
+    worst of several checkpoints."""
 
     __pydantic_config__ = MORE  # type: ignore[misc]
     accuracy: float
@@ -250,6 +142,7 @@ class Cell(TypedDict):
     value: NotRequired[int]
     told: NotRequired[int]
     asked: NotRequired[int]
+    worst: NotRequired[float]
 
 
 class Run(TypedDict):
@@ -263,19 +156,21 @@ class Run(TypedDict):
 
 
 class SpokenRecallPart(Part):
-    """runs: condition or model -> its numbers, all of the same dialogues. memory: what its TTT layers did."""
+    """runs: condition or model -> its numbers, all of the same dialogues. memory: what its TTT layers did. checkpoints: how many were merged."""
 
     dialogues: int
     modes: list[str]
     runs: dict[str, Run]
     chance: NotRequired[float]
     memory: NotRequired[Memory]
+    checkpoints: NotRequired[int]
 
 
 class SpokenRecall(Task):
     name, settings, shape = "spoken_recall", SpokenRecallSettings, SpokenRecallPart
     question = "Does it remember what it was told?"
     reading = "Facts are told in speech, then other things, then it is asked; some facts are corrected."
+    drawn_by = ("seeds", "voices", "ways", "kinds", "facts", "digits")
 
     def inputs(self, section: SpokenRecallSettings) -> Iterable[str]:
         if section.manifest is None:
@@ -291,28 +186,41 @@ class SpokenRecall(Task):
         for condition in section.conditions:
             setting = needs.get(condition)
             if setting and not subject.config.get(setting, "ttt" not in setting):
+                left = [one for one in section.conditions if needs.get(one) != setting]
                 raise MoshiTTTError(
-                    f"spoken_recall.conditions holds {condition!r}, but the model's `{setting}={subject.config.get(setting)}` leaves nothing to "
-                    f"compare; give spoken_recall.conditions=[{', '.join(one for one in section.conditions if needs.get(one) != setting)}]."
+                    f"`spoken_recall.conditions={section.conditions}` must not hold {condition!r} for a model of `{setting}="
+                    f"{subject.config.get(setting)}`, with which it changes nothing; give spoken_recall.conditions=[{', '.join(left)}]."
                 )
         if section.memory and not subject.ttt.get("ttt_layers"):
-            raise MoshiTTTError(f"spoken_recall.memory={section.memory} must be 0 for a model without TTT layers.")
+            raise MoshiTTTError(f"`spoken_recall.memory={section.memory}` must be 0 for a model without TTT layers.")
 
     def run(self, subject: Any, section: SpokenRecallSettings, context: Context) -> dict[str, Any]:
         model, processor = subject.load()
-        heard = encoded(section, processor, context.seed, context.bar("encoding"))
-        models = {"": (model, section.conditions)}
+        models: dict[str, tuple[Any, Sequence[str]]] = {"": (model, section.conditions)}
         models |= {name.removeprefix("beside."): (one.model, [TTT]) for name, one in context.others.items()}
-        part = measure(models, processor, heard, section.modes, context.batch_size, context.seed, context.bar("spoken recall"))
+        longest: deque[Heard] = deque(maxlen=section.memory)
+
+        def heard() -> Iterator[list[Heard]]:
+            for make in context.bar("spoken recall")(batches(section, processor, context.seed, context.batch_size)):
+                yield (some := make())
+                longest.extend(one for one in some if told_once(one.questions))
+
+        part = measure(models, processor, heard(), section.modes, context.seed)
+        if section.manifest is None:
+            part |= {"chance": chance(section), "data": f"{part['dialogues']} made dialogues, {section.voices.replace('_', ' ')} voices"}
         if section.memory:
-            once = [one for one in heard if not any(question.before for question in one.questions)]  # else some tellings have no time
-            if not once:
-                raise MoshiTTTError(
-                    f"spoken_recall.memory={section.memory} must be 0: every dialogue has corrections, whose times are not all known."
-                )
-            longest = sorted(once, key=lambda one: -one.user.shape[1])[: section.memory]
             part["memory"] = probe(model, context.bar("memory")(longest))
         return part
+
+    def merged(self, parts: Sequence[Any]) -> dict[str, Any]:
+        first = parts[0]
+        runs = {}
+        for label in first["runs"]:
+            if all(label in part["runs"] for part in parts):
+                each = [part["runs"][label]["answers"] for part in parts]
+                runs[label] = numbers([one | {"checkpoint": number} for number, there in enumerate(each) for one in there])
+        kept = {name: first[name] for name in ("kind", "dialogues", "hours", "modes", "chance", "data") if name in first}
+        return kept | {"runs": runs, "checkpoints": len(parts)}
 
     def figure(self, part: SpokenRecallPart) -> Figure:
         """Accuracy against time since told, facts told once beside corrected ones, a line for each condition and model; below, where facts
@@ -327,7 +235,7 @@ class SpokenRecall(Task):
         for axes, corrected in zip(first, kinds):
             self._against_time(axes, part, corrected)
         first[0].set_ylabel("questions answered right, %")
-        bands[0].legend(*first[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+        drawing.legend_below(bands[0], first[0], 4)
         if len(told) > 1:
             self._maps(bands[1], maps, told)
         if "memory" in part:
@@ -338,11 +246,16 @@ class SpokenRecall(Task):
     def _against_time(axes: Any, part: SpokenRecallPart, corrected: bool) -> None:
         for index, (label, run) in enumerate(part["runs"].items()):
             there = [cell for cell in run["cells"] if cell["corrected"] == corrected]
-            x, y = [cell["mean_since"] for cell in there], [100 * cell["accuracy"] for cell in there]
+            beside = APART ** (index - (len(part["runs"]) - 1) / 2)
+            x, y = [cell["mean_since"] * beside for cell in there], [100 * cell["accuracy"] for cell in there]
             drawing.curve(axes, x, y, index, label, [[100 * bound for bound in cell["interval"]] for cell in there])
+            worst = [100 * cell["worst"] for cell in there if "worst" in cell]
+            if worst:
+                look = drawing.line_style(index) | {"linestyle": "none", "fillstyle": "none", "markersize": 6}
+                axes.plot(x, worst, label=f"{label}, worst of {part.get('checkpoints')} checkpoints", **look)
         if "chance" in part:
             axes.axhline(100 * part["chance"], color=drawing.GREY, linewidth=0.8, linestyle=":", label="chance")
-        drawing.seconds_axis(axes, TIMES[1:])
+        drawing.seconds_axis(axes, TICKS)
         axes.set_xlabel("time since told" + (" anew" if corrected else ""))
         axes.set_title("corrected: the newest value" if corrected else "told once", fontsize=9)
         axes.set_ylim(-3, 103)
@@ -354,9 +267,9 @@ class SpokenRecall(Task):
             values = np.full((len(told), len(asked)), np.nan)
             for cell in grid:
                 values[told.index(cell["told"]), asked.index(cell["asked"])] = 100 * cell["accuracy"]
-            drawing.heat_map(axes, values, asked, [f"told from {time} s" for time in told])
+            drawing.heat_map(axes, values, list(map(duration, asked)), [f"told from {duration(time)}" for time in told])
             axes.set_title(label, fontsize=8)
-            axes.set_xlabel("asked from, s")
+            axes.set_xlabel("asked from")
 
     def table(self, part: SpokenRecallPart) -> Table:
         """A row for each condition and model; a column for each time since told, and for each value of what else was varied."""
@@ -375,7 +288,7 @@ class SpokenRecall(Task):
         keys = sorted(columns, key=lambda key: key if key[0] < 2 else (2,))
         note = (
             f"Share of questions answered right, percent, with 95% intervals over dialogues; {part['dialogues']} dialogues "
-            f"({', '.join(part['modes'])})."
+            f"({', '.join(part['modes'])})" + (f", mean of {part['checkpoints']} checkpoints." if "checkpoints" in part else ".")
         )
         memory = " " + said_of_memory(part["memory"]) if "memory" in part else ""
         shown = [[label, *[_shown(there.get(key)) for key in keys]] for label, there in rows.items()]
@@ -385,11 +298,17 @@ class SpokenRecall(Task):
         said = []
         for corrected, what in ((False, "told once"), (True, "corrected")):
             last = {label: [cell for cell in run["cells"] if cell["corrected"] == corrected][-1:] for label, run in part["runs"].items()}
-            shares = [f"{label} {percent(there[0]['accuracy'], 0)}%" for label, there in last.items() if there]
+            shares = [
+                f"{label} {percent(there[0]['accuracy'], 0)}%"
+                + (f" (worst {percent(there[0]['worst'], 0)}%)" if "worst" in there[0] else "")
+                for label, there in last.items()
+                if there
+            ]
             if shares:
                 since = next(there[0]["mean_since"] for there in last.values() if there)
-                said.append(f"{what}, {since:.0f} s ago: {', '.join(shares)}")
-        return f"Right answers: {'; '.join(said)} (chance {percent(part.get('chance', chance()), 0)}%)."
+                said.append(f"{what} {duration(since)} before: {', '.join(shares)}")
+        known = f" (chance {percent(part['chance'], 0)}%)" if "chance" in part else ""
+        return f"Right answers: {'; '.join(said)}{known}."
 
     def measures(self, part: SpokenRecallPart) -> list[Measure]:
         found = []
@@ -412,7 +331,8 @@ def _shown(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     low, high = cell["interval"]
-    return f"{100 * cell['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+    worst = f", worst {100 * cell['worst']:.0f}" if "worst" in cell else ""
+    return f"{100 * cell['accuracy']:.0f} ({100 * low:.0f} to {100 * high:.0f}){worst}"
 
 
 TASK = SpokenRecall()

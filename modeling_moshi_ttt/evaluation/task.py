@@ -3,7 +3,7 @@ comparisons have it from here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +88,7 @@ class Task(Protocol):
         shape: the TypedDict of what `run` gives; a result file is held against it when it is read.
         question, reading: what it asks, and how to read the answer, for the report.
         needs_model: whether there is a model under evaluation.
+        drawn_by: settings that say, beside the seed, what data are drawn where none are read; results of others are not compared.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Task(Protocol):
     question: str
     reading: str
     needs_model: bool = True
+    drawn_by: tuple[str, ...] = ()
 
     def inputs(self, section: Any) -> Iterable[str]:
         """Read the folders and manifests of a section; what it gives are lines over the contents of all that it reads, hashed as they
@@ -133,6 +135,10 @@ class Task(Protocol):
     def measures(self, part: Any) -> list[Measure]:
         """The numbers that two results are compared by."""
         raise NotImplementedError
+
+    def merged(self, parts: Sequence[Any]) -> dict[str, Any] | None:
+        """The mean over checkpoints of what `run` gave for each, with the worst; None: this evaluation has no such numbers."""
+        return None
 
 
 def task(name: str) -> Task:

@@ -11,18 +11,23 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import field
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
 from ..common.files import atomic_write
+from ..common.results import checked
 from ..errors_moshi_ttt import MoshiTTTError
 from .statistics import bootstrap_interval
 
 CHANCE = 0.5
 AUDIO_SUFFIXES = (".wav", ".flac")
-SALMON_PARTS = (
+SalmonPart = Literal[
     "bg_alignment",
     "bg_all_consistency",
     "bg_domain_consistency",
@@ -31,7 +36,8 @@ SALMON_PARTS = (
     "sentiment_alignment",
     "sentiment_consistency",
     "speaker_consistency",
-)
+]
+SALMON_PARTS: tuple[str, ...] = get_args(SalmonPart)
 FREQUENCY_BANDS = {"oov": 1.0, "1-4": 5.0, "5-19": 20.0, "20-99": 100.0, "100+": math.inf}  # sWUGGY's, each with its upper edge
 # accuracies in percent as published (Moshi's report arXiv:2410.00037, TWIST's and SpiRit-LM's papers); the last row was measured by us
 PUBLISHED: dict[str, dict[str, float]] = {
@@ -63,81 +69,45 @@ def pair_files(pairs: Iterable[Pair]) -> list[Path]:
 
 
 def read_swuggy(folder: str | Path, split: str = "dev") -> list[Pair]:
-    """sWUGGY: `<folder>/lexical/<split>` (or the split folder itself) with gold.csv; a pair is (id, voice), the group a frequency band."""
+    """sWUGGY: `<folder>/lexical/<split>` (or the split folder itself) with gold.csv; a pair is (id, voice), the group a frequency band.
+
+    Raises:
+        MoshiTTTError: as every reader here, naming the file and the row, where a folder is not as its authors published it.
+    """
     root = _split_folder(Path(folder), "lexical", split)
-    rows = _read_gold(root, ("id", "filename", "voice", "frequency", "correct"))
-    pairs = []
-    for (item, voice), (word, nonword) in _by_key(root, rows, ("id", "voice")).items():
-        band = frequency_band(word["frequency"], f"{root / 'gold.csv'}, file {word['filename']}")
-        pairs.append(Pair((item,), voice, _audio(root, word["filename"]), _audio(root, nonword["filename"]), band))
-    return _with_files(root, pairs)
+    pairs = _of_gold(root, _Word, ("id", "voice"))
+    return [Pair(key[:1], key[1], word.audio, nonword.audio, frequency_band(word.frequency)) for key, (word, nonword) in pairs]
 
 
 def read_sblimp(folder: str | Path, split: str = "dev") -> list[Pair]:
     """sBLIMP: `<folder>/syntactic/<split>` with gold.csv; a pair is (type, subtype, id, voice), the group its type."""
     root = _split_folder(Path(folder), "syntactic", split)
-    rows = _read_gold(root, ("id", "filename", "voice", "type", "subtype", "correct"))
-    pairs = []
-    for key, (good, bad) in _by_key(root, rows, ("type", "subtype", "id", "voice")).items():
-        pairs.append(Pair(key[:3], key[3], _audio(root, good["filename"]), _audio(root, bad["filename"]), key[0]))
-    return _with_files(root, pairs)
+    pairs = _of_gold(root, _Sentence, ("type", "subtype", "id", "voice"))
+    return [Pair(key[:3], key[3], good.audio, bad.audio, key[0]) for key, (good, bad) in pairs]
 
 
 def read_storycloze(folder: str | Path) -> list[Pair]:
     """Spoken StoryCloze (both the spoken and the topic version): a flat folder of `{n}_{uuid}_{correct|incorrect}.wav`, paired by uuid."""
     root = _existing_folder(Path(folder))
-    sides: dict[str, dict[str, Path]] = defaultdict(dict)
-    for path in _audio_files(root):
-        match = re.fullmatch(r"(\d+)_(.+)_(correct|incorrect)", path.stem)
-        if match is None:
-            raise MoshiTTTError(f"{path}: the name must be <number>_<uuid>_correct or <number>_<uuid>_incorrect")
-        _once(sides[match[2]], match[3], path)
-    return [
-        Pair((uuid,), "", found["correct"], found["incorrect"])
-        for uuid, found in sorted(sides.items())
-        if _complete(root, uuid, found, ("correct", "incorrect"))
-    ]
+    named = _named(root, r"\d+_(?P<key>.+)_(?P<side>correct|incorrect)", "<number>_<uuid>_correct or <number>_<uuid>_incorrect")
+    return [Pair((uuid,), "", right, wrong) for uuid, (right, wrong) in _paired(root, named, {"correct", "incorrect"})]
 
 
 def read_salmon(folder: str | Path, parts: Sequence[str] = SALMON_PARTS) -> list[Pair]:
     """SALMon: `<folder>/<part>/sample_{index}_{i}.wav`, the lower i positive; the group is the part."""
-    root = _existing_folder(Path(folder))
-    pairs: list[Pair] = []
-    for part in parts:
-        if part not in SALMON_PARTS:
-            raise MoshiTTTError(f"parts: {part!r} is no part of SALMon; choose from {', '.join(SALMON_PARTS)}")
-        pairs += _salmon_part(_existing_folder(root / part), part)
-    return pairs
-
-
-def _salmon_part(root: Path, part: str) -> list[Pair]:
-    sides: dict[int, dict[int, Path]] = defaultdict(dict)
-    for path in _audio_files(root):
-        match = re.fullmatch(r"sample_(\d+)_(\d+)", path.stem)
-        if match is None:
-            raise MoshiTTTError(f"{path}: the name must be sample_<index>_<i>")
-        _once(sides[int(match[1])], int(match[2]), path)
     pairs = []
-    for index, found in sorted(sides.items()):
-        if len(found) != 2:
-            raise MoshiTTTError(f"{root}: sample {index} has {len(found)} files, and a pair is 2; restore the folder or remove the sample")
-        positive, negative = (found[i] for i in sorted(found))
-        pairs.append(Pair((part, str(index)), "", positive, negative, part))
+    for part in parts:
+        root = _existing_folder(Path(folder) / part)
+        named = [
+            (int(key), int(side), path) for key, side, path in _named(root, r"sample_(?P<key>\d+)_(?P<side>\d+)", "sample_<index>_<i>")
+        ]
+        pairs += [Pair((part, str(index)), "", *both, part) for index, both in _paired(root, named)]
     return pairs
 
 
-def frequency_band(frequency: str, where: str) -> str:
-    """The band of a word's count in LibriSpeech, edges [0, 1, 5, 20, 100, inf); an empty count has no band."""
-    text = frequency.strip()
-    if text == "" or text.lower() == "nan":
-        return ""
-    try:
-        count = float(text)
-    except ValueError:
-        raise MoshiTTTError(f"{where}: frequency {frequency!r} is no number") from None
-    if not count >= 0:
-        raise MoshiTTTError(f"{where}: frequency {frequency!r} is negative")
-    return next((name for name, edge in FREQUENCY_BANDS.items() if count < edge), "100+")
+def frequency_band(count: float | None) -> str:
+    """The band of a word's count in LibriSpeech, edges [0, 1, 5, 20, 100, inf); no count has none."""
+    return "" if count is None else next(name for name, edge in FREQUENCY_BANDS.items() if count < edge or edge == math.inf)
 
 
 # ---------------------------------------------------------------- accuracies
@@ -151,10 +121,12 @@ def pair_score(positive: float, negative: float) -> float:
 def accuracy(pairs: Sequence[Pair], scores: Mapping[Path, float], seed: int = 0) -> dict[str, Any]:
     """Accuracy over items with a bootstrap interval, the same by group, and of each item.
 
-    A file without a score, or with one that is not finite, is an error of the run: it never decides a pair.
+    Args:
+        scores: of every file; one that is not finite is an error of the run, and never decides a pair.
+
+    Raises:
+        MoshiTTTError: a score that is not finite, by its file.
     """
-    if not pairs:
-        raise MoshiTTTError("accuracy: no pairs; check the folder and the split")
     outcomes: dict[tuple[str, ...], list[float]] = defaultdict(list)
     groups: dict[str, dict[tuple[str, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     for pair in pairs:
@@ -174,11 +146,9 @@ def _summary(items: Mapping[tuple[str, ...], list[float]], seed: int) -> dict[st
 
 
 def _finite(scores: Mapping[Path, float], path: Path) -> float:
-    if path not in scores:
-        raise MoshiTTTError(f"{path}: has no score; score every file of the task before asking for accuracies")
     value = float(scores[path])
     if not math.isfinite(value):
-        raise MoshiTTTError(f"{path}: its score is {value}; a score must be finite, so the run has an error to find")
+        raise MoshiTTTError(f"{path}: `score={value}` must be finite; look for what broke the model's numbers.")
     return value
 
 
@@ -197,9 +167,6 @@ def comparison_table(
 def write_submission(path: str | Path, scores: Mapping[Path, float]) -> Path:
     """ZeroSpeech's file for one split: a line `filename score` for each audio file, names without folder and suffix."""
     lines = sorted(f"{audio.stem} {_finite(scores, audio)!r}" for audio in scores)
-    names = [line.split(" ")[0] for line in lines]
-    if len(set(names)) != len(names):
-        raise MoshiTTTError(f"{path}: two audio files share a name; a submission holds one split of one task")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, "\n".join(lines) + "\n")
@@ -211,7 +178,7 @@ def write_submission(path: str | Path, scores: Mapping[Path, float]) -> Path:
 
 def _existing_folder(root: Path) -> Path:
     if not root.is_dir():
-        raise MoshiTTTError(f"{root}: no such folder; give the unpacked benchmark")
+        raise MoshiTTTError(f"`folder={root}`: no such folder; give the unpacked benchmark.")
     return root
 
 
@@ -222,84 +189,78 @@ def _split_folder(folder: Path, task: str, split: str) -> Path:
             return candidate
     raise MoshiTTTError(
         f"{folder}: found no gold.csv in {task}/{split}, {split} or the folder itself; give the unpacked benchmark, and a split that has one "
-        "(dev; test has none until it is published)"
+        "(dev; test has none until it is published)."
     )
 
 
-def _read_gold(root: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows as plain strings: the words 'nan' and 'null' are words."""
+def _count(text: Any) -> Any:
+    return None if isinstance(text, str) and text.strip().lower() in ("", "nan") else text
+
+
+@dataclass
+class _Row:
+    """Of gold.csv, plain strings: the words 'nan' and 'null' are words. audio: where the file is, which official rows name without suffix."""
+
+    id: str
+    filename: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    voice: str
+    correct: Literal["0", "1"]
+    audio: Path = Path()
+
+
+@dataclass
+class _Word(_Row):
+    frequency: Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_count)] = field(kw_only=True)
+
+
+@dataclass
+class _Sentence(_Row):
+    type: str = field(kw_only=True)
+    subtype: str = field(kw_only=True)
+
+
+def _of_gold(root: Path, row: type[Any], key: Sequence[str]) -> list[tuple[tuple[str, ...], tuple[Any, Any]]]:
+    """The rows of gold.csv by a key, each (right, wrong), with the audio that they name."""
     path = root / "gold.csv"
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise MoshiTTTError(
-                f"{path}: lacks the column(s) {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}; restore the official file"
-            )
-        rows = list(reader)
-    for number, row in enumerate(rows, start=2):
-        empty = [name for name in columns if row[name] is None]
-        if empty:
-            raise MoshiTTTError(f"{path}, line {number}: the value of {empty[0]} is missing")
-        if row["correct"] not in ("0", "1"):
-            raise MoshiTTTError(f"{path}, line {number}: correct is {row['correct']!r}, and must be 0 or 1")
-    if not rows:
-        raise MoshiTTTError(f"{path}: holds no rows")
-    return rows
-
-
-def _by_key(
-    root: Path, rows: Sequence[dict[str, str]], columns: Sequence[str]
-) -> dict[tuple[str, ...], tuple[dict[str, str], dict[str, str]]]:
-    """key -> (correct row, incorrect row); a second row for a side, or a missing side, is an error that names the key."""
-    sides: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in rows:
-        found = sides[tuple(row[name] for name in columns)]
-        if row["correct"] in found:
-            key = ", ".join(f"{name} {row[name]}" for name in columns)
-            raise MoshiTTTError(
-                f"{root / 'gold.csv'}: two rows with correct = {row['correct']} for {key}: "
-                f"{found[row['correct']]['filename']}, {row['filename']}"
-            )
-        found[row["correct"]] = row
-    for values, both in sides.items():
-        _complete(root / "gold.csv", ", ".join(f"{n} {v}" for n, v in zip(columns, values)), both, ("1", "0"))
-    return {key: (found["1"], found["0"]) for key, found in sorted(sides.items())}
-
-
-def _once(found: dict[Any, Path], side: str | int, path: Path) -> None:
-    if side in found:
-        raise MoshiTTTError(f"{path}: {found[side].name} has the same key; a pair holds each side once")
-    found[side] = path
-
-
-def _complete(where: Path, key: str, found: Mapping[str, Any], sides: Sequence[str]) -> bool:
-    missing = [side for side in sides if side not in found]
+        found = checked(
+            Annotated[list[row], Field(min_length=1)],  # type: ignore[valid-type]
+            list(csv.DictReader(file, restkey="more")),
+            path,
+            "rows.",
+            "restore the official file",
+        )
+    for one in found:
+        suffixes = ("",) if one.filename.endswith(AUDIO_SUFFIXES) else reversed(AUDIO_SUFFIXES)
+        one.audio = next(filter(Path.is_file, (root / f"{one.filename}{suffix}" for suffix in suffixes)), root / one.filename)
+    missing = [one.filename for one in found if not one.audio.is_file()]
     if missing:
-        raise MoshiTTTError(f"{where}: the pair {key} lacks its {missing[0]!r} side; restore it, or remove the other side")
-    return True
+        raise MoshiTTTError(
+            f"{path}: `filename={missing[0]}` and {len(missing) - 1} more must be audio files beside it; unpack the benchmark again."
+        )
+    return _paired(path, [(tuple(getattr(one, name) for name in key), -int(one.correct), one) for one in found], {-1, 0})
 
 
-def _audio(root: Path, filename: str) -> Path:
-    """The audio of a gold row: official files leave out the suffix."""
-    if Path(filename).name != filename:
-        raise MoshiTTTError(f"{root / 'gold.csv'}: filename {filename!r} must not contain a folder")
-    if filename.endswith(AUDIO_SUFFIXES):
-        return root / filename
-    flac = root / f"{filename}.flac"
-    return flac if flac.is_file() else root / f"{filename}.wav"
+def _named(root: Path, pattern: str, form: str) -> list[tuple[str, str, Path]]:
+    """(key, side, path) of every audio file of a folder."""
+    found = []
+    for path in sorted(path for path in root.iterdir() if path.suffix in AUDIO_SUFFIXES):
+        match = re.fullmatch(pattern, path.stem)
+        if match is None:
+            raise MoshiTTTError(f"{path}: the name must be {form}; restore the folder, or take the file out.")
+        found.append((match["key"], match["side"], path))
+    return found
 
 
-def _audio_files(root: Path) -> list[Path]:
-    files = sorted(path for path in root.iterdir() if path.suffix in AUDIO_SUFFIXES)
-    if not files:
-        raise MoshiTTTError(f"{root}: holds no wav or flac files")
-    return files
-
-
-def _with_files(root: Path, pairs: list[Pair]) -> list[Pair]:
-    missing = [path for path in pair_files(pairs) if not path.is_file()]
-    if missing:
-        names = ", ".join(path.name for path in missing[:5])
-        raise MoshiTTTError(f"{root}: {len(missing)} audio file(s) named in gold.csv are missing: {names}; unpack the benchmark again")
-    return pairs
+def _paired(where: Path, found: Sequence[tuple[Any, Any, Any]], sides: Set[Any] | None = None) -> list[tuple[Any, tuple[Any, Any]]]:
+    """(key, (first, second)) of all that was found as (key, side, value), in the order of keys and sides."""
+    by_key: dict[Any, list[tuple[Any, Any]]] = defaultdict(list)
+    for key, side, value in found:
+        by_key[key].append((side, value))
+    wrong = [
+        key for key, both in by_key.items() if len(both) != 2 or len(there := {side for side, _ in both}) != 2 or there != (sides or there)
+    ]
+    if wrong or not found:
+        what = f"of `{wrong[0]}` there are {len(by_key[wrong[0]])}" if wrong else "there are none"
+        raise MoshiTTTError(f"{where}: must hold pairs, two different sides of each key; {what}. Unpack the benchmark again.")
+    return [(key, tuple(value for _, value in sorted(both, key=itemgetter(0)))) for key, both in sorted(by_key.items())]  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from ..common.files import atomic_write, of_shape, read_json
 from ..common.results import MORE, Part
-from ..common.settings import Flag, NotNegative, check_entries, settings_group
+from ..common.settings import DISTINCT, Flag, NotNegative, check_entries, settings_group
 from ..data.audio import READING, read_audio
 from ..errors_moshi_ttt import MoshiTTTError
 from .drawing import GREY, MARKS, PALETTE, SKY, new_figure
@@ -28,6 +28,7 @@ from .zero_resource import (
     PUBLISHED,
     SALMON_PARTS,
     Pair,
+    SalmonPart,
     accuracy,
     comparison_table,
     pair_files,
@@ -53,16 +54,13 @@ class ZeroShotTask:
     """The unpacked download."""
     split: str = "dev"
     """Split of sWUGGY and sBLIMP."""
-    parts: list[str] | None = None
+    parts: Annotated[list[SalmonPart], DISTINCT] | None = None
     """Parts of SALMon; null: all eight."""
 
     def __post_init__(self) -> None:
-        if self.task not in SPLITS and self.split != "dev":
-            raise MoshiTTTError(f"`split={self.split}` must be left out: of the tasks only {' and '.join(SPLITS)} have splits.")
-        if self.parts is not None:
-            if self.task != "salmon":
-                raise MoshiTTTError(f"`parts={self.parts}` must be left out: of the tasks only salmon has parts.")
-            check_entries("parts", self.parts)
+        for name, those, default in (("split", SPLITS, "dev"), ("parts", ("salmon",), None)):
+            if self.task not in those and (value := getattr(self, name)) != default:
+                raise MoshiTTTError(f"`{name}={value}` must be left out of `task={self.task}`; only {' and '.join(those)} have it.")
 
 
 @settings_group

@@ -17,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors_moshi_ttt import MoshiTTTError
+from .optimizers import MuonWithAdamW
 from .run_config import LoraSettings, OptimSettings
 
 MODES = ("frozen", "lora", "ttt", "lora+ttt", "full")
@@ -121,33 +122,37 @@ def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], setting
         sharded: whether parameters are split over ranks (FSDP).
 
     Raises:
-        ValueError: nothing is trainable, or Adafactor with sharded parameters.
+        ValueError: nothing is trainable, or an optimizer that FSDP cannot shard with sharded parameters.
     """
-    groups = parameter_groups(named_parameters, settings.lr, settings.ttt_lr, settings.gate_lr, settings.weight_decay)
+    if sharded and settings.optimizer != "adamw":
+        raise MoshiTTTError(
+            f"`optim.optimizer={settings.optimizer}` must be adamw under FSDP, where rows and columns of a weight are cut; choose adamw."
+        )
+    groups = parameter_groups(named_parameters, settings)
     # one weight after another where memory is short: torch's way for many at once holds another copy of all weights during the step
     many = None if sharded else False
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), foreach=many)  # type: ignore[arg-type]
-    if sharded:
-        raise MoshiTTTError(
-            "optim.optimizer is 'adafactor' with FSDP, where rows and columns are cut; choose adamw, which FSDP shards too."
-        )
+    if settings.optimizer == "muon":
+        return MuonWithAdamW(groups, settings.lr, (settings.betas[0], settings.betas[1]))
     return torch.optim.Adafactor(groups, lr=settings.lr, foreach=False)
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, ttt_lr: float | None, gate_lr: float | None, weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings) -> list[dict[str, Any]]:
     """Groups for the optimizer: base and LoRA, TTT weights, gates, each with its rate; no decay on norms, biases, gates and inner rates.
+    For Muon the matrices of linear layers apart, marked as `matrices`.
 
     Raises:
         ValueError: nothing is trainable.
     """
-    rates = {"base": lr, "lora": lr, "ttt": lr if ttt_lr is None else ttt_lr, "gate": lr if gate_lr is None else gate_lr}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    lr, muon = settings.lr, settings.optimizer == "muon"
+    ttt_lr, gate_lr = (lr if own is None else own for own in (settings.ttt_lr, settings.gate_lr))
+    rates = {"base": lr, "lora": lr, "ttt": ttt_lr, "gate": gate_lr}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            groups.setdefault((kind_of(name), _decays(name, parameter)), []).append(parameter)
+            decays = _decays(name, parameter)
+            groups.setdefault((kind_of(name), decays, muon and decays and _is_matrix(name, parameter)), []).append(parameter)
     if not groups:
         raise MoshiTTTError(
             "Nothing is trainable (mode 'frozen'): there is nothing for an optimizer to do; choose lora, ttt, lora+ttt or full."
@@ -156,10 +161,11 @@ def parameter_groups(
         {
             "params": parameters,
             "lr": rates[kind],
-            "weight_decay": weight_decay if decays else 0.0,
-            "name": f"{kind}{'' if decays else ', no decay'}",
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "name": f"{kind}{', matrices' if matrices else '' if decays else ', no decay'}",
+            "matrices": matrices,
         }
-        for (kind, decays), parameters in groups.items()
+        for (kind, decays, matrices), parameters in groups.items()
     ]
 
 
@@ -167,6 +173,11 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     own = name.split(".")
     exempt = parameter.dim() < 2 or GATE in own or any(part in _INNER_LR + _INNER_NORM_OR_BIAS for part in own)
     return not exempt
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it maps features to features: embeddings and the text head, which map from or to tokens, do not."""
+    return parameter.dim() == 2 and not any(part.startswith(("embed_tokens", "lm_head", "text_embed")) for part in name.split("."))
 
 
 def parameter_table(model: nn.Module) -> str:

@@ -70,10 +70,11 @@ class LoraSettings:
 class OptimSettings:
     """How weights are moved."""
 
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"
     """"adamw" keeps two moments a weight (betas). "adafactor" (Shazeer and Stern 2018) keeps a row and a column of each matrix, next to
-    nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. Not with
-    FSDP."""
+    nothing, and no betas; its rates are relative to a weight's own size (at least 1e-3), so take 1e-2 where AdamW takes 1e-4. "muon" (Jordan et al.
+    2024) keeps one moment and makes the step of every linear layer's matrix orthogonal, of AdamW's size; all else is AdamW's. From fresh
+    weights it needs fewer steps. Only adamw with FSDP."""
     steps: Count = 2000
     """Optimizer steps of the whole run."""
     lr: Positive = 2e-6
