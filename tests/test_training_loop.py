@@ -77,8 +77,8 @@ def test_validation_covers_the_whole_set_with_right_averages(tmp_path):
     reader = WindowReader(held_out, model.config.audio_delays, model.config.num_codebooks)
     sums, counts, hits = torch.zeros(2), torch.zeros(2), torch.zeros(2)
     for i, recording in enumerate(held_out):
-        windows = trainer.plan.windows
-        batch = reader[[w for w in windows if w.recording == i]]
+        first, end = trainer.plan.firsts[i : i + 2].tolist()
+        batch = reader[[trainer.plan.window_of(item) for item in range(first, end)]]
         assert batch.frames == recording.frames
         with torch.no_grad():
             output = model.eval()(**batch.inputs())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..common.lock import locked
 from ..common.packaged import resolve
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import FRAME_RATE
@@ -88,12 +89,14 @@ class PreparedSet:
     @property
     def mark(self) -> str:
         """What tells one set from another: how many recordings there are, and a hash of their sounds' hashes and frames, in order."""
+        sounds: Iterable[str] = (recording.sound for recording in self.recordings)
         if isinstance(self.recordings, IndexedRecordings):
-            sounds = [os.path.basename(codes).partition("-")[0] for codes in self.recordings.codes.to_pylist()]
-        else:
-            sounds = [recording.sound for recording in self.recordings]
-        told = json.dumps([self.sizes, [[f"{sound}.safetensors", frames] for sound, frames in zip(sounds, self.lengths)]])
-        return f"{len(sounds)} recordings ({hashlib.sha256(told.encode()).hexdigest()[:16]})"
+            sounds = (os.path.basename(codes.as_py()).partition("-")[0] for codes in self.recordings.codes)
+        digest = hashlib.sha256(f"[{json.dumps(self.sizes)}, [".encode())  # what json.dumps makes of the whole, which would be large
+        for number, (sound, frames) in enumerate(zip(sounds, self.lengths)):
+            digest.update(f'{", " * (number > 0)}["{sound}.safetensors", {frames}]'.encode())
+        digest.update(b"]]")
+        return f"{len(self.recordings)} recordings ({digest.hexdigest()[:16]})"
 
 
 @dataclass
@@ -119,7 +122,8 @@ def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progres
     Raises:
         ValueError: bad files, all of them in one message, unless settings.on_bad_files is "skip"; or nothing is left.
     """
-    made = prepare(sources, settings, cache, progress)
+    path = _shard_path(sources, settings, cache, WHOLE)
+    made = _prepare(sources, settings, cache, progress, WHOLE, path)  # without a lock: all ranks read what is prepared side by side
     counts = {int(one["values"]): int(one["counts"]) for one in pc.value_counts(made.table.column("source")).to_pylist()}
     sizes = [counts.get(number, 0) for number in range(len(made.sources))]
     empty = [name for name, size in zip(made.sources, sizes) if size == 0]
@@ -130,9 +134,18 @@ def prepare_set(sources: str, settings: DataSettings, cache: CodesCache, progres
 
 
 def prepare(sources: str, settings: DataSettings, cache: CodesCache, progress: Any = iter, shard: Shard = WHOLE) -> Preparation:
-    """The same for one shard of the work, without a look at what is empty; its rows go into the shard's file of the index."""
-    folder = cache.folder / f"{_key(sources, settings)}{SUFFIX}"
-    path = shard_path(folder, *shard)
+    """The same for one shard of the work, without a look at what is empty; its rows go into the shard's file of the index.
+
+    A process that is asked for a shard which another one makes waits for it, and then finds it made.
+    """
+    path = _shard_path(sources, settings, cache, shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent, "data.cache", f".{path.name}.lock", wait=True):
+        return _prepare(sources, settings, cache, progress, shard, path)
+
+
+def _prepare(sources: str, settings: DataSettings, cache: CodesCache, progress: Any, shard: Shard, path: Path) -> Preparation:
+    folder = path.parent
     known = cache.known_before() | known_sounds(folder)
     tables: list[pa.Table] = []
     names: list[str] = []
@@ -169,10 +182,11 @@ def prepare(sources: str, settings: DataSettings, cache: CodesCache, progress: A
     return Preparation(table, index, names, weights, problems, left_out(sources, cache.store))
 
 
-def _key(sources: str, settings: DataSettings) -> str:
-    """What an index is named by: its sources and what was made of them."""
+def _shard_path(sources: str, settings: DataSettings, cache: CodesCache, shard: Shard) -> Path:
+    """A shard's file of the index, which is named by its sources and what was made of them."""
     parts = [settings.columns, settings.words, settings.words_files, settings.main_speaker, settings.mono_is, settings.require_words]
-    return hashlib.sha256(json.dumps([sources, parts]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([sources, parts]).encode()).hexdigest()[:16]
+    return shard_path(cache.folder / f"{name}{SUFFIX}", *shard)
 
 
 def _renumbered(found: Index, first: int) -> pa.Table:

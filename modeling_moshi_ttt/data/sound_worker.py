@@ -23,7 +23,7 @@ import numpy as np
 from .. import errors_moshi_ttt as errors
 
 MEMORY = 768 << 20  # bytes beyond what the worker takes when it starts
-STARTING = 60.0  # seconds
+STARTING = 300.0  # seconds, on a machine that has much else to do
 SILENT = 4.0  # seconds in which a decoder must answer or read on in its file
 LONGEST = 120.0  # seconds for one answer, however much is read: a container without a stated length is decoded to count it
 ROOT = Path(__file__).parents[2]
@@ -85,24 +85,27 @@ class Worker:
 
     def _line(self, silent: float) -> bytes | None:
         """What it says next; b"" where it has died, None where it hangs."""
-        begin = heard = now = time.monotonic()
-        sign = self._sign_of_life()
+        begin = heard = time.monotonic()
+        read, used, _ = self._signs()
         while not select.select([self._received], [], [], silent / 8)[0]:
             now = time.monotonic()
-            if sign != (sign := self._sign_of_life()):
-                heard = now
-            if now - heard > silent or now - begin > LONGEST:
+            read_now, used_now, state = self._signs()
+            if read_now != read or state == "D":
+                read, used, heard = read_now, used_now, now
+            waits_for_its_turn = state == "R" and used_now - used < silent
+            if (now - heard > silent and not waits_for_its_turn) or now - begin > max(silent, LONGEST):
                 return None
         return self._received.readline()
 
-    def _sign_of_life(self) -> object:
-        """Something that changes while the worker reads on, or waits for a disk; always, where the system does not tell."""
+    def _signs(self) -> tuple[float, float, str]:
+        """Bytes that it has read, its processor time in seconds, and its state: "R" runs, "D" waits for a disk, also where no system tells."""
         process = Path("/proc", str(self.process.pid))
         try:
-            waits = (process / "stat").read_text().rpartition(")")[2].split()[0] == "D"
-            return time.monotonic() if waits else (process / "io").read_text().split()[1]  # bytes read
+            state, *fields = (process / "stat").read_text().rpartition(")")[2].split()
+            read = int((process / "io").read_text().split()[1])
         except OSError:
-            return time.monotonic()
+            return 0, 0.0, "D"
+        return read, (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK"), state
 
     def stop(self) -> None:
         self.process.kill()

@@ -6,7 +6,7 @@ the order does not change when ranks are exchanged for accumulation. Everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,23 +159,23 @@ class ShuffledWindows:
         window: int,
         epochs: int | None = None,
     ):
-        self.windows: list[Window] = []
-        counts, first = [], 0
-        for size in sizes:
-            before = len(self.windows)
-            for recording in range(first, first + size):
-                self.windows += _cut(recording, lengths[recording], window)
-            counts.append(len(self.windows) - before)
-            first += size
-        self.order = WeightedOrder(counts, weights, seed, epochs)
-        self.rows = rows
+        self.lengths, self.rows, self.window = np.asarray(lengths), rows, window
+        self.firsts = np.concatenate([[0], np.cumsum(-(-self.lengths // window))])  # number of each recording's first window
+        counts = np.diff(self.firsts[np.concatenate([[0], np.cumsum(sizes)])])
+        self.order = WeightedOrder(counts.tolist(), weights, seed, epochs)
 
     def turn(self) -> list[Window] | None:
         """One window for every row; None when the recordings are at an end."""
         drawn = [self.order.draw() for _ in range(self.rows)]
         if drawn[0] is None:
             return None
-        return [EMPTY if item is None else self.windows[item] for item in drawn]
+        return [EMPTY if item is None else self.window_of(item) for item in drawn]
+
+    def window_of(self, item: int) -> Window:
+        """The window of a number in the order of the recordings."""
+        recording = int(np.searchsorted(self.firsts, item, side="right")) - 1
+        start = (item - int(self.firsts[recording])) * self.window
+        return Window(recording, start, min(self.window, int(self.lengths[recording]) - start), reset=True, last=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Whole numbers, ready for JSON."""
@@ -185,12 +185,6 @@ class ShuffledWindows:
         """Go on where `state_dict` was taken; ValueError when it belongs to other data."""
         _check_state(self, {"current": [], **state}, 0, len(self.order.drawn))
         self.order.drawn = list(state["drawn"])
-
-
-def _cut(recording: int, length: int, window: int) -> Iterator[Window]:
-    for start in range(0, length, window):
-        frames = min(window, length - start)
-        yield Window(recording, start, frames, reset=True, last=True)
 
 
 def _check_state(plan: Plan, state: dict[str, Any], rows: int, sources: int) -> None:
