@@ -32,11 +32,16 @@ HOUR, SAVED_AT = 45_000, 20_000  # frames
 EVERY = 1000
 
 
-def tiny_session(folder: Path | None = None) -> MoshiTTTSession:
-    """A new conversation, or the one in a folder."""
+def tiny_model() -> tuple[Any, Any]:
+    """Model and processor."""
     torch.manual_seed(0)
     model = MoshiTTTForConditionalGeneration(MoshiTTTConfig.from_pretrained(packaged("model", "tiny"))).eval()
-    processor = MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
+    return model, MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
+
+
+def tiny_session(folder: Path | None = None) -> MoshiTTTSession:
+    """A new conversation, or the one in a folder."""
+    model, processor = tiny_model()
     return MoshiTTTSession(model, processor, seeds=[7]) if folder is None else MoshiTTTSession.load(folder, model, processor)
 
 

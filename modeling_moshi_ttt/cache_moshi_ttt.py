@@ -39,7 +39,7 @@ class CacheState:
         frames: `[B]` int64, frames each row has heard since its start.
         attention_start: `[B]` int64, the first position that attention may still see.
         codes: `[B, 1 + K + K_user, M + 1]` the last aligned frames, M the largest delay; initial tokens before the start.
-        labels: `[B, K, M]` the last audio labels; -100 before the start.
+        labels: `[B, P, M]` the last audio labels; -100 before the start.
         key_values: per layer keys and values, `[B, H, C, D]` each; None before the first frame.
         ttt_states: per layer; None where a layer has no TTT layer, and before the first frame.
         reset_mask: `[B]` bool, rows to which the model gives its initial fast weights at their next frame; None: no row.
@@ -137,7 +137,7 @@ class MoshiTTTCache(Cache):
         self._heads = (config.num_key_value_heads, config.head_dim)
         self._inner = (config.ttt_num_heads, config.ttt_head_dim, 4 * config.ttt_head_dim if config.ttt_mixer == "mlp" else None)
         self._mini_batch_size = config.ttt_mini_batch_size
-        self._label_shape = (config.num_codebooks, max(config.delays))
+        self._label_shape = (config.num_predicted_codebooks, max(config.delays))
         self.initial_tokens = initial_tokens(config, device)  # [1 + K + K_user, M + 1]
         super().__init__(layers=[MoshiTTTCacheLayer(self, i) for i in range(config.num_hidden_layers)])
         self.state = self._empty(batch_size)
@@ -164,7 +164,7 @@ class MoshiTTTCache(Cache):
 
     @property
     def labels(self) -> torch.Tensor:
-        """`[B, K, M]` the last audio labels."""
+        """`[B, P, M]` the last audio labels."""
         return self.state.labels
 
     @property
@@ -252,7 +252,7 @@ class MoshiTTTCache(Cache):
         self.state = replace(state, frames=frames, key_values=key_values, ttt_states=ttt_states, reset_mask=reset_mask, max_frames=longest)
 
     def remember(self, codes: torch.Tensor, labels: torch.Tensor | None, lengths: torch.Tensor | None) -> None:
-        """Keep the last aligned frames of `codes` `[B, 1 + K + K_user, T]` and `labels` `[B, K, T]` for the delay pattern."""
+        """Keep the last aligned frames of `codes` `[B, 1 + K + K_user, T]` and `labels` `[B, P, T]` for the delay pattern."""
         if labels is None:
             labels = torch.full((*self.labels.shape[:2], codes.shape[-1]), IGNORED, device=codes.device)
         self.state = replace(self.state, codes=last_frames(codes, self.codes, lengths), labels=last_frames(labels, self.labels, lengths))

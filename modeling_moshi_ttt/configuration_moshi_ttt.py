@@ -44,7 +44,12 @@ MAX_ENTRIES = 1 << 12  # of a list, a mapping or a text
 # What a saved configuration may not choose: which code runs is the caller's to say.
 _CODE_CHOICES = re.compile(r"_?(?!ttt_)\w*_implementation(_internal)?|use_kernels|kernel_config|custom_pipelines|custom_generate")
 # What the depth decoder shares with the model, by its name there.
-_SHARED = {name: name for name in ("vocab_size", "audio_vocab_size", "num_codebooks")} | {"input_size": "hidden_size"}
+_SHARED = {
+    "vocab_size": "vocab_size",
+    "audio_vocab_size": "audio_vocab_size",
+    "num_codebooks": "num_predicted_codebooks",
+    "input_size": "hidden_size",
+}
 # What a saved configuration holds that follows from a field, and is worked out anew where an override changes that field.
 _FOLLOWS = {
     "hidden_size": ("head_dim", "ttt_head_dim"),
@@ -195,6 +200,11 @@ class MoshiTTTConfig(MoshiConfig):
         ttt_implementation (`str`, defaults to `"auto"`): `"auto"` (Triton on a GPU where it can, else scan), `"scan"`, `"triton"`,
             `"reference"`.
         num_user_codebooks (`int`, *optional*): codebooks of the user's stream; `num_codebooks` (Moshi's own) unless given.
+        user_depth_slices (`bool`, defaults to False):
+            Whether the depth decoder predicts the user's codebooks after Moshi's own, as PersonaPlex's and J-Moshi's do. Talking uses
+            Moshi's alone; training can use both.
+        user_loss_weight (`float`, defaults to 0.0):
+            What the user's codebooks weigh in the audio loss, as a factor of what Moshi's weigh; above 0 only with `user_depth_slices`.
         sliding_window (`int`, *optional*, defaults to 3000):
             Frames that attention sees, the newest among them. None: all of them, so that the memory of a stream grows with every frame.
         audio_delays (`list[int]`, *optional*):
@@ -253,6 +263,8 @@ class MoshiTTTConfig(MoshiConfig):
     ttt_implementation: str = "auto"
     sliding_window: int | None = 3000  # type: ignore[assignment]
     silence_codes: list[list[int]] | None = None
+    user_depth_slices: bool = False
+    user_loss_weight: float | int = 0.0
     text_padding_weight: float | int = 0.5
     semantic_loss_weight: float | int = 100.0
 
@@ -266,6 +278,10 @@ class MoshiTTTConfig(MoshiConfig):
         if isinstance(self.dtype, str):  # which the parent looks up in torch
             _check_dtype(self.dtype)
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})  # type: ignore[no-untyped-call]
+        if self.num_user_codebooks is None:
+            self.num_user_codebooks = self.num_codebooks
+        if isinstance(self.depth_decoder_config, PreTrainedConfig):
+            self.depth_decoder_config.num_codebooks = self.num_predicted_codebooks
         self.check()
 
     def check(self) -> None:
@@ -282,8 +298,6 @@ class MoshiTTTConfig(MoshiConfig):
         self._fill_heads()
         if self.ttt_base_lr is None:
             self.ttt_base_lr = default_base_lr(self.ttt_mixer, self.ttt_inner_norm, self.ttt_head_dim)
-        if self.num_user_codebooks is None:
-            self.num_user_codebooks = self.num_codebooks
         if self.text_padding_ids is None:
             self.text_padding_ids = [*TEXT_PADDING_IDS]
         if self.audio_delays is None:
@@ -311,7 +325,7 @@ class MoshiTTTConfig(MoshiConfig):
                     raise MoshiTTTError(f"`{prefix}{field}={value}` must be at least 1.")
                 if isinstance(value, int) and value > LIMITS.get(field, math.inf):
                     raise MoshiTTTError(f"`{prefix}{field}` must be at most {LIMITS[field]}; it is {_short(value)}.")
-        for field in ("text_padding_weight", "semantic_loss_weight", "initializer_range", "attention_dropout"):
+        for field in ("text_padding_weight", "semantic_loss_weight", "user_loss_weight", "initializer_range", "attention_dropout"):
             if getattr(self, field) < 0:
                 raise MoshiTTTError(f"`{field}={getattr(self, field)}` must not be negative.")
         if self.semantic_loss_weight == 0 and self.num_codebooks == 1:
@@ -401,6 +415,11 @@ class MoshiTTTConfig(MoshiConfig):
                     f"`silence_codes` holds {frame}; each frame has {self.num_user_codebooks} codes from 0 to "
                     f"{self.audio_vocab_size - 1}, one a codebook of the user's; take them from the codec with `processor.silence_codes()`."
                 )
+        if self.user_loss_weight and not self.user_depth_slices:
+            raise MoshiTTTError(
+                f"`user_loss_weight={self.user_loss_weight}` must be 0 where the depth decoder does not predict the user's codebooks "
+                "(`user_depth_slices=False`); convert a model that does, with `--keep-user-slices`."
+            )
         check_padding_ids(self.text_padding_ids)
         wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
         if wrong:
@@ -419,6 +438,11 @@ class MoshiTTTConfig(MoshiConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise MoshiTTTError(f"`rope_parameters['rope_type']={rope_type!r}` is not supported; Moshi uses 'default'.")
+
+    @property
+    def num_predicted_codebooks(self) -> int:
+        """Codebooks that the depth decoder has slices for: Moshi's, and with `user_depth_slices` the user's."""
+        return self.num_codebooks + (self.num_user_codebooks if self.user_depth_slices else 0)
 
     @property
     def delays(self) -> list[int]:

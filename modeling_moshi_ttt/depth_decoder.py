@@ -216,7 +216,7 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
         return logits
 
     def decode(self, hidden_states: torch.Tensor, text_tokens: torch.Tensor, forced: torch.Tensor, sample: Sampler) -> torch.Tensor:
-        """Choose the K codes of one frame one after the other.
+        """Choose the codes of one frame one after the other, those of as many codebooks as `forced` has.
 
         Args:
             hidden_states: `[B, input_size]`.
@@ -229,7 +229,7 @@ class MoshiTTTDepthDecoder(PreTrainedModel):
         """
         past: list[KeyValues | None] = [None] * len(self.layers)
         token, chosen = text_tokens, []
-        for codebook in range(self.config.num_codebooks):
+        for codebook in range(forced.shape[1]):
             x = self._embed(token, codebook) + self.input_projections(hidden_states, codebook)
             for i, layer in enumerate(self.layers):
                 x, past[i] = layer.step(x, codebook, past[i])  # type: ignore[operator]

@@ -1,6 +1,7 @@
 """From the aligned frames a caller holds to the delayed steps the model runs on.
 
-Shapes: B rows, T frames, K Moshi's codebooks, S = 1 + K + K_user streams (text, Moshi's codebooks, the user's), M the largest delay.
+Shapes: B rows, T frames, K Moshi's codebooks, P those that the depth decoder predicts (K, or K + K_user), S = 1 + K + K_user streams (text,
+Moshi's codebooks, the user's), M the largest delay.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ class AlignedFrames(NamedTuple):
 
     codes: torch.Tensor  # [B, S, T]
     text_labels: torch.Tensor | None  # [B, T]
-    audio_labels: torch.Tensor | None  # [B, K, T]
+    audio_labels: torch.Tensor | None  # [B, P, T]
     mask: torch.Tensor | None  # [B, T] bool
     order: torch.Tensor | None  # [B, T] where each frame came from, when padding had to move; else None
 
@@ -26,9 +27,9 @@ class DelayedSteps(NamedTuple):
     """What goes into each step, and what comes out of it."""
 
     inputs: torch.Tensor  # [B, S, T]
-    outputs: torch.Tensor  # [B, 1 + K, T] text and Moshi's codes as the step should give them: labels, the codes where there are none
+    outputs: torch.Tensor  # [B, 1 + P, T] text and codes as the step should give them: labels, the codes where there are none
     text_labels: torch.Tensor | None  # [B, T]
-    audio_labels: torch.Tensor | None  # [B, K, T]
+    audio_labels: torch.Tensor | None  # [B, P, T]
 
 
 def initial_tokens(config: Any, device: torch.device | str | None = None) -> torch.Tensor:
@@ -53,9 +54,13 @@ def align(
     """
     codes = _join(config, input_ids, moshi_audio_codes, user_audio_codes)
     rows, _, frames = codes.shape
+    predicted = config.num_predicted_codebooks
+    if audio_labels is not None and audio_labels.dim() == 3 and audio_labels.shape[1] == config.num_codebooks < predicted:
+        unlabelled = audio_labels.new_full((audio_labels.shape[0], predicted - config.num_codebooks, audio_labels.shape[2]), IGNORED)
+        audio_labels = torch.cat([audio_labels, unlabelled], dim=1)
     for name, labels, shape, card in (
         ("text_labels", text_labels, (rows, frames), config.vocab_size),
-        ("audio_labels", audio_labels, (rows, config.num_codebooks, frames), config.audio_vocab_size),
+        ("audio_labels", audio_labels, (rows, predicted, frames), config.audio_vocab_size),
     ):
         if labels is not None:
             check_tokens(name, labels, shape, IGNORED, card)
@@ -78,19 +83,19 @@ def delay_frames(config: Any, frames: AlignedFrames, code_history: torch.Tensor 
 
     Args:
         code_history: `[B, S, M + 1]` the frames before these; None at the start of the recordings.
-        label_history: `[B, K, M]` the audio labels before these; None likewise.
+        label_history: `[B, P, M]` the audio labels before these; None likewise.
     """
-    own = 1 + config.num_codebooks
+    predicted = 1 + config.num_predicted_codebooks
     if code_history is None:
         code_history = initial_tokens(config, frames.codes.device).expand(frames.codes.shape[0], -1, -1)
     # Step t predicts the delayed column t from the delayed columns before it.
     inputs = delay(frames.codes, [d + 1 for d in config.delays], code_history)
-    outputs = delay(frames.codes[:, :own], config.delays[:own], code_history[:, :own])
+    outputs = delay(frames.codes[:, :predicted], config.delays[:predicted], code_history[:, :predicted])
     text_labels, audio_labels = frames.text_labels, frames.audio_labels
     if audio_labels is not None:
         if label_history is None:
             label_history = audio_labels.new_full((*audio_labels.shape[:2], max(config.delays)), IGNORED)
-        audio_labels = delay(audio_labels, config.delays[1:own], label_history)
+        audio_labels = delay(audio_labels, config.delays[1:predicted], label_history)
     outputs = torch.cat([_or_else(text_labels, outputs[:, 0])[:, None], _or_else(audio_labels, outputs[:, 1:])], dim=1)
     if frames.mask is not None:  # a step of padding predicts nothing
         text_labels = None if text_labels is None else text_labels.masked_fill(~frames.mask, IGNORED)

@@ -4,6 +4,7 @@ Losses come as (sum, weight), so that sums over micro-batches, ranks and windows
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,17 @@ def text_weights(labels: torch.Tensor, padding_ids: list[int], padding_weight: f
     return torch.where(padding, float(padding_weight), 1.0) * (labels >= 0)
 
 
-def audio_weights(labels: torch.Tensor, semantic_weight: float) -> torch.Tensor:
-    """Loss weight of each audio label `[B, K, T]`: `semantic_weight` in the first codebook, 1 in the others, 0 where it is negative."""
-    per_codebook = torch.ones(labels.shape[1], 1, device=labels.device)
-    per_codebook[0] = semantic_weight
-    return per_codebook * (labels >= 0)
+def codebook_weights(config: Any) -> list[float]:
+    """`[P]`, what each codebook that the depth decoder predicts weighs in the audio loss: `semantic_loss_weight` the first of a speaker, 1 the
+    others; the user's times `user_loss_weight`.
+    """
+    speakers = [(config.num_codebooks, 1.0), (config.num_predicted_codebooks - config.num_codebooks, config.user_loss_weight)]
+    return [factor * (1.0 if k else config.semantic_loss_weight) for count, factor in speakers for k in range(count)]
+
+
+def audio_weights(labels: torch.Tensor, per_codebook: list[float]) -> torch.Tensor:
+    """Loss weight of each audio label `[B, P, T]`, given each codebook's; 0 where it is negative."""
+    return torch.tensor(per_codebook, dtype=torch.float32, device=labels.device)[:, None] * (labels >= 0)
 
 
 def weighted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

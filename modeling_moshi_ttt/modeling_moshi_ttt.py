@@ -4,7 +4,8 @@ The temporal transformer takes one step of 80 ms at a time: the sum of the embed
 codes, each late by its codebook's delay. Chosen layers carry a TTT layer between attention and MLP. The depth decoder then predicts
 the K codes of the step one by one.
 
-Shapes: B rows, T frames, E width, S = 1 + K + K_user streams (text, Moshi's codebooks, the user's), V text vocabulary.
+Shapes: B rows, T frames, E width, S = 1 + K + K_user streams (text, Moshi's codebooks, the user's), V text vocabulary, P codebooks that
+the depth decoder predicts (K, or K + K_user).
 Leaf modules and parameter names are transformers' Moshi's (models/moshi), so its checkpoints load as they are.
 """
 
@@ -27,7 +28,7 @@ from .depth_decoder import MoshiTTTDepthDecoder, embed_or_zero
 from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours
 from .frames_moshi_ttt import AlignedFrames, DelayedSteps, align, delay_frames, refuse_arguments
 from .generation_moshi_ttt import MoshiTTTGenerationMixin
-from .loss_moshi_ttt import audio_weights, stream_losses, text_weights, whole_weights
+from .loss_moshi_ttt import audio_weights, codebook_weights, stream_losses, text_weights, whole_weights
 from .outputs_moshi_ttt import MoshiTTTModelOutput, MoshiTTTOutput, put_back
 from .quantization_moshi_ttt import MoshiTTTInt8Config as _INT8  # noqa: F401  # registers the way to load int8 checkpoints
 from .rings import KeyValues, ring_positions
@@ -327,7 +328,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         moshi_audio_codes: `[B, K, T]` Moshi's codes, or -1. All -1 when None.
         user_audio_codes: `[B, K_user, T]` the user's codes, or -1. All -1 when None.
         text_labels: `[B, T]`; -100 or -1 is not trained. Usually `input_ids` itself.
-        audio_labels: `[B, K, T]`; -100 or -1 is not trained. Usually `moshi_audio_codes` itself.
+        audio_labels: `[B, K, T]`; -100 or -1 is not trained. Usually `moshi_audio_codes` itself. With `config.user_depth_slices` also
+            `[B, K + K_user, T]`, the user's after Moshi's, which weigh `config.user_loss_weight`.
             Within a frame the depth decoder is teacher-forced with the labels, and with the inputs where there are none: what differs
             between the two (noise on the inputs) changes only what the model hears of the past.
         attention_mask: `[B, T]`, 1 for frames that are there. The others change no memory and are not trained.
@@ -459,8 +461,8 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
 
         Summed over micro-batches and ranks they are the `num_items_in_batch` of each part.
         """
-        text = text_labels.clamp(min=-1)
-        frames = align(self.config, text, audio_labels.clamp(min=-1), None, text_labels, audio_labels, attention_mask)
+        text, codes = text_labels.clamp(min=-1), audio_labels[:, : self.config.num_codebooks].clamp(min=-1)
+        frames = align(self.config, text, codes, None, text_labels, audio_labels, attention_mask)
         steps = self._delay(frames, past_key_values)
         return torch.stack([weights.sum() for weights in self._weights(steps) if weights is not None])
 
@@ -471,21 +473,21 @@ class MoshiTTTForConditionalGeneration(MoshiTTTPreTrainedModel, MoshiTTTGenerati
         return delay_frames(self.config, frames, past.codes, past.labels)
 
     def _audio_logits(self, hidden_states: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced logits `[B, K, T, card]` of the steps' codes in `outputs` `[B, 1 + K, T]`."""
-        tokens = outputs.transpose(1, 2).flatten(0, 1)  # [B T, 1 + K]
-        logits = self.depth_decoder(hidden_states.flatten(0, 1), tokens[:, 0], tokens[:, 1:])  # [K, B T, card]
+        """Teacher-forced logits `[B, P, T, card]` of the steps' codes in `outputs` `[B, 1 + P, T]`."""
+        tokens = outputs.transpose(1, 2).flatten(0, 1)  # [B T, 1 + P]
+        logits = self.depth_decoder(hidden_states.flatten(0, 1), tokens[:, 0], tokens[:, 1:])  # [P, B T, card]
         by_row: torch.Tensor = logits.unflatten(1, hidden_states.shape[:2]).transpose(0, 1)
         return by_row
 
     def _weights(self, steps: DelayedSteps) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Loss weights of the text labels `[B, T]` and of the audio labels `[B, K, T]`."""
+        """Loss weights of the text labels `[B, T]` and of the audio labels `[B, P, T]`."""
         config, text, audio = self.config, steps.text_labels, steps.audio_labels
         return (
             None if text is None else text_weights(text, config.text_padding_ids, config.text_padding_weight),
-            None if audio is None else audio_weights(audio, config.semantic_loss_weight),
+            None if audio is None else audio_weights(audio, codebook_weights(config)),
         )
 
     @property
     def _frame_weights(self) -> tuple[float, float]:
         """What a frame weighs in the text loss, unless it is padding, and in the audio loss."""
-        return 1.0, self.config.semantic_loss_weight + self.config.num_codebooks - 1
+        return 1.0, sum(codebook_weights(self.config))

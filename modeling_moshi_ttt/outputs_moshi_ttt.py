@@ -53,7 +53,8 @@ class MoshiTTTOutput(_OutputWithCache):
         loss: `text_loss + audio_loss`, of those whose labels were given.
         text_loss, audio_loss: weighted mean cross-entropies in nats.
         logits: `[B, T, V]`; step t predicts text frame t.
-        audio_logits: `[B, K, T, card]` in delayed time: step t predicts frame `t - delay` of each codebook.
+        audio_logits: `[B, P, T, card]` in delayed time: step t predicts frame `t - delay` of each of the P codebooks that the depth decoder
+            predicts, Moshi's K first.
         last_hidden_state, cache, hidden_states, attentions, inner_losses, write_gates: as in [`MoshiTTTModelOutput`].
     """
 

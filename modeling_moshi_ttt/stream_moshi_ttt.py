@@ -169,8 +169,9 @@ class MoshiTTTStream:
         """Hear one frame of the user, and return the newest complete frame, M calls back.
 
         Args:
-            user_codes: `[B, K_user]` codes, or -1 for none; all of them when None.
-            active: `[B]` bool; a row that is not active keeps its whole state and says nothing. All rows when None.
+            user_codes: `[B, K_user]` codes, or -1 for none; all of them when None. -1 is heard, as a channel that is absent: the frame counts.
+                To let a row wait for a packet that is late, pause it by `active`.
+            active: `[B]` bool; a row that is not active is paused: it keeps its whole state and says nothing. All rows when None.
             forced: `[B, 1 + K]` the text token and codes that this call says, in delayed time: as they are (-1: none), or chosen by the
                 model for -2.
 

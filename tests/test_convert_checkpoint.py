@@ -242,11 +242,15 @@ def test_the_users_depth_slices_are_dropped_for_talking_and_kept_on_request(gold
     assert (here.config.num_codebooks, here.config.num_user_codebooks) == (3, 3)
     assert equal(here.state_dict(), kyutai_to_hf(state, here.config))
     convert(tmp_path / "kyutai", tmp_path / "kept", Options(own_codebooks=3, keep_user_slices=True))
-    convert(tmp_path / "kept", tmp_path / "again")
-    assert equal(load_file(tmp_path / "again" / "model.safetensors"), whole)
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["dep_q"] == 6
-    with pytest.raises(ValueError, match="--fused does not join"):
-        convert(tmp_path / "kept", tmp_path / "fused", Options(fused=True))
+    kept = MoshiTTTForConditionalGeneration.from_pretrained(tmp_path / "kept")
+    assert (kept.config.num_codebooks, kept.config.num_predicted_codebooks) == (3, 6)
+    user = torch.randint(0, kept.config.audio_vocab_size, (2, 3, 9))
+    assert torch.equal(kept.hear(user, do_sample=False)[1], here.hear(user, do_sample=False)[1])  # talking uses Moshi's own alone
+    for back in (False, True):
+        convert(tmp_path / "kept", tmp_path / f"again {back}", Options(fused=back))
+        assert json.loads((tmp_path / f"again {back}" / "config.json").read_text())["dep_q"] == 6
+    assert equal(load_file(tmp_path / "again False" / "model.safetensors"), whole)
+    assert equal(kyutai_to_hf(load_file(tmp_path / "again True" / "model.safetensors"), kept.config), kept.state_dict())
 
 
 def test_there_are_no_user_slices_to_keep_where_moshis_alone_are_predicted(kyutai, tmp_path):

@@ -47,6 +47,6 @@ def test_a_worker_that_dies_is_named_by_its_file_and_another_takes_its_place(tmp
         in_worker(read_audio, tmp_path / "a.wav")
     np.testing.assert_array_equal(in_worker(read_audio, tmp_path / "a.wav"), first)
     os.kill(sound_worker._idle[-1].process.pid, 19)  # stopped, as one that never ends
-    monkeypatch.setattr(sound_worker, "SECONDS", 0.2)
-    with pytest.raises(ValueError, match="did not end within 0.2 s"):
+    monkeypatch.setattr(sound_worker, "SILENT", 0.2)
+    with pytest.raises(ValueError, match=r"a\.wav: .*nothing for 0.2 s"):
         in_worker(read_audio, tmp_path / "a.wav")

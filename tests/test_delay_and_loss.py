@@ -63,7 +63,7 @@ def test_weights_follow_moshi_finetune():
     text = torch.tensor([[3, 0, 7, -100, -1]])
     assert text_weights(text, [3, 0], 0.5).tolist() == [[0.5, 0.5, 1.0, 0.0, 0.0]]
     audio = torch.tensor([[[1, -1], [2, -100], [3, 4]]])
-    assert audio_weights(audio, 100.0).tolist() == [[[100.0, 0.0], [1.0, 0.0], [1.0, 1.0]]]
+    assert audio_weights(audio, [100.0, 1.0, 1.0]).tolist() == [[[100.0, 0.0], [1.0, 0.0], [1.0, 1.0]]]
 
 
 def test_weighted_cross_entropy_is_its_definition():

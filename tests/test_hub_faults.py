@@ -407,3 +407,18 @@ def test_a_folder_that_no_pull_has_made_is_not_gone_on_with(hub, api, pushed, tm
     with pytest.raises(ValueError, match="no earlier run made it"):
         pull(REPO, tmp_path / "here", api=api)
     assert (tmp_path / ".here.part" / "file").read_text() == "mine"
+
+
+def test_two_pulls_into_one_folder_are_told_of_each_other(hub, api, pushed, tmp_path):
+    """The second names the process of the first, takes nothing, and leaves the first to end well."""
+    refused = []
+
+    def second():
+        with pytest.raises(OSError, match=rf"`DEST=.*here\.part` is in use by process {os.getpid()} on") as told:
+            pull(REPO, tmp_path / "here", api=api)
+        refused.append(told)
+
+    hub.faults.append(Fault("call", "model-00001-of-00003.safetensors", "GET", call=second))
+    pull(REPO, tmp_path / "here", api=api)
+    assert refused
+    assert check_manifest(tmp_path / "here") == []

@@ -25,7 +25,7 @@ AUTO_MAPPING = {"base_model_class": "AutoModel", "parent_library": "transformers
 TTT_LAYER = re.compile(r"decoder\.model\.layers\.(\d+)\.(ttt|ttt_gate|ttt_layernorm)\.")
 # What an adapter and its base must agree on, and how a message calls it. Of another size, a base would lose or gain layers unnoticed.
 _SIZES = ("hidden_size", "num_hidden_layers", "ffn_dim", "num_codebooks", "vocab_size", "audio_vocab_size")
-_LOSS_WEIGHTS = ("text_padding_weight", "semantic_loss_weight")
+_LOSS_WEIGHTS = ("text_padding_weight", "semantic_loss_weight", "user_loss_weight")
 _TTT = {"ttt_layers": "TTT layers", "ttt_mixer": "TTT mixer", "ttt_mini_batch_size": "TTT mini-batch size"}
 
 

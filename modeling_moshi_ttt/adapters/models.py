@@ -63,8 +63,8 @@ def header_problems(config: MoshiTTTConfig, found: Shapes) -> list[str]:
         f"decoder.model.layers.{last}.self_attn.k_proj.linear.weight": (keys, hidden),
         f"decoder.model.layers.{last}.mlp.fc1.weight": (fields.ffn_dim, hidden),
         "depth_decoder.text_embed_tokens.weight": (fields.vocab_size + 1, depth.hidden_size),
-        "depth_decoder.lm_heads.weight": (fields.num_codebooks, fields.audio_vocab_size, depth.hidden_size),
-        f"depth_decoder.layers.{last_depth}.mlp.fc1.weight": (fields.num_codebooks, depth.ffn_dim, depth.hidden_size),
+        "depth_decoder.lm_heads.weight": (fields.num_predicted_codebooks, fields.audio_vocab_size, depth.hidden_size),
+        f"depth_decoder.layers.{last_depth}.mlp.fc1.weight": (fields.num_predicted_codebooks, depth.ffn_dim, depth.hidden_size),
     }
     for layer in fields.ttt_layers:
         stem = f"decoder.model.layers.{layer}.ttt."

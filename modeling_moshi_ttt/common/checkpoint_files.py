@@ -11,7 +11,6 @@ COMPANIONS = re.compile(
     r"generation_config\.json|processor_config\.json|preprocessor_config\.json|chat_template\.jinja"
     r"|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt"
     r"|audio_tokenizer/(config\.json|preprocessor_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json)"
-    r"|user_depth_slices\.safetensors"
 )
 # What is read otherwise, and written anew where a checkpoint is staged: weights, configurations, code, card, what a run says of itself.
 OWN = re.compile(

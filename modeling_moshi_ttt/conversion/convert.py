@@ -29,7 +29,7 @@ from ..common.safetensor_files import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, T
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
 from . import old_ttt
-from .kyutai_config import MOSHI_7B, kyutai_from_config, published, split_codebooks
+from .kyutai_config import MOSHI_7B, kyutai_from_config, published
 from .lora import lora_to_peft, peft_config, peft_to_lora
 from .mimi import fast_tokenizer, kyutai_mimi, mimi_config, stream_mimi_to_here, stream_mimi_to_kyutai
 from .tables import OwnSlices, check_names, config_from_kyutai, moshi_groups, stream_to_here, stream_to_kyutai, ttt_names
@@ -37,7 +37,6 @@ from .tables import OwnSlices, check_names, config_from_kyutai, moshi_groups, st
 KYUTAI_MIMI, KYUTAI_TOKENIZER, KYUTAI_LORA = "tokenizer-mimi.safetensors", "tokenizer_spm.model", "lora.safetensors"
 KYUTAI_MIMI_CONFIG = "mimi_config.json"
 PUBLISHED_MIMI, PUBLISHED_TOKENIZER = "tokenizer-e351c8d8-checkpoint125.safetensors", "tokenizer_spm_32k_3.model"
-USER_SLICES = "user_depth_slices.safetensors"  # the depth transformer's for the user's codebooks, under Kyutai's names
 KEPT_TTT = "ttt_config.json"  # beside Kyutai's layout with TTT weights: their settings, which its config.json has no place for
 CODEC, SENTENCEPIECE = "audio_tokenizer", "tokenizer.model"
 CODEC_PREFIX = "audio_encoder."
@@ -52,8 +51,7 @@ class Options:
     ttt: fields of MoshiTTTConfig. dtype: of the written weights, theirs unless given. keep_ttt, fused: for Kyutai's layout.
     base: the base model an adapter names. own_codebooks: how many audio codebooks are Moshi's, where the depth transformer has the user's
         too.
-    keep_user_slices: write the depth transformer's slices of the user's codebooks beside the model, from where they go back into Kyutai's
-        layout.
+    keep_user_slices: keep the depth transformer's slices of the user's codebooks, for training them (`data.user_weight`).
     """
 
     ttt: dict[str, Any] = field(default_factory=dict)
@@ -156,18 +154,14 @@ def from_kyutai(folder: Path, weights: Path | None, out: Path, options: Options)
     """Model, codec and tokenizer of a Kyutai repository, and TTT weights that `to_kyutai` has kept in it."""
     raw = _lm_kwargs(folder)
     kept = read_json(folder / KEPT_TTT) if (folder / KEPT_TTT).is_file() else {}
-    config = config_from_kyutai(raw, options.own_codebooks, **kept | options.ttt)
+    config = config_from_kyutai(raw, options.own_codebooks, options.keep_user_slices, **kept | options.ttt)
     files = TensorFiles(weights or _kyutai_weights(folder, raw) or folder / SINGLE)
-    own = OwnSlices(files.names, files.fetch, split_codebooks(raw, options.own_codebooks), raw["dep_q"])
+    own = OwnSlices(files.names, files.fetch, config.num_predicted_codebooks, raw["dep_q"])
     _write_model(out, config, stream_to_here(own.names, own.fetch, config), options)
     said = "Kyutai's Moshi"
-    if own.own < own.dep_q:
-        said += f" with {own.own} codebooks of its own, without the depth slices of the user's"
-        if options.keep_user_slices:
-            save_file(dict(options.cast(own.users())), out / USER_SLICES)
-            said += f", which {USER_SLICES} keeps"
-    elif options.keep_user_slices:
-        raise MoshiTTTError("--keep-user-slices: the depth transformer has no slices of the user's codebooks; leave it out")
+    if config.num_codebooks < raw["dep_q"]:
+        kept_or_not = "with" if options.keep_user_slices else "without"
+        said += f" with {config.num_codebooks} codebooks of its own, {kept_or_not} the depth slices of the user's"
     return f"{said}, {_processor_from_kyutai(folder, raw, out, config)}"
 
 
@@ -254,16 +248,9 @@ def to_kyutai(folder: Path, weights: Path | None, out: Path, options: Options) -
     config, files = MoshiTTTConfig.from_pretrained(folder), TensorFiles(folder)
     names, said = _without_ttt(files, config, options.keep_ttt)
     options = replace(options, dtype=options.dtype or files.fetch("decoder.lm_head.weight").dtype)  # Kyutai's loader reads one file
-    users = TensorFiles(folder / USER_SLICES) if (folder / USER_SLICES).is_file() else None
-    if users is not None and options.fused:
-        raise MoshiTTTError(f"{folder / USER_SLICES} holds one tensor a slice, which --fused does not join; leave it out")
     with ShardWriter(out, ONE_FILE) as writer:
         writer.add_all(options.cast(stream_to_kyutai(names, files.fetch, config, options.fused)))
-        if users is not None:
-            writer.add_all(options.cast((name, users.fetch(name)) for name in users.names))
     raw = kyutai_from_config(config) | {"model_type": "moshi", "moshi_name": SINGLE}
-    if users is not None:
-        raw["dep_q"] = raw["n_q"]
     if (folder / CODEC).is_dir():
         codec_config, codec = MimiConfig.from_pretrained(folder / CODEC), TensorFiles(folder / CODEC)
         save_file(dict(stream_mimi_to_kyutai(codec.names, codec.fetch, codec_config)), out / KYUTAI_MIMI)
@@ -382,7 +369,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--own-codebooks", type=int, help="from Kyutai's layout: audio codebooks that are Moshi's, where dep_q has the user's too"
     )
     parser.add_argument(
-        "--keep-user-slices", action="store_true", help=f"from Kyutai's layout: keep the user's depth slices in {USER_SLICES}"
+        "--keep-user-slices",
+        action="store_true",
+        help="from Kyutai's layout: keep the user's depth slices, to train them (data.user_weight)",
     )
     parser.add_argument("--base", help="the base model that a converted adapter names")
 

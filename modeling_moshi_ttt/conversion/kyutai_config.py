@@ -159,12 +159,14 @@ def published(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if sizes is None or "dim" in config else {**sizes, **{key: config[key] for key in REPOSITORY_KEYS if key in config}}
 
 
-def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None = None, **ttt: Any) -> MoshiTTTConfig:
+def config_from_kyutai(
+    lm_kwargs: Mapping[str, Any], own_codebooks: int | None = None, keep_user_slices: bool = False, **ttt: Any
+) -> MoshiTTTConfig:
     """The configuration of a Kyutai model, with TTT settings such as `ttt_layers="23-31"` on top; without them it is plain Moshi.
 
     `lm_kwargs` is what `LMModel` takes, or a repository's whole config.json. `own_codebooks` says how many of the audio codebooks are
-    Moshi's where the depth transformer predicts the user's too and the delays do not tell. Raises ValueError naming the setting that is
-    unknown, missing or that this architecture cannot express.
+    Moshi's where the depth transformer predicts the user's too and the delays do not tell; `keep_user_slices` has the model predict them as
+    well. Raises ValueError naming the setting that is unknown, missing or that this architecture cannot express.
     """
     lm_kwargs = published(lm_kwargs)
     _check(lm_kwargs)
@@ -176,6 +178,12 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None =
     if not isinstance(depth_feedforward, int):
         raise MoshiTTTError(f"depformer_dim_feedforward = {depth_feedforward!r}: one integer for all codebooks is needed")
     own = split_codebooks(lm_kwargs, own_codebooks)
+    if keep_user_slices and not own < lm_kwargs["dep_q"] == lm_kwargs["n_q"]:
+        raise MoshiTTTError(
+            f"keep_user_slices (--keep-user-slices) needs a depth transformer that predicts all of the user's codebooks; this one predicts dep_q = "
+            f"{lm_kwargs['dep_q']} of n_q = {lm_kwargs['n_q']}, of which {own} are Moshi's: leave it out"
+        )
+    predicted = lm_kwargs["n_q"] if keep_user_slices else own
     context = lm_kwargs.get("context")  # null, and Kyutai's default: attention without a window
     padding = [lm_kwargs.get("existing_text_padding_id", 3), lm_kwargs.get("existing_text_end_padding_id", 0)]
     depth = {
@@ -183,8 +191,8 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None =
         "num_hidden_layers": lm_kwargs.get("depformer_num_layers", lm_kwargs["num_layers"]),
         "num_attention_heads": lm_kwargs["depformer_num_heads"],
         "ffn_dim": _gated_width(depth_feedforward, depth_dim),
-        "sliding_window": own,
-        "max_position_embeddings": own + 1,
+        "sliding_window": predicted,
+        "max_position_embeddings": predicted + 1,
         "rms_norm_eps": norm_eps,
     }
     return MoshiTTTConfig(
@@ -200,6 +208,7 @@ def config_from_kyutai(lm_kwargs: Mapping[str, Any], own_codebooks: int | None =
         rope_parameters={"rope_type": "default", "rope_theta": float(lm_kwargs.get("max_period", 10000))},
         num_codebooks=own,
         num_user_codebooks=lm_kwargs["n_q"] - own,
+        user_depth_slices=keep_user_slices,
         audio_delays=list(lm_kwargs["delays"][1:]),
         depth_decoder_config=depth,
         text_padding_ids=padding,
@@ -223,7 +232,7 @@ def kyutai_from_config(config: MoshiTTTConfig) -> dict[str, Any]:
         "existing_text_padding_id": fields.text_padding_ids[0],
         "existing_text_end_padding_id": fields.text_padding_ids[1],
         "n_q": fields.num_codebooks + fields.num_user_codebooks,
-        "dep_q": fields.num_codebooks,
+        "dep_q": fields.num_predicted_codebooks,
         "card": fields.audio_vocab_size,
         "num_heads": fields.num_attention_heads,
         "num_layers": fields.num_hidden_layers,

@@ -133,7 +133,7 @@ def moshi_groups(config: MoshiTTTConfig) -> list[Group]:
     """Every group of a Moshi of this configuration, TTT weights apart. Each weight of the model is in exactly one."""
     fields: Any = config  # typed Optional, filled by the configuration itself
     depth = fields.depth_decoder_config
-    dim, codebooks = fields.hidden_size, fields.num_codebooks
+    dim, codebooks = fields.hidden_size, fields.num_predicted_codebooks
     text, audio = fields.vocab_size, fields.audio_vocab_size
     whole = ((text + 1, dim), (dim,), (text, dim), (text + 1, depth.hidden_size), (depth.hidden_size, dim), (audio, depth.hidden_size))
     groups = [group_of(*row, shape, codebooks, 1) for row, shape in zip(WHOLE_MODEL, whole)]
@@ -143,7 +143,7 @@ def moshi_groups(config: MoshiTTTConfig) -> list[Group]:
         for i in range(count):
             groups.append(group_of(kind, kyutai.replace("{}", str(i)), here.replace("{}", str(i)), shape, codebooks, heads))
 
-    repeat(AUDIO_EMBEDDING, codebooks + fields.num_user_codebooks, (audio + 1, dim))
+    repeat(AUDIO_EMBEDDING, len(fields.audio_delays), (audio + 1, dim))
     repeat(DEPTH_EMBEDDING, codebooks - 1, (audio + 1, depth.hidden_size))
     for row, shape in zip(TEMPORAL_LAYER, _layer_shapes(dim, fields.ffn_dim)):
         repeat(row, fields.num_hidden_layers, shape, fields.num_attention_heads)
@@ -253,9 +253,9 @@ def stream_to_kyutai(names: Iterable[str], fetch: Fetch, config: MoshiTTTConfig,
         yield name, fetch(name)
 
 
-# Where a name of Kyutai's tells its depth slice, and, with all slices in one tensor, the split spelling of each.
+# Where a name of Kyutai's tells its depth slice, and tensors that hold all slices.
 _SLICE = re.compile(r"^(?:depformer\.layers\.\d+\.(?:self_attn\.(?:in|out)_projs|gating)|depformer_in|depformer_emb|linears)\.(\d+)\.")
-_ALL_SLICES = re.compile(r"^(depformer\.layers\.\d+\.self_attn\.(?:in|out)_proj)(?:_|\.)weight$")
+_ALL_SLICES = re.compile(r"^depformer\.layers\.\d+\.self_attn\.(?:in|out)_proj(?:_|\.)weight$")
 
 
 class OwnSlices:
@@ -263,12 +263,12 @@ class OwnSlices:
 
     Within a frame a slice sees those before it, so what Moshi says is the same without the user's.
 
-    names: of the checkpoint without the user's slices. fetch: reads one of them. users: reads the user's slices, in the split spelling.
+    names: of the checkpoint without the user's slices. fetch: reads one of them.
     """
 
     def __init__(self, names: Iterable[str], fetch: Fetch, own: int, dep_q: int):
-        self._all, self._fetch, self.own, self.dep_q = list(names), fetch, own, dep_q
-        self.names = [name for name in self._all if not self._is_users(name)]
+        self._fetch, self.own, self.dep_q = fetch, own, dep_q
+        self.names = [name for name in names if not self._is_users(name)]
 
     def _is_users(self, name: str) -> bool:
         found = _SLICE.match(name)
@@ -278,15 +278,6 @@ class OwnSlices:
     def fetch(self, name: str) -> Tensor:
         tensor = self._fetch(name)
         return tensor[: self.own * (tensor.shape[0] // self.dep_q)] if self.own < self.dep_q and _ALL_SLICES.match(name) else tensor
-
-    def users(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._all:
-            if self._is_users(name):
-                yield name, self._fetch(name)
-            elif self.own < self.dep_q and (found := _ALL_SLICES.match(name)):
-                for k, tensor in enumerate(self._fetch(name).chunk(self.dep_q)):
-                    if k >= self.own:
-                        yield f"{found[1]}s.{k}.weight", tensor.contiguous()
 
 
 def kyutai_to_hf(state_dict: Mapping[str, Tensor], config: MoshiTTTConfig) -> dict[str, Tensor]:

@@ -88,14 +88,15 @@ def annotate(path: Path, recognize: Callable[[np.ndarray], list[Chunk]], mono_is
     """
     from ..common.files import atomic_write
     from .audio import audio_channels, audio_pieces
+    from .sound_worker import in_worker, pieces_in_worker
 
-    channels = audio_channels(path)
+    channels = in_worker(audio_channels, path)
     if channels > 2:
         raise MoshiTTTError(f"{path}: the recording has {channels} channels; it must have one or two.")
     speakers = [USER_SPEAKER] if channels == 1 and mono_is == "user" else [MAIN_SPEAKER, USER_SPEAKER][:channels]
     words: list[list[Any]] = []
     for channel, speaker in enumerate(speakers):
-        pieces = voiced_pieces(block[channel] for block in audio_pieces(path, SAMPLE_RATE, BLOCK))
+        pieces = voiced_pieces(block[channel] for block in pieces_in_worker(audio_pieces, path, SAMPLE_RATE, BLOCK))
         while group := list(islice(pieces, AT_ONCE)):
             heard = (
                 recognize.several([piece for _, piece in group])

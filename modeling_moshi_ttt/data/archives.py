@@ -21,6 +21,7 @@ from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
 from .audio import SOUND_SUFFIXES, audio_duration
 from .recordings import Recording, Unit, read_manifest
 from .settings import COLUMNS
+from .sound_worker import in_worker
 from .word_files import parse_words
 from .words import Policy
 
@@ -103,7 +104,7 @@ def _write(sample: Sample, place: Path) -> float:
     words = None if sample.words is None else parse_words(sample.name, sample.words)[0]
     atomic_write(path, sample.sounds[0])
     try:
-        seconds = audio_duration(path)
+        seconds = in_worker(audio_duration, path)
     except ValueError:
         path.unlink()
         raise

@@ -1,4 +1,4 @@
-"""Sounds in MP4 (M4A), Matroska and WebM, which libsndfile does not open: through PyAV, where it is installed."""
+"""Sounds in MP4 (M4A), Matroska and WebM, and AAC without a container, which libsndfile does not open: through PyAV, where it is installed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from ..errors_moshi_ttt import MoshiTTTError
 
-SUFFIXES = (".m4a", ".mp4", ".mka", ".webm")
+SUFFIXES = (".m4a", ".mp4", ".mka", ".webm", ".aac")
+ADTS_DELAY = 1024  # samples: ffmpeg's encoder and the least that AAC can have; without a container the file does not state it
 
 
 class ContainerFile:
-    """The first sound of a container, with soundfile's names for what it is. The encoder's delay is taken out as the container states it.
+    """The first sound of a container, with soundfile's names for what it is. The encoder's delay is taken out as the container states it;
+    AAC without one (ADTS) states neither that nor a length, and ends with what fills up its last packet.
 
     Raises:
         ValueError: PyAV is missing, or the file is none that it reads.
@@ -35,7 +37,8 @@ class ContainerFile:
                     raise MoshiTTTError(f"{path}: the file holds no sound.")
                 stream = container.streams.audio[0]
                 self.samplerate, self.channels = stream.rate, stream.channels
-                if stream.duration is not None and stream.time_base is not None:
+                self._delay = ADTS_DELAY if container.format.name == "aac" else 0
+                if stream.duration is not None and stream.time_base is not None and not self._delay:
                     self._frames = round(stream.duration * stream.time_base * self.samplerate)
         except av.FFmpegError as error:
             raise MoshiTTTError(f"{path}: the sound file cannot be read ({error.strerror}).") from None
@@ -69,7 +72,10 @@ class ContainerFile:
             with av.open(str(self.path)) as container:
                 stream = container.streams.audio[0]
                 to_float = av.AudioResampler(format="fltp", layout=stream.layout, rate=self.samplerate)
+                skip = self._delay
                 for frame in container.decode(stream):
-                    yield from (one.to_ndarray() for one in to_float.resample(frame))
+                    for one in to_float.resample(frame):
+                        yield one.to_ndarray()[:, skip:]
+                        skip = max(skip - one.samples, 0)
         except av.FFmpegError as error:
             raise MoshiTTTError(f"{self.path}: the sound breaks off ({error.strerror}); copy the file again.") from None

@@ -16,6 +16,7 @@ from .audio import audio_pieces, in_pieces
 from .code_sequence import CodeSequence
 from .codec import PIECE, encode_streams
 from .recordings import Recording
+from .sound_worker import pieces_in_worker
 
 PIECE_SECONDS = 10.0  # read and encoded at once
 
@@ -41,13 +42,17 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
 
 def encode_book(processor: Any, paths: Sequence[Path], max_frames: int | None = None) -> CodeSequence:
     """Mono files one after the other as one voice, Moshi's; the user and the text are absent. At most `max_frames` frames."""
-    pieces = (piece.mean(0, keepdims=True) for path in paths for piece in audio_pieces(path, processor.sampling_rate, PIECE_SECONDS))
+    pieces = (
+        piece.mean(0, keepdims=True)
+        for path in paths
+        for piece in pieces_in_worker(audio_pieces, path, processor.sampling_rate, PIECE_SECONDS)
+    )
     return CodeSequence(_encode(processor, pieces, max_frames)[0])
 
 
 def encode_recording(processor: Any, recording: Recording, max_frames: int | None = None) -> CodeSequence:
     """A recording of ours: left channel Moshi, right the user (absent when mono), the main speaker's words as text."""
-    codes = _encode(processor, audio_pieces(recording.path, processor.sampling_rate, PIECE_SECONDS), max_frames)
+    codes = _encode(processor, pieces_in_worker(audio_pieces, recording.path, processor.sampling_rate, PIECE_SECONDS), max_frames)
     text = None
     if recording.words is not None:
         text = torch.tensor(processor.text_frames(recording.words, codes.shape[-1]))

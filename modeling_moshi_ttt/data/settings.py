@@ -69,6 +69,9 @@ class DataSettings:
     """Share of the user's single codes that are replaced by random ones, so that a sound is not known by exact codes alone."""
     text_weight: NotNegative = 1.0
     """What the text loss counts beside the audio loss, in training and in the loss that is logged and chooses the best checkpoint."""
+    user_weight: NotNegative = 0.0
+    """What the user's codebooks weigh in the audio loss, as a factor of what Moshi's own weigh; above 0 only for a model whose depth decoder
+    predicts them (`moshi-ttt convert --keep-user-slices`)."""
     on_bad_files: Literal["stop", "skip"] = "stop"
     """Stop with a list of them, or skip them."""
     allow_outside: Flag = False

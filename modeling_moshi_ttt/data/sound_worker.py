@@ -12,17 +12,20 @@ import resource
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
 from .. import errors_moshi_ttt as errors
 
-MEMORY = 4 << 30  # bytes beyond what the worker takes when it starts
-SECONDS = 120.0  # in which an answer must begin
+MEMORY = 768 << 20  # bytes beyond what the worker takes when it starts
+STARTING = 60.0  # seconds
+SILENT = 4.0  # seconds in which a decoder must answer or read on in its file
+LONGEST = 120.0  # seconds for one answer, however much is read: a container without a stated length is decoded to count it
 ROOT = Path(__file__).parents[2]
 END = object()  # after the last of several answers
 _idle: list[Worker] = []
@@ -37,8 +40,11 @@ class Worker:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # a thread takes address space, which is limited
         )  # fmt: skip
+        if not self._line(STARTING):
+            self.stop()
+            raise RuntimeError(f"the worker that decodes sounds did not start (it ended with {self.process.returncode})")
 
     def ask(self, function: str, path: str, arguments: tuple[Any, ...]) -> None:
         """Have a function of `data.audio` run."""
@@ -57,22 +63,46 @@ class Worker:
         Raises:
             MoshiTTTError: its own errors; the worker died, or did not answer in time.
         """
-        received = self.process.stdout
-        assert received is not None
-        ready, _, _ = select.select([received], [], [], SECONDS)
-        answer = json.loads(received.readline() or "null") if ready else None
-        if answer is None:
+        line = self._line(SILENT)
+        if not line:
             self.stop()
-            why = f"its decoder ended with {self.process.returncode}" if ready else f"its decoder did not end within {SECONDS:g} s"
+            why = f"its decoder hangs: nothing for {SILENT:g} s" if line is None else f"its decoder ended with {self.process.returncode}"
             raise errors.MoshiTTTError(f"{self.path}: the sound cannot be read ({why}); leave the file out.")
+        answer = json.loads(line)
         if "error" in answer:
             self.busy = False
             raise getattr(errors, answer["error"])(answer["message"])
         self.busy = bool(answer.get("more"))
         if "shape" in answer:
-            data = received.read(int(np.prod(answer["shape"])) * 4)
+            data = self._received.read(int(np.prod(answer["shape"])) * 4)
             return np.frombuffer(bytearray(data), np.float32).reshape(answer["shape"])
         return answer.get("value", END)
+
+    @property
+    def _received(self) -> IO[bytes]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def _line(self, silent: float) -> bytes | None:
+        """What it says next; b"" where it has died, None where it hangs."""
+        begin = heard = now = time.monotonic()
+        sign = self._sign_of_life()
+        while not select.select([self._received], [], [], silent / 8)[0]:
+            now = time.monotonic()
+            if sign != (sign := self._sign_of_life()):
+                heard = now
+            if now - heard > silent or now - begin > LONGEST:
+                return None
+        return self._received.readline()
+
+    def _sign_of_life(self) -> object:
+        """Something that changes while the worker reads on, or waits for a disk; always, where the system does not tell."""
+        process = Path("/proc", str(self.process.pid))
+        try:
+            waits = (process / "stat").read_text().rpartition(")")[2].split()[0] == "D"
+            return time.monotonic() if waits else (process / "io").read_text().split()[1]  # bytes read
+        except OSError:
+            return time.monotonic()
 
     def stop(self) -> None:
         self.process.kill()
@@ -131,6 +161,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if Path("/proc/self/statm").exists() else 8 << 30
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _send(answers, "ready")
     for line in requests:
         folder, name, arguments = json.loads(line)
         os.chdir(folder)

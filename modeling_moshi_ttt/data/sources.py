@@ -23,6 +23,7 @@ from .index import is_index
 from .recordings import Recording, Unit, manifest_units, recording
 from .settings import DataSettings
 from .shard import WHOLE, Shard
+from .sound_worker import in_worker
 from .word_files import SUFFIXES as WORD_SUFFIXES
 
 HUB = "hub:"
@@ -104,7 +105,7 @@ def placed_recordings(name: str, settings: DataSettings, store: Path, problems: 
 
 def _is_sound(recording: Recording, require_words: bool, problems: list[str]) -> bool:
     try:
-        length = audio_duration(recording.path)
+        length = in_worker(audio_duration, recording.path)
     except (ValueError, OSError) as error:
         problems.append(str(error))
         return False
@@ -185,7 +186,7 @@ def _read_sound(path: Path, first: Path, settings: DataSettings, problems: list[
     try:
         if first != path and not settings.words_files:
             raise MoshiTTTError(f"{path}: {first.name} has the same name, so that both would have the same words; rename one of them.")
-        return [recording(path, audio_duration(path), settings.words, settings.words_files)]
+        return [recording(path, in_worker(audio_duration, path), settings.words, settings.words_files)]
     except (ValueError, OSError) as error:
         problems.append(str(error))
         return []

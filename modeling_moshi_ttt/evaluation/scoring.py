@@ -96,9 +96,9 @@ def token_log_probs(model: Any, batch: Sequence[CodeSequence]) -> TokenLogProbs:
 
 
 def gather_log_probs(logits: Tensor, audio_logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, K, T, card]."""
+    """Log-likelihood of `targets` [B, 1 + K, T] (delayed; negative ones give 0) under text [B, T, V] and audio logits [B, P, T, card], P >= K."""
     known = targets.clamp(min=0)[..., None]  # [B, 1 + K, T, 1]
-    audio = _log_softmax(audio_logits).gather(-1, known[:, 1:])
+    audio = _log_softmax(audio_logits[:, : known.shape[1] - 1]).gather(-1, known[:, 1:])
     # the text's vocabulary is the largest by far, and in spoken benchmarks there is no text
     spoken = bool((targets[:, 0] >= 0).any())
     text = _log_softmax(logits).gather(-1, known[:, 0]) if spoken else audio.new_zeros(known[:, 0].shape)

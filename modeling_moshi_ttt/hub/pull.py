@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants
 
 from ..common.files import MANIFEST, check_folder, check_manifest
 from ..common.hub import hub_errors
+from ..common.lock import locked
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .facts import Facts
 from .remote import check_base, check_ours, look, unwanted
@@ -33,7 +34,7 @@ def pull(
     Raises:
         ValueError: another kind of model (seen before any weights are read), no such revision, files that differ from the manifest, or no
             manifest.
-        OSError: a transfer that failed. FileExistsError: `dest` holds something already.
+        OSError: a transfer that failed, `dest` holds something already, or another process pulls into it.
     """
     api, dest = api or HfApi(), Path(dest).absolute()
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
@@ -52,15 +53,17 @@ def pull(
                 f"{repo_id} holds no {MANIFEST}, so nothing tells whether what arrives is what was put there; take it with --unchecked, or ask "
                 "its owner to `moshi-ttt push` it"
             )
-        _claim(place)
-        api.snapshot_download(repo_id, revision=remote.sha, local_dir=part, ignore_patterns=unwanted(remote.files) or None)
-    _check(part, repo_id, set(remote.files))
-    facts = verify(part)
-    facts.base_code = base.code if base else None
-    if dest.exists():
-        dest.rmdir()
-    part.rename(dest)
-    shutil.rmtree(place)
+    _claim(place)
+    with locked(place, "DEST"):
+        with hub_errors(f"pulling {repo_id}", then, api.token):
+            api.snapshot_download(repo_id, revision=remote.sha, local_dir=part, ignore_patterns=unwanted(remote.files) or None)
+        _check(part, repo_id, set(remote.files))
+        facts = verify(part)
+        facts.base_code = base.code if base else None
+        if dest.exists():
+            dest.rmdir()
+        part.rename(dest)
+        shutil.rmtree(place)
     return facts
 
 

@@ -115,7 +115,13 @@ def is_sent_weights(accelerator: Accelerator) -> bool:
 
 
 def adapt(model: MoshiTTTForConditionalGeneration, run: RunConfig) -> Any:
-    """The model in the run's mode; ValueError when it cannot be."""
+    """The model in the run's mode, its loss weighing the user's codebooks as the run says; ValueError when it cannot be."""
+    if run.data.user_weight and not model.config.user_depth_slices:
+        raise MoshiTTTError(
+            f"`data.user_weight={run.data.user_weight}` must be 0 for a model whose depth decoder does not predict the user's codebooks "
+            f"(`model.path={run.model.path}`); convert one that does with `--keep-user-slices`."
+        )
+    model.config.user_loss_weight = run.data.user_weight
     lora = modes.lora_config(run.lora, model) if run.lora is not None else None
     set_seed(run.seed)  # LoRA's own start values
     return modes.drop_copies(modes.apply(model, run.mode, lora))

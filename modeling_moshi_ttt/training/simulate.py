@@ -171,7 +171,8 @@ class _Trainer(Trainer):
         """A micro-batch of one window."""
         rows, frames, codebooks = self.run.data.batch_size, self.window, self.config.num_codebooks
         text, codes = torch.zeros(rows, frames, dtype=torch.long), torch.zeros(rows, codebooks, frames, dtype=torch.long)
-        return Batch(text, codes, codes, text, codes, torch.ones_like(text), torch.zeros(rows, dtype=torch.bool), [])
+        labels = codes.repeat(1, self.config.num_predicted_codebooks // codebooks, 1)
+        return Batch(text, codes, codes, text, labels, torch.ones_like(text), torch.zeros(rows, dtype=torch.bool), [])
 
     def follow(self, ledger: Ledger) -> None:
         """Tell the ledger what is what."""

@@ -98,11 +98,11 @@ class Trainer:
         self.plan: Plan
         if isinstance(train, Phrasebook):
             assert run.dialogues is not None
-            self.reader = DialogueReader(train, run.dialogues, run.seed, delays[: self.config.num_codebooks])
+            self.reader = DialogueReader(train, run.dialogues, run.seed, delays[: self.config.num_predicted_codebooks])
             self.plan = DialoguePlan(self.rows, self.curriculum)
             self.data_mark = train.mark
         else:
-            self.reader = WindowReader(train.recordings, delays, self.config.num_codebooks)
+            self.reader = WindowReader(train.recordings, delays, self.config.num_codebooks, self.config.user_depth_slices)
             self.plan = make_plan(train, run.data, self.rows, self.window, run.seed)
             self.data_mark = train.mark
 
@@ -303,7 +303,8 @@ class Trainer:
         data, device = self.run.data, self.accelerator.device
         rows = data.batch_size * self.accelerator.num_processes
         plan = evaluation_plan(self.held_out, data, rows, self.window)
-        reader = WindowReader(self.held_out.recordings, self.config.audio_delays, self.config.num_codebooks)
+        config = self.config
+        reader = WindowReader(self.held_out.recordings, config.audio_delays, config.num_codebooks, config.user_depth_slices)
         memory = LaneMemory(self.bare, data.carry, 1, data.batch_size)
         totals = torch.zeros(6, dtype=torch.float64, device=device)
         for step in Loader(plan, reader, data.batch_size, 1, 1, self.accelerator.process_index):

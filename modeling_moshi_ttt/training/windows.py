@@ -30,7 +30,7 @@ class Batch:
     moshi_audio_codes: torch.Tensor  # [B, K, T]
     user_audio_codes: torch.Tensor  # [B, K, T]
     text_labels: torch.Tensor  # [B, T]
-    audio_labels: torch.Tensor  # [B, K, T]
+    audio_labels: torch.Tensor  # [B, K, T], or [B, 2 K, T] with the user's after Moshi's
     attention_mask: torch.Tensor  # [B, T]
     reset: torch.Tensor  # [B] bool
     names: list[str]
@@ -54,10 +54,13 @@ class Batch:
 
 
 class WindowReader(Dataset[Batch]):
-    """Turns the windows of one micro-batch into a Batch; picklable, so that workers can do it."""
+    """Turns the windows of one micro-batch into a Batch, with labels of the user's codebooks where asked for; picklable, so that workers can
+    do it.
+    """
 
-    def __init__(self, recordings: Sequence[Prepared], delays: Sequence[int], num_codebooks: int):
-        self.recordings, self.delays, self.num_codebooks = recordings, list(delays)[:num_codebooks], num_codebooks
+    def __init__(self, recordings: Sequence[Prepared], delays: Sequence[int], num_codebooks: int, user_labels: bool = False):
+        self.recordings, self.num_codebooks = recordings, num_codebooks
+        self.delays = list(delays) if user_labels else list(delays)[:num_codebooks]
 
     def __getitem__(self, windows: Sequence[Window]) -> Batch:  # type: ignore[override]
         reset = torch.tensor([window.reset for window in windows])
@@ -75,18 +78,18 @@ Row = tuple[np.ndarray, np.ndarray, bool]  # text [T], codes [2, K, T] of Moshi 
 
 
 def make_batch(rows: Sequence[Row], delays: Sequence[int], reset: torch.Tensor, names: list[str]) -> Batch:
-    """Rows of any length side by side. `delays` are those of Moshi's K codebooks."""
-    k, frames = len(delays), max(*(len(text) for text, _, _ in rows), 1)
+    """Rows of any length side by side. `delays` are those of the codebooks that get labels: Moshi's K, or those of both."""
+    k, labelled, frames = rows[0][1].shape[1], len(delays), max(*(len(text) for text, _, _ in rows), 1)
     text = torch.full((len(rows), frames), ZERO, dtype=torch.long)
     codes = torch.full((len(rows), 2 * k, frames), ZERO, dtype=torch.long)
     mask = torch.zeros(len(rows), frames, dtype=torch.long)
-    labels = torch.full((len(rows), k, frames), IGNORED, dtype=torch.long)
+    labels = torch.full((len(rows), labelled, frames), IGNORED, dtype=torch.long)
     for row, (ids, stereo, last) in enumerate(rows):
         there = len(ids)
         text[row, :there] = torch.from_numpy(ids.astype(np.int64))
         codes[row, :, :there] = torch.from_numpy(stereo.reshape(2 * k, there).astype(np.int64))
         mask[row, :there] = 1
-        labels[row, :, :there] = codes[row, :k, :there]
+        labels[row, :, :there] = codes[row, :labelled, :there]
         if last:
             # nothing comes after the window in which a delayed codebook's last frames would be predicted
             for codebook, delay in enumerate(delays):
