@@ -1,8 +1,8 @@
 """What the recipes take, without a card: memory a GPU by kind, host memory, checkpoints, operations, and time by the roofline.
 
     python benchmarks/simulate.py lora_ttt_7b [key=value ...] [--launch fsdp2_8gpu] [--world 8] [--card A100] [--json file]
-    python benchmarks/simulate.py --all [--card A100]      # every recipe, into simulate.json, the recipes' headers and SIMULATED.md
-    python benchmarks/simulate.py --table                  # what it takes, from simulate.json
+    python benchmarks/simulate.py --all [--card A100]      # every recipe, into simulate.json, the recipes' headers, SIMULATED.md and README.md
+    python benchmarks/simulate.py --table                  # recipe x card, as README.md holds it
 
 A recipe is launched as its own header says unless --launch names another accelerate configuration; --world replaces the number of processes.
 --card chooses whether the TTT layers run in the kernels (H100, H200) or in torch (A100 and RTX 4090, whose shared memory is too small for
@@ -27,7 +27,8 @@ from modeling_moshi_ttt.training.run_config import load_run_config
 from modeling_moshi_ttt.training.simulate import Simulation, simulate
 
 HERE = Path(__file__).parent
-NUMBERS, TABLE = HERE / "simulate.json", HERE / "SIMULATED.md"
+NUMBERS = HERE / "simulate.json"
+PAGES = (HERE / "SIMULATED.md", HERE.parent / "README.md")  # which hold the table
 WAYS = ("H100", "A100")  # of one card the TTT kernels take, of one where they are not taken
 HEADER = "# Simulated: "
 
@@ -95,13 +96,14 @@ def everything(card: str) -> dict[str, Any]:
 
 
 def write(numbers: dict[str, Any]) -> None:
-    """The numbers into the recipes' headers and the table."""
+    """The numbers into the recipes' headers, and the table into its pages."""
     for recipe, found in numbers.items():
         path = Path(packaged("train", recipe))
         path.write_text(with_header(path.read_text(), header(found)))
-    text = TABLE.read_text()
-    begin = text.index("| recipe |")
-    TABLE.write_text(text[:begin] + table(numbers) + "\n\n" + text[begin:].partition("\n\n")[2])
+    for page in PAGES:
+        text = page.read_text()
+        begin = text.index("| recipe |")
+        page.write_text(text[:begin] + table(numbers) + "\n\n" + text[begin:].partition("\n\n")[2])
 
 
 def main() -> None:

@@ -46,17 +46,15 @@ def table(part: dict[str, Any]) -> None:
 
 def verdict(part: dict[str, Any], seconds: float) -> None:
     """Say in words what the table shows."""
+    known = [f"chance: {part['chance']:.0%}"] if "chance" in part else []
     for corrected, what in ((False, "what it was told"), (True, "what it was told last")):
         shares = {}
         for label, run in part["runs"].items():
             there = [cell for cell in run["cells"] if cell["corrected"] == corrected and cell["from"] >= seconds]
             asked = sum(cell["questions"] for cell in there)
             shares[label] = sum(cell["accuracy"] * cell["questions"] for cell in there) / asked if asked else float("nan")
-        others = "; ".join(f"{label}: {share:.0%}" for label, share in shares.items() if label != "TTT")
-        print(
-            f"Longer ago than attention reaches ({seconds:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions "
-            f"({others}; chance {part['chance']:.0%})."
-        )
+        others = "; ".join([f"{label}: {share:.0%}" for label, share in shares.items() if label != "TTT"] + known)
+        print(f"Longer ago than attention reaches ({seconds:.1f} s), it knows {what} in {shares['TTT']:.0%} of the questions ({others}).")
 
 
 def dialogues(seed: int, count: int) -> Iterator[tuple[str, Spoken]]:

@@ -304,7 +304,6 @@ class MoshiTTTConfig(MoshiConfig):
             self.audio_delays = [min(k, 1) for count in (self.num_codebooks, self.num_user_codebooks) for k in range(count)]
         self._check_codebooks()
         self._check_depth()
-        self._check_rope()
 
     def validate_moshi_ttt(self) -> None:
         """Saving runs it: what cannot be loaded again is not written."""
@@ -325,20 +324,30 @@ class MoshiTTTConfig(MoshiConfig):
                     raise MoshiTTTError(f"`{prefix}{field}={value}` must be at least 1.")
                 if isinstance(value, int) and value > LIMITS.get(field, math.inf):
                     raise MoshiTTTError(f"`{prefix}{field}` must be at most {LIMITS[field]}; it is {_short(value)}.")
-        for field in ("text_padding_weight", "semantic_loss_weight", "user_loss_weight", "initializer_range", "attention_dropout"):
-            if getattr(self, field) < 0:
-                raise MoshiTTTError(f"`{field}={getattr(self, field)}` must not be negative.")
-        if self.semantic_loss_weight == 0 and self.num_codebooks == 1:
-            raise MoshiTTTError(
-                "`semantic_loss_weight=0` leaves no codebook with a weight (`num_codebooks=1`), so no audio would be trained."
-            )
-        if not 0 <= self.ttt_write_threshold < 1:
-            raise MoshiTTTError(
-                f"`ttt_write_threshold={self.ttt_write_threshold}` must be at least 0 and below 1, as the gates are; choose 0 to let every frame write."
-            )
-        for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps"):
-            if getattr(self, field) is not None and not getattr(self, field) > 0:
-                raise MoshiTTTError(f"`{field}={getattr(self, field)}` must be greater than 0.")
+        weights = ("text_padding_weight", "semantic_loss_weight", "user_loss_weight", "initializer_range", "attention_dropout")
+        self._require(
+            *((field, (getattr(self, field) or 0) >= 0, "not be negative") for field in (*weights, "num_user_codebooks")),
+            *(
+                (field, getattr(self, field) is None or getattr(self, field) > 0, "be greater than 0")
+                for field in ("ttt_norm_eps", "ttt_base_lr", "rms_norm_eps")
+            ),
+            (
+                "semantic_loss_weight",
+                self.semantic_loss_weight > 0 or self.num_codebooks > 1,
+                "be above 0 for a model of one codebook (`num_codebooks=1`), or no audio would be trained",
+            ),
+            (
+                "ttt_write_threshold",
+                0 <= self.ttt_write_threshold < 1,
+                "be at least 0 and below 1, as the gates are; choose 0 to let every frame write",
+            ),
+            (
+                "user_loss_weight",
+                not self.user_loss_weight or self.user_depth_slices,
+                "be 0 where the depth decoder does not predict the user's codebooks (`user_depth_slices=False`); convert a model that does, "
+                "with `--keep-user-slices`",
+            ),
+        )
 
     def _check_choices(self) -> None:
         for prefix, config in (("", self), ("depth_decoder_config.", self.depth_decoder_config)):
@@ -359,49 +368,54 @@ class MoshiTTTConfig(MoshiConfig):
             ("ttt_inner_norm", self.ttt_inner_norm, INNER_NORMS),
             ("ttt_rope", self.ttt_rope, ROPES),
             ("ttt_implementation", self.ttt_implementation, IMPLEMENTATIONS),
+            ("rope_parameters['rope_type']", (self.rope_parameters or {}).get("rope_type", "default"), ("default",)),
             ("hidden_act", self.hidden_act, tuple(ACT2FN)),
             ("depth_decoder_config.hidden_act", depth.hidden_act, tuple(ACT2FN)),
         )
         for field, chosen, allowed in choices:
             if chosen not in allowed:
-                raise MoshiTTTError(f"`{field}={chosen!r}` is unknown; choose one of {', '.join(map(repr, allowed))}.")
+                raise MoshiTTTError(f"`{field}={chosen!r}` must be one of {', '.join(map(repr, allowed))}.")
 
     def _fill_heads(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise MoshiTTTError(f"`num_attention_heads={self.num_attention_heads}` does not divide `hidden_size={self.hidden_size}`.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise MoshiTTTError(
-                f"`num_key_value_heads={self.num_key_value_heads}` does not divide `num_attention_heads={self.num_attention_heads}`."
-            )
-        if self.head_dim % 2:
-            raise MoshiTTTError(
-                f"`head_dim={self.head_dim}` must be an even number (RoPE turns pairs); choose other `num_attention_heads`."
-            )
+        self._require(
+            ("num_attention_heads", self.hidden_size % self.num_attention_heads == 0, f"divide `hidden_size={self.hidden_size}`"),
+            (
+                "num_key_value_heads",
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                f"divide `num_attention_heads={self.num_attention_heads}`",
+            ),
+            ("head_dim", self.head_dim % 2 == 0, "be an even number (RoPE turns pairs); choose other `num_attention_heads`"),
+        )
         if self.ttt_num_heads is None:
             self.ttt_num_heads = self.num_attention_heads
+        divides = self.hidden_size % self.ttt_num_heads == 0
+        self._require(
+            ("ttt_num_heads", divides or self.ttt_head_dim is not None, f"divide `hidden_size={self.hidden_size}`; or set `ttt_head_dim`")
+        )
         if self.ttt_head_dim is None:
-            if self.hidden_size % self.ttt_num_heads:
-                raise MoshiTTTError(
-                    f"`ttt_num_heads={self.ttt_num_heads}` must divide `hidden_size={self.hidden_size}`; or set `ttt_head_dim`."
-                )
             self.ttt_head_dim = self.hidden_size // self.ttt_num_heads
-        if self.ttt_num_heads * self.ttt_head_dim > 16 * self.hidden_size:
-            raise MoshiTTTError(
-                f"`ttt_num_heads={self.ttt_num_heads}` times `ttt_head_dim={self.ttt_head_dim}` must be at most 16 times "
-                f"`hidden_size={self.hidden_size}`; choose smaller heads."
-            )
-        if self.ttt_head_dim < 2:
-            raise MoshiTTTError(
-                f"`ttt_head_dim={self.ttt_head_dim}` must be at least 2: targets are standardised over it; choose fewer `ttt_num_heads`."
-            )
-        if self.ttt_head_dim % 2 and self.ttt_rope != "none":
-            raise MoshiTTTError(
-                f"`ttt_head_dim={self.ttt_head_dim}` must be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`."
-            )
+        most = 16 * self.hidden_size // self.ttt_num_heads
+        self._require(
+            ("ttt_head_dim", self.ttt_head_dim >= 2, "be at least 2: targets are standardized over it; choose fewer `ttt_num_heads`"),
+            (
+                "ttt_head_dim",
+                self.ttt_head_dim <= most,
+                f"be at most {most}, 16 times `hidden_size={self.hidden_size}` over `ttt_num_heads={self.ttt_num_heads}`; choose smaller heads",
+            ),
+            (
+                "ttt_head_dim",
+                self.ttt_head_dim % 2 == 0 or self.ttt_rope == "none",
+                "be an even number (RoPE turns pairs); choose other heads or `ttt_rope='none'`",
+            ),
+        )
+
+    def _require(self, *rules: tuple[str, bool, str]) -> None:
+        """MoshiTTTError for the first of (field, whether its rule holds, the rule and its cure) that does not hold."""
+        for field, holds, rule in rules:
+            if not holds:
+                raise MoshiTTTError(f"`{field}={getattr(self, field)}` must {rule}.")
 
     def _check_codebooks(self) -> None:
-        if self.num_user_codebooks < 0:
-            raise MoshiTTTError(f"`num_user_codebooks={self.num_user_codebooks}` must not be negative.")
         streams = self.num_codebooks + self.num_user_codebooks
         if len(self.audio_delays) != streams or not all(0 <= delay <= MAX_DELAY for delay in self.audio_delays):
             raise MoshiTTTError(
@@ -415,15 +429,9 @@ class MoshiTTTConfig(MoshiConfig):
                     f"`silence_codes` holds {frame}; each frame has {self.num_user_codebooks} codes from 0 to "
                     f"{self.audio_vocab_size - 1}, one a codebook of the user's; take them from the codec with `processor.silence_codes()`."
                 )
-        if self.user_loss_weight and not self.user_depth_slices:
-            raise MoshiTTTError(
-                f"`user_loss_weight={self.user_loss_weight}` must be 0 where the depth decoder does not predict the user's codebooks "
-                "(`user_depth_slices=False`); convert a model that does, with `--keep-user-slices`."
-            )
         check_padding_ids(self.text_padding_ids)
-        wrong = [token for token in self.text_padding_ids if token >= self.vocab_size]
-        if wrong:
-            raise MoshiTTTError(f"`text_padding_ids` holds {wrong[0]}, outside the text vocabulary [0, {self.vocab_size}).")
+        vocabulary = f"lie in the text vocabulary, below `vocab_size={self.vocab_size}`"
+        self._require(("text_padding_ids", max(self.text_padding_ids) < self.vocab_size, vocabulary))
 
     def _check_depth(self) -> None:
         for name, field in _SHARED.items():
@@ -433,11 +441,6 @@ class MoshiTTTConfig(MoshiConfig):
                     f"`depth_decoder_config.{name}={found}` differs from `{field}={ours}`; "
                     f"give `{field}` when the configuration is made, which sets both."
                 )
-
-    def _check_rope(self) -> None:
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type != "default":
-            raise MoshiTTTError(f"`rope_parameters['rope_type']={rope_type!r}` is not supported; Moshi uses 'default'.")
 
     @property
     def num_predicted_codebooks(self) -> int:

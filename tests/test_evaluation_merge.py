@@ -62,7 +62,7 @@ def test_merged_results_are_compared_as_those_of_one_model(tmp_path, capsys):
     ("how", "named"),
     [
         ("one", "results="),
-        ("same", "must be of two models"),
+        ("same", "results="),
         ("seeds", "settings.seed"),
         ("tasks", "zero_shot"),
         ("none", "spoken_recall"),

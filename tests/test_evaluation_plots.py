@@ -239,7 +239,7 @@ def test_two_logs_of_one_name_are_not_drawn_over_each_other(tmp_path):
     assert all((log.parent / "metrics.png").is_file() for log in logs)
 
 
-@pytest.mark.parametrize("name", ["recall.json", "spoken_recall.json"])
+@pytest.mark.parametrize("name", ["recall.json", "spoken_recall_held_out_voices.json"])
 def test_parts_of_version_0_2_are_read_and_drawn(tmp_path, name):
     path = ROOT / "docs" / "pictures" / name
     assert main(["plot", str(path), "--output", str(tmp_path)]) == 0

@@ -28,18 +28,14 @@ def merge(places: list[Path]) -> dict[str, Any]:
         MoshiTTTError: fewer than two; one that is of other evaluations, of other data, or of the same model as another; nothing that can be
             averaged.
     """
-    if len(places) < 2:
-        raise MoshiTTTError(f"`results={places[0]}` must be two results or more; name those of the other checkpoints too.")
     held = [read_results(place / RESULTS if place.is_dir() else place, shapes()) for place in places]
     for place, one in zip(places[1:], held[1:]):
         check_same([places[0], place], held[0]["tasks"], one["tasks"])
     models = [one["model"] for one in held]
     digests = [one["fingerprint"] for one in models]
-    for number, one in enumerate(digests):
-        if one in digests[:number]:
-            raise MoshiTTTError(
-                f"{places[digests.index(one)]} and {places[number]} must be of two models; both are of {models[number]['name']}."
-            )
+    if len(set(digests)) < max(2, len(places)):
+        said = ", ".join(f"{place} ({model['name']})" for place, model in zip(places, models))
+        raise MoshiTTTError(f"`results={said}` must be of two models or more, each of its own; name one result of each checkpoint.")
     about = {"name": f"{len(models)} checkpoints: " + ", ".join(one["name"] for one in models), "ttt": models[0]["ttt"]}
     about["fingerprint"] = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     now, tasks = datetime.now(UTC), {}

@@ -70,9 +70,8 @@ def figures(path: Path) -> Iterator[tuple[str, Figure]]:
         path = path / RESULTS
     if path.suffix == ".jsonl":
         panels = training_panels(read_log(path))
-        if not panels:
-            raise MoshiTTTError(f"{path}: the log holds no numbers with a `step`; give a training log.")
-        yield path.stem, training_figure(panels)
+        if panels:
+            yield path.stem, training_figure(panels)
         return
     data = read_json(path)
     parts = {path.stem: checked_part(data, shapes(), path)} if "kind" in data else read_results(path, shapes())["tasks"]
@@ -91,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     for path in map(Path, args.results):
         found = list(figures(path))
         if not found:
-            raise MoshiTTTError(f"{path}: holds nothing that can be drawn; its evaluations have tables alone.")
+            raise MoshiTTTError(
+                f"{path}: holds nothing that can be drawn; give a log with numbers beside `step`, or results that have pictures."
+            )
         for name, figure in found:
             stem = inside(args.output or path.parent, name)
             before = places.setdefault(stem, path)

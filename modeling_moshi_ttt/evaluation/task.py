@@ -118,7 +118,7 @@ class Task(Protocol):
 
     def run(self, subject: Subject, section: Any, context: Context) -> dict[str, Any]:
         """The numbers, as JSON holds them."""
-        raise NotImplementedError
+        ...
 
     def figure(self, part: Any) -> Figure | None:
         """The picture of what `run` gave; None: there is none."""
@@ -126,15 +126,15 @@ class Task(Protocol):
 
     def table(self, part: Any) -> Table:
         """The table of what `run` gave."""
-        raise NotImplementedError
+        ...
 
     def finding(self, part: Any) -> str:
         """What was found, in a sentence."""
-        raise NotImplementedError
+        ...
 
     def measures(self, part: Any) -> list[Measure]:
         """The numbers that two results are compared by."""
-        raise NotImplementedError
+        ...
 
     def merged(self, parts: Sequence[Any]) -> dict[str, Any] | None:
         """The mean over checkpoints of what `run` gave for each, with the worst; None: this evaluation has no such numbers."""

@@ -33,6 +33,7 @@ from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from . import setup
 from . import trainer as trainer_module
 from .cards import CARDS, Card, seconds
+from .checkpoint import FILE_BYTES
 from .launch import Launch
 from .ledger import KINDS, Cost, Ledger
 from .run_config import RunConfig
@@ -306,6 +307,7 @@ def _result(trainer: _Trainer, ledger: Ledger, simulated: int, launch: Launch, c
     costs = ledger.costs + Counter({cost: count * more for cost, count in trainer.micro_costs.items()})
     a_node = launch.processes // launch.machines
     held = sum(p.numel() * p.element_size() for p in parameters)
+    readers = 1 if launch.fsdp.get("fsdp_cpu_ram_efficient_loading") else a_node  # the others of a node are sent their shards
     kernels = kernels_take(config, card) and bool(config.ttt_layers)
     alike = [c for c in CARDS.values() if not config.ttt_layers or kernels_take(config, c) == kernels_take(config, card)]
     tf32 = torch.get_float32_matmul_precision() != "highest"
@@ -314,8 +316,8 @@ def _result(trainer: _Trainer, ledger: Ledger, simulated: int, launch: Launch, c
     return Simulation(
         peak=peak,
         by_kind={kind: by_kind[kind] for kind in KINDS},
-        host_start=held * a_node,
-        host_save=2 * (local * a_node if run.checkpoint.sharded else whole + carried),
+        host_start=held * readers,
+        host_save=(local + min(local, FILE_BYTES)) * a_node,  # every process's copy, and the file that it builds
         checkpoint=whole + carried * launch.processes,
         staged=local,
         flops=sum(cost.flops * count for cost, count in costs.items()),
