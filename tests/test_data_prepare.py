@@ -83,7 +83,7 @@ def test_a_shard_that_another_process_makes_is_waited_for_by_name(tmp_path, proc
     one = prepare(source, DataSettings(source), cache)
     script = (
         "import sys, time; from pathlib import Path; from modeling_moshi_ttt.common.lock import locked\n"
-        "with locked(Path(sys.argv[1]), 'data.cache', '.00000-of-00001.parquet.lock'):\n"
+        "with locked(Path(sys.argv[1]), 'data.cache', '.00000-of-00001.lock'):\n"
         "    print('held', flush=True); time.sleep(1)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(one.index)], stdout=subprocess.PIPE) as other:
@@ -234,7 +234,7 @@ print(opened, time.process_time() - start, int(Path("/proc/self/status").read_te
 
 @pytest.mark.parametrize("count", [10**5, pytest.param(10**6, marks=pytest.mark.slow)])
 def test_a_rank_trains_from_a_million_recordings_in_little_memory(tmp_path, count):
-    """1 GB at most for 10^6 and the libraries, with the plans and batches of both ways to cut. Printed with -s: seconds to open, in all, and MB."""
+    """1 GiB at most for 10^6 and the libraries, with the plans and batches of both ways to cut. Printed with -s: seconds to open, in all, and MB."""
     folder = tmp_path / "0123456789abcdef.index"
     folder.mkdir()
     save_codes(tmp_path / "all.safetensors", np.zeros((2, 2, 1000), np.int16), np.zeros(1000, np.int32))

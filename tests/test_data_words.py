@@ -4,9 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 from hub_checkpoints import small_processor
 
 from modeling_moshi_ttt.data import limits
+from modeling_moshi_ttt.data.cache import CodesCache
+from modeling_moshi_ttt.data.prepared import odd_words, prepare
+from modeling_moshi_ttt.data.settings import DataSettings
 from modeling_moshi_ttt.data.word_files import find_words, read_words
 from modeling_moshi_ttt.data.words import Said, WordReport, mend, recording_text
 
@@ -68,6 +72,17 @@ def test_an_odd_word_is_counted_and_the_others_stay(tmp_path, processor, oddity)
     if counts:
         with pytest.raises(ValueError, match="word 1 |cannot encode"):
             recording_text(processor, read_words(tmp_path / "a.json", SECONDS, "refuse")[0], 50, "refuse")
+
+
+def test_a_report_counts_the_odd_words_of_every_file(tmp_path, processor):
+    for name, (item, _, _) in ODDITIES.items():
+        soundfile.write(tmp_path / f"{name}.flac", np.zeros((round(SECONDS * 8000), 2)), 8000)
+        write(tmp_path / f"{name}.json", [GOOD[0], item, GOOD[1]])
+    settings = DataSettings(str(tmp_path))
+    lines, total = odd_words(prepare(str(tmp_path), settings, CodesCache(tmp_path / "cache", processor)).table)
+    counts = {name: WordReport(**count) for name, (_, count, _) in ODDITIES.items() if count}
+    assert sorted(lines) == sorted(f"{tmp_path / name}.flac: {report}" for name, report in counts.items())
+    assert total == sum(counts.values(), WordReport())
 
 
 def test_kept_words_are_as_they_were_and_counted(tmp_path):

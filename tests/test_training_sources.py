@@ -1,5 +1,6 @@
 """Tar shards, parquet files and data sets on the Hub: read as what they are, nothing leaves its folder, every bad sample has its name."""
 
+import gzip
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from hub_checkpoints import small_processor
 from hub_server import Fault, HubServer
 from huggingface_hub import HfApi, constants
 
-from modeling_moshi_ttt.data import sources
+from modeling_moshi_ttt.data import limits, sources
 from modeling_moshi_ttt.data.audio import read_audio
 from modeling_moshi_ttt.data.cache import CodesCache
 from modeling_moshi_ttt.data.prepared import prepare_set
@@ -105,6 +106,17 @@ def test_a_shard_is_read_as_datasets_reads_it(tmp_path):
         assert recording.path.read_bytes() == row["flac"]
         assert recording.path.stem == row["__key__"]
     assert read_audio(one.path).shape == (2, 24000)
+
+
+def test_a_member_that_swells_is_named_and_the_others_are_read(tmp_path, monkeypatch):
+    """A packed shard of zeros: few bytes on disk, as many as it likes in memory."""
+    monkeypatch.setattr(limits, "MEMBER_BYTES", 200_000)
+    path = tmp_path / "0.tar"
+    path.write_bytes(gzip.compress(shard([("big.wav", bytes(10**6)), *sample("a")])))
+    problems = []
+    assert [one.path.name for one in read(path, tmp_path / "store", problems)] == ["a.flac"]
+    assert len(problems) == 1
+    assert "big.wav" in problems[0]
 
 
 def test_a_folder_of_shards_is_unpacked_once(tmp_path, monkeypatch):

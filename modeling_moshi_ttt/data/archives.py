@@ -18,6 +18,7 @@ from typing import Any
 from ..common.files import atomic_write, inside, parse_json
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER, USER_SPEAKER
+from . import limits
 from .audio import SOUND_SUFFIXES, audio_duration
 from .recordings import Recording, Unit, read_manifest
 from .settings import COLUMNS
@@ -131,11 +132,15 @@ def _tar_samples(archive: Path) -> Iterator[Sample]:
             if own != key:
                 yield from [sample] if key else []
                 sample, key = Sample(name), own
-            if suffix == ".json":
-                sample.words, sample.problem = _json(file.read())
+            most = limits.WORDS_BYTES if suffix == ".json" else limits.MEMBER_BYTES
+            data = file.read(most + 1)  # a member may be sparse, or the shard packed: few bytes on disk, any number here
+            if len(data) > most:
+                sample.problem = f"its {suffix} takes more than the {most} bytes that are read of a member."
+            elif suffix == ".json":
+                sample.words, sample.problem = _json(data)
             else:
                 sample.name = name
-                sample.sounds.append(file.read())
+                sample.sounds.append(data)
     except (tarfile.TarError, EOFError, OSError) as error:
         sample.problem, key = f"the shard is torn here or no tar file at all ({error}).", key or archive.name
         sample.name = sample.name or archive.name

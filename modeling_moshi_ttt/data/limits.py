@@ -8,3 +8,4 @@ WORDS_BYTES = 64 * 2**20  # of a file of words
 WORDS = 500_000  # of a recording; a day of quick talk has 350,000
 LONGEST_WORD = 200  # characters
 MANIFEST_LINE = 2**20  # characters
+MEMBER_BYTES = 2**29  # of a sound in an archive, which is held in memory; a stereo hour of FLAC takes 300 MB

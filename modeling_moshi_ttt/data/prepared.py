@@ -140,7 +140,7 @@ def prepare(sources: str, settings: DataSettings, cache: CodesCache, progress: A
     """
     path = _shard_path(sources, settings, cache, shard)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent, "data.cache", f".{path.name}.lock", wait=True):
+    with locked(path.parent, "data.cache", f".{path.stem}.lock", wait=True):
         return _prepare(sources, settings, cache, progress, shard, path)
 
 
