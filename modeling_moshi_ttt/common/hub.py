@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .files import recover_folder
 from .packaged import resolve
+from .run_folder import final_of
 
 # The Hub's tokens of users, of organisations, of OAuth and of jobs; signed ones of any issuer; and whatever is sent as one.
 TOKEN = re.compile(
@@ -90,11 +91,11 @@ def hub_errors(
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a checkpoint, which may be a packaged one; a Hub name is fetched first."""
+    """The folder of a checkpoint, which may be a packaged one or a run's `final`; a Hub name is fetched first."""
     path = Path(resolve("model", name))
     recover_folder(path)
     if path.is_dir():
-        return path
+        return final_of(path)
     if not is_hub_name(name):
         raise MoshiTTTError(f"{name}: no such folder, and not a Hub name (owner/model)")
     from huggingface_hub import snapshot_download

@@ -16,10 +16,11 @@ An evaluation of the run may lie beside it: results.json and pictures/.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors_moshi_ttt import MoshiTTTError
+from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from .files import atomic_write, read_json
 
 # 1: versions 0.1.0 and 0.2.0, which wrote no number; their checkpoints hold whole tensors, or one unmarked part a rank.
@@ -71,3 +72,24 @@ def final_step(run_dir: Path) -> int | None:
     path = run_dir / FINAL / FINAL_RUN
     step = read_json(path).get("step") if path.is_file() else None
     return step if isinstance(step, int) else None
+
+
+def final_of(path: Path, tell: bool = True) -> Path:
+    """The `final` of a run's folder, which is what a command takes where a model or an adapter is asked for; of any other path, itself.
+
+    Args:
+        tell: say so on stderr.
+
+    Raises:
+        FileNotFoundError: the run has no `final` yet.
+    """
+    if not (path / RUN_CONFIG).is_file() or any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return path
+    final = path / FINAL
+    if not final.is_dir():
+        raise MoshiTTTFileNotFoundError(
+            f"{path} is the folder of a run that has no {FINAL!r} yet; let it end, or take a checkpoint of it with `moshi-ttt export {path}`."
+        )
+    if tell:
+        print(f"{path} is the folder of a run: its {FINAL!r} is taken", file=sys.stderr)
+    return final

@@ -25,6 +25,7 @@ from ..adapters.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_config, write
 from ..common.checkpoint_files import copy_companions
 from ..common.files import atomic_folder, atomic_write, parse_json, read_json
 from ..common.hub import hub_errors, is_hub_name
+from ..common.run_folder import final_of
 from ..common.safetensor_files import DEFAULT_SHARD_SIZE, SINGLE, ShardWriter, TensorFiles, largest
 from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError, MoshiTTTOSError
@@ -130,7 +131,7 @@ def _local(src: str, api: HfApi) -> Path:
     """The source on this machine; a Hub repository is fetched into the Hub's cache, without pickles."""
     path = Path(src)
     if path.exists():
-        return path
+        return final_of(path)
     if not is_hub_name(src):
         raise MoshiTTTFileNotFoundError(f"{src}: there is no such file or folder")
     with hub_errors(f"fetching {src}", then="run the same command again to go on"):
@@ -356,7 +357,9 @@ def parse_ttt(given: Iterable[str]) -> dict[str, Any]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="a folder, a .safetensors file, or a Hub repository user/name")
+    parser.add_argument(
+        "src", metavar="SRC", help="a folder, a .safetensors file, or a Hub repository user/name; of a run's folder, its final"
+    )
     parser.add_argument("dst", metavar="DST", help="a new folder")
     parser.add_argument(
         "--ttt", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="TTT settings of the new model, as layers=23-31"

@@ -26,9 +26,9 @@ class ModelSettings:
     output: Path = Path("runs/evaluate")
     """Folder of the report, of results.json and of the pictures."""
     model: str | None = None
-    """Folder or Hub name of the model."""
+    """Folder or Hub name of the model, or a run's folder, whose final is taken."""
     adapter: str | None = None
-    """A PEFT folder or Hub name, to be put into the model."""
+    """A PEFT folder, a run's or a Hub name, to be put into the model."""
     device: str = "auto"
     """A device: auto (a GPU where there is one), cpu, cuda, or one of several by its number, as in cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"

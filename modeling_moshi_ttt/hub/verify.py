@@ -14,6 +14,7 @@ from transformers import MimiConfig, MimiModel
 from ..adapters.bases import ADAPTER_WEIGHTS, base_config, check_model_type, is_adapter
 from ..adapters.models import Shapes, dtype_problems, header_problems, load_model
 from ..common.files import MANIFEST, check_manifest, read_json
+from ..common.run_folder import final_of
 from ..common.safetensor_files import PICKLES, TensorFiles
 from ..configuration_moshi_ttt import MoshiTTTConfig, check_codec
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
@@ -124,12 +125,12 @@ def verify_adapter(folder: Path, run_probe: bool) -> Facts:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a checkpoint folder: full or adapter")
+    parser.add_argument("folder", metavar="RUN_OR_FOLDER", help="a checkpoint folder, full or adapter, or a run's, whose final is taken")
     parser.add_argument("--no-probe", action="store_true", help="check files and weights only, without running the model")
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = verify(args.folder, run_probe=not args.no_probe)
+    facts = verify(final_of(Path(args.folder)), run_probe=not args.no_probe)
     print(facts.describe())
     print("all is well" if facts.code_runs_here else "all is well but the code it carries")
     return 0

@@ -37,7 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("source", metavar="IN", type=Path, help="a sound file, or a folder of them")
     parser.add_argument("target", metavar="OUT", type=Path, help="the answer, a .wav; of a folder, a folder")
-    parser.add_argument("--model", required=True, help="folder or Hub name of a model with its processor")
+    parser.add_argument(
+        "--model", required=True, help="folder or Hub name of a model with its processor, or a run's folder, whose final is taken"
+    )
     parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
     parser.add_argument("--transcript", type=Path, metavar="FILE.jsonl", help="write Moshi's words with their times")
     parser.add_argument("--stereo", action="store_true", help="write both voices, Moshi left and the user right")

@@ -33,7 +33,12 @@ STOP = 15  # seconds that calls have to end in
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or Hub name of a model with its processor")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="folder or Hub name of a model with its processor, or a run's folder, whose final is taken",
+    )
     parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
     parser.add_argument("--demo", action="store_true", help=f"serve the packaged model {DEMO!r}, with sounds to play to it")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone; 0.0.0.0 for all)")

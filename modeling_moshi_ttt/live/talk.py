@@ -30,7 +30,9 @@ WAITING = 6  # frames of the microphone that may wait
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a model with its processor")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or Hub name of a model with its processor, or a run's folder, whose final is taken"
+    )
     parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
     parser.add_argument(
         "--wav", type=Path, metavar="FILE", help="hear this recording in place of the microphone; of stereo the right channel"

@@ -24,7 +24,8 @@ class ModelSettings:
     """The model that is trained."""
 
     path: str
-    """A folder or Hub name with weights (Moshi's own or ours), or a config.json to start from fresh weights; "tiny" is a packaged one."""
+    """A folder or Hub name with weights (Moshi's own or ours), a run's folder, whose final is taken, or a config.json
+    to start from fresh weights; "tiny" is a packaged one."""
     processor: str | None = None
     """Where the processor is, or "tiny" for the packaged one; None looks beside the weights."""
     ttt: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ import psutil
 from ..common.files import make_folder
 from ..common.lock import locked
 from ..common.packaged import names
-from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_step
+from ..common.run_folder import CODES, CURVE, FINAL, METRICS, final_of, final_step
 from ..common.settings import describe
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
 from .launch import launch_file
@@ -114,6 +114,8 @@ def train(config: RunConfig) -> Path:
     if config.mode == "frozen":
         raise MoshiTTTError("mode is 'frozen': nothing is trained, so there is nothing to run; choose lora, ttt, lora+ttt or full.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start = final_of(Path(config.model.path), tell=os.environ.get("RANK", "0") == "0")
+    config = config if start == Path(config.model.path) else replace(config, model=replace(config.model, path=str(start)))
     model_config = setup.model_config(config.model)  # before the data, whose preparation may take hours
     run_dir = make_folder(config.run_dir, "run_dir")
     with contextlib.ExitStack() as held:
