@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from transformers import MoshiConfig, PreTrainedConfig  # noqa: E402
 
 from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours  # noqa: E402
+from .stored_config_moshi_ttt import LIMITS, MAX_DELAY, MAX_ENTRIES, check_stored, short  # noqa: E402
 from .tokens_moshi_ttt import TEXT_PADDING_IDS, check_padding_ids  # noqa: E402
 
 MIXERS = ("linear", "mlp")
@@ -26,23 +27,6 @@ PUBLISHED_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 _COUNTS = {"vocab_size", "audio_vocab_size", "hidden_size", "ffn_dim", "num_hidden_layers", "num_codebooks", "sliding_window"} | {
     "num_attention_heads", "num_key_value_heads", "head_dim", "ttt_num_heads", "ttt_mini_batch_size", "scan_checkpoint_group_size",
 }  # fmt: skip
-# The greatest values that are believed, far above any model that there is: a configuration comes from a stranger, and what it says is made.
-LIMITS = {
-    "vocab_size": 1 << 20, "audio_vocab_size": 1 << 16, "hidden_size": 1 << 16, "ffn_dim": 1 << 18, "num_hidden_layers": 1 << 10,
-    "num_codebooks": 1 << 8, "num_user_codebooks": 1 << 8, "sliding_window": 1 << 20, "max_position_embeddings": 1 << 24,
-    "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 12, "ttt_num_heads": 1 << 10, "ttt_head_dim": 1 << 12,
-    "ttt_mini_batch_size": 1 << 16, "num_labels": 1 << 12,
-    # of a codec
-    "num_filters": 1 << 10, "num_residual_layers": 1 << 5, "num_quantizers": 1 << 8, "codebook_size": 1 << 16, "codebook_dim": 1 << 12,
-    "vector_quantization_hidden_dimension": 1 << 12, "intermediate_size": 1 << 18, "kernel_size": 1 << 8, "last_kernel_size": 1 << 8,
-    "residual_kernel_size": 1 << 8, "dilation_growth_rate": 1 << 4, "compress": 1 << 4, "sampling_rate": 1 << 18, "audio_channels": 1 << 6,
-}  # fmt: skip
-QUANT_METHOD = "moshi_ttt_int8"  # the one that a checkpoint may be saved in, which quantization_moshi_ttt registers
-MAX_DELAY = 1 << 10  # frames
-MAX_CODEC_LAYERS, MAX_RATIO = 1 << 7, 1 << 6
-MAX_ENTRIES = 1 << 12  # of a list, a mapping or a text
-# What a saved configuration may not choose: which code runs is the caller's to say.
-_CODE_CHOICES = re.compile(r"_?(?!ttt_)\w*_implementation(_internal)?|use_kernels|kernel_config|custom_pipelines|custom_generate")
 # What the depth decoder shares with the model, by its name there.
 _SHARED = {
     "vocab_size": "vocab_size",
@@ -132,37 +116,6 @@ def _parse_layer_text(text: str, num_hidden_layers: int) -> list[int]:
             range(int(match[1]), min(int(match[2] or match[1]), num_hidden_layers) + 1)
         )  # of those beyond, one is enough to refuse
     return numbers
-
-
-def _short(value: int) -> str:
-    """A whole number of any length, to be read."""
-    return str(value) if abs(value) < 1 << 64 else f"a number of {value.bit_length()} bits"
-
-
-def _check_stored(content: dict[str, Any], where: str, prefix: str = "") -> None:
-    """MoshiTTTError for a configuration from a file, or a part of it, that chooses code or is so large that reading it would take long."""
-    for name, value in content.items():
-        method = value.get("quant_method") if name == "quantization_config" and isinstance(value, dict) else None
-        if (value is not None and _CODE_CHOICES.fullmatch(str(name))) or method not in (None, QUANT_METHOD):
-            raise MoshiTTTError(
-                f"{where} holds `{prefix}{name}={value!r}`, which chooses code to run; remove it, and give it to `from_pretrained` if you want it."
-            )
-        if isinstance(value, (list, dict, str)) and len(value) > MAX_ENTRIES:
-            raise MoshiTTTError(f"{where}: `{prefix}{name}` must hold at most {MAX_ENTRIES} entries; it holds {len(value)}.")
-        if isinstance(value, int) and value > LIMITS.get(name, math.inf):
-            raise MoshiTTTError(f"{where}: `{prefix}{name}` must be at most {LIMITS[name]}; it is {_short(value)}.")
-        if isinstance(value, dict):
-            _check_stored(value, where, f"{prefix}{name}.")
-
-
-def check_codec(content: dict[str, Any], where: str) -> None:
-    """MoshiTTTError for a codec's configuration from a file, as for the model's."""
-    _check_stored(content, where)
-    layers, ratios = content.get("num_hidden_layers", 0), content.get("upsampling_ratios", [])
-    if layers > MAX_CODEC_LAYERS or not all(isinstance(ratio, int) and 0 < ratio <= MAX_RATIO for ratio in ratios):
-        raise MoshiTTTError(
-            f"{where}: `num_hidden_layers={layers}` must be at most {MAX_CODEC_LAYERS}, and each of `upsampling_ratios={ratios}` at most {MAX_RATIO}."
-        )
 
 
 def _check_dtype(name: str) -> None:
@@ -323,7 +276,7 @@ class MoshiTTTConfig(MoshiConfig):
                 if field in _COUNTS and isinstance(value, int) and value < 1:
                     raise MoshiTTTError(f"`{prefix}{field}={value}` must be at least 1.")
                 if isinstance(value, int) and value > LIMITS.get(field, math.inf):
-                    raise MoshiTTTError(f"`{prefix}{field}` must be at most {LIMITS[field]}; it is {_short(value)}.")
+                    raise MoshiTTTError(f"`{prefix}{field}` must be at most {LIMITS[field]}; it is {short(value)}.")
         weights = ("text_padding_weight", "semantic_loss_weight", "user_loss_weight", "initializer_range", "attention_dropout")
         self._require(
             *((field, (getattr(self, field) or 0) >= 0, "not be negative") for field in (*weights, "num_user_codebooks")),
@@ -469,7 +422,7 @@ class MoshiTTTConfig(MoshiConfig):
     @classmethod
     def from_json_file(cls, json_file: Any) -> Any:
         """As the parent's; what chooses code or is too large is refused, as in `from_dict`."""
-        _check_stored(cls._dict_from_json_file(json_file), str(json_file))
+        check_stored(cls._dict_from_json_file(json_file), str(json_file))
         return super().from_json_file(json_file)
 
     @classmethod
@@ -477,7 +430,7 @@ class MoshiTTTConfig(MoshiConfig):
         """As the parent's, but overrides (`ttt_layers="23-31"`) join the fields before they are checked, so they are parsed and refused
         alike.
         """
-        _check_stored(config_dict, "The configuration")
+        check_stored(config_dict, "The configuration")
         # The parent knows more ways to write `dtype` than its field takes.
         given = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
         for key in given.keys() & cls.sub_configs.keys():

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchFeature, MimiConfig, MimiModel, ProcessorMixin
 
-from .configuration_moshi_ttt import check_codec
 from .errors_moshi_ttt import MoshiTTTError, os_errors_as_ours
 from .mimi_stream import MimiStream, check_codes
 from .resampling import resample
+from .stored_config_moshi_ttt import check_codec
 from .tokens_moshi_ttt import IGNORED, MAIN_SPEAKER, TEXT_PADDING_IDS, WORD_START, ZERO, check_padding_ids, parse_word, text_stream
 from .versions_moshi_ttt import check_transformers
 

@@ -16,8 +16,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_moshi_ttt import QUANT_METHOD
 from .depth_decoder import DepthLinear
+from .stored_config_moshi_ttt import QUANT_METHOD
 
 LEFT_OUT = ("ttt", "lm_head", "lm_heads")  # parts of a module's name
 

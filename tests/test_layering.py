@@ -33,6 +33,7 @@ SUB_FILES = sorted(path for name in MAY_IMPORT for path in (PACKAGE / name).rglo
 # The layers of the flat files, lowest first: a file may import from its own layer and from lower ones.
 LAYERS = [
     {"errors_moshi_ttt"},
+    {"stored_config_moshi_ttt"},
     {"versions_moshi_ttt", "rings", "rows", "sampling_moshi_ttt", "tokens_moshi_ttt"},
     {"configuration_moshi_ttt", "delay_pattern", "frames_moshi_ttt", "loss_moshi_ttt", "mimi_stream", "processing_moshi_ttt", "resampling"}
     | {"ttt_reference", "ttt_dual", "ttt_state", "ttt_functions", "ttt_scan", "ttt_scan_op", "ttt_decode"},

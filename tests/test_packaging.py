@@ -100,7 +100,7 @@ def test_readme_links_work_away_from_the_repository():
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     inside = [link.split("/main/")[1] for link in links if link.startswith((home, raw))]
-    assert {"docs/pictures/recall.png", "CONTRIBUTING.md"} <= set(inside)
+    assert {"docs/pictures/spoken_recall.png", "CONTRIBUTING.md"} <= set(inside)
     assert [name for name in inside if not (ROOT / name).is_file()] == []
 
 

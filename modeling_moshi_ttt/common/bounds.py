@@ -1,6 +1,6 @@
 """The most that a stranger's file may ask for, held against it before anything is allocated, compiled or run.
 
-Sizes of a model and of its codec have theirs in `configuration_moshi_ttt.LIMITS`, which travels with the model.
+Sizes of a model and of its codec have theirs in `stored_config_moshi_ttt.LIMITS`, which travels with the model.
 """
 
 import re

@@ -16,10 +16,11 @@ from ..adapters.models import Shapes, dtype_problems, header_problems, load_mode
 from ..common.files import MANIFEST, check_manifest, read_json
 from ..common.run_folder import final_of
 from ..common.safetensor_files import PICKLES, TensorFiles
-from ..configuration_moshi_ttt import MoshiTTTConfig, check_codec
+from ..configuration_moshi_ttt import MoshiTTTConfig
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTFileNotFoundError
 from ..modeling_moshi_ttt import MoshiTTTForConditionalGeneration
 from ..processing_moshi_ttt import MoshiTTTProcessor
+from ..stored_config_moshi_ttt import check_codec
 from .carried_code import folder_code
 from .facts import Facts, count, finite_problems, refuse, shape_problems
 from .probe import compare, probe_loss, read_probe
