@@ -32,14 +32,3 @@ def test_a_measurement_names_its_command_seed_and_date(name):
         assert "moshi-ttt" in part["command"]
         assert isinstance(part["settings"]["seed"], int)
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", part["date"])
-
-
-def test_what_recipes_take_stands_on_its_pages_as_the_command_prints_it():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import simulate
-
-    numbers = json.loads(simulate.NUMBERS.read_text())
-    for page in simulate.PAGES:
-        assert f"\n\n{simulate.table(numbers)}\n\n" in page.read_text()
-    for recipe, found in numbers.items():
-        assert f"{simulate.header(found)}\n" in (ROOT / "configuration" / "train" / f"{recipe}.yaml").read_text()
