@@ -8,6 +8,7 @@ import argparse
 import errno
 import logging
 import socket
+import ssl
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -105,6 +106,14 @@ def check(args: argparse.Namespace) -> None:
     for file in filter(None, (args.tls_certificate, args.tls_key)):
         if not file.is_file():
             raise MoshiTTTOSError(f"{file}: there is no such file; name the certificate and its key in PEM form.")
+    if args.tls_certificate:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(args.tls_certificate, args.tls_key)
+        except ssl.SSLError as error:
+            raise MoshiTTTError(
+                f"`--tls-certificate={args.tls_certificate}` and `--tls-key={args.tls_key}` must be a certificate and its key in PEM form "
+                f"({error.reason}); check both files."
+            ) from None
 
 
 def listening(host: str, port: int) -> socket.socket:
