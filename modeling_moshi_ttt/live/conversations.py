@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +16,25 @@ import torch
 
 from ..common.files import make_folder
 from ..errors_moshi_ttt import MoshiTTTError
+from .object_store import ObjectStore
 from .session import ABOUT, belongs_to, read_session, write_session
 
 NAME = re.compile(r"[A-Za-z0-9_-]{22}")  # as `new_name` makes them: who knows one may go on with its conversation
 
 
 class ConversationStore:
-    """Sessions of one row in a folder, which several machines may share.
+    """Sessions of one row in a folder or an object store, which several machines may share.
 
     Args:
-        folder: made where it is not there.
+        folder: made where it is not there; or a URL, as `s3://bucket/sessions`, that fsspec can open.
         keep: seconds after which a conversation is removed.
     """
 
     def __init__(self, folder: str | Path, keep: float, model: Any, processor: Any) -> None:
-        self.folder, self.keep, self._owner = make_folder(folder, "--sessions"), keep, belongs_to(model, processor)
+        self.keep, self._owner = keep, belongs_to(model, processor)
+        self._objects = ObjectStore(str(folder), "--sessions") if "://" in str(folder) else None
+        self._spool = tempfile.TemporaryDirectory(prefix="moshi-ttt-") if self._objects else None  # on the way there and back
+        self.folder = make_folder(self._spool.name if self._spool else folder, "--sessions")
         self._held: dict[str, dict[str, torch.Tensor]] = {}  # until they are written
 
     @staticmethod
@@ -49,6 +56,9 @@ class ConversationStore:
             return False
         try:
             write_session(self.folder / name, [state], None, self._owner)
+            if self._objects:
+                self._objects.put(self.folder / name, name)
+                shutil.rmtree(self.folder / name)
         finally:
             if self._held.get(name) is state:
                 del self._held[name]
@@ -63,15 +73,32 @@ class ConversationStore:
         if (held := self._held.get(name)) is not None:
             return held
         self.remove_old()
-        if not NAME.fullmatch(name) or not (self.folder / name / ABOUT).is_file():
-            raise MoshiTTTError(f"no conversation is kept under this name (each is, for {self.keep / 60:.0f} minutes); begin a new one.")
-        try:
-            return read_session(self.folder / name, self._owner).rows[0]
-        except MoshiTTTError as error:  # whose words name a folder of this machine
-            raise MoshiTTTError("the conversation of this name is of another model, or not whole; begin a new one.") from error
+        with self._found(name) as place:
+            if place is None or not (place / ABOUT).is_file():
+                raise MoshiTTTError(
+                    f"no conversation is kept under this name (each is, for {self.keep / 60:.0f} minutes); begin a new one."
+                )
+            try:
+                return read_session(place, self._owner).rows[0]
+            except MoshiTTTError as error:  # whose words name a folder of this machine
+                raise MoshiTTTError("the conversation of this name is of another model, or not whole; begin a new one.") from error
+
+    @contextmanager
+    def _found(self, name: str) -> Iterator[Path | None]:
+        """The folder of what is kept under this name; None for what is no name."""
+        if not NAME.fullmatch(name):
+            yield None
+        elif self._objects is None:
+            yield self.folder / name
+        else:
+            with tempfile.TemporaryDirectory(dir=self.folder) as spool:
+                self._objects.get(name, Path(spool) / name)
+                yield Path(spool) / name
 
     def remove_old(self) -> None:
         """Remove what was kept long enough."""
+        if self._objects:
+            self._objects.remove_older(ABOUT, self.keep)
         for about in self.folder.glob(f"*/{ABOUT}"):
             if NAME.fullmatch(about.parent.name) and time.time() - about.stat().st_mtime > self.keep:
                 shutil.rmtree(about.parent, ignore_errors=True)

@@ -50,7 +50,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patience", type=int, default=3, metavar="FRAMES", help="how long a late frame is waited for (default 3)")
     parser.add_argument(
-        "--sessions", type=Path, metavar="FOLDER", help="keep conversations here, also for other machines; else until the end"
+        "--sessions",
+        metavar="FOLDER_OR_URL",
+        help="keep conversations here, also for other machines: a folder, or a URL of an object store as fsspec reads it; else until the end",
     )
     parser.add_argument("--keep", type=float, default=60.0, metavar="MINUTES", help="how long conversations are kept (default 60)")
     parser.add_argument("--minutes", type=float, default=0.0, help="longest call; no limit when 0 (default)")
