@@ -5,7 +5,7 @@
 #
 #   benchmarks/gpu.sh [folder for logs and JSON; default: benchmarks/gpu]
 #
-# Needs torch 2.11, Triton 3.6, transformers 5.17 or newer, peft, accelerate and pyyaml. A package that is missing is brought along as a pure-Python
+# Needs torch 2.11, Triton 3.6, transformers 5.23 or 5.24, peft, accelerate and pyyaml. A package that is missing is brought along as a pure-Python
 # wheel, unpacked beforehand: pip install --no-deps --target .wheels <name>. Ends with 1 when a check fails or a measurement breaks off.
 set -u
 cd "$(dirname "$0")/.."

@@ -31,11 +31,9 @@ MAX_MINI_BATCH = 64
 TOKEN_DTYPES = (torch.float32, torch.bfloat16)
 
 # What is tried, once per kernel, head width and mini-batch size: (width BLOCK_F of a tile, warps, stages of prefetched loads). Triton keeps
-# the
-# winner in its cache directory. Each fits in the 227 KB of shared memory of one H100 multiprocessor (the tests compile them). BLOCK_F = 4 D
-# in the MLP's forward means: fast weights in registers from one mini-batch to the next. Prefetching stays inside a loop over tiles, and no
-# loop
-# reads what it has written, so it never overtakes the barriers between the passes.
+# the winner in its cache directory. Each fits in the 227 KB of shared memory of one H100 multiprocessor (the tests compile them). BLOCK_F =
+# 4 D in the MLP's forward means: fast weights in registers from one mini-batch to the next. Prefetching stays inside a loop over tiles, and
+# no loop reads what it has written, so it never overtakes the barriers between the passes.
 CONFIGURATIONS = {
     "linear_forward": {32: [(0, 1, 1), (0, 4, 2)], 64: [(0, 4, 2), (0, 8, 2)], 128: [(0, 8, 1), (0, 8, 2), (0, 16, 1)]},
     "linear_backward": {32: [(32, 1, 1), (32, 4, 2)], 64: [(64, 4, 1), (32, 4, 2)], 128: [(32, 8, 1), (32, 8, 2), (32, 4, 1)]},
