@@ -422,3 +422,11 @@ def test_two_pulls_into_one_folder_are_told_of_each_other(hub, api, pushed, tmp_
     pull(REPO, tmp_path / "here", api=api)
     assert refused
     assert check_manifest(tmp_path / "here") == []
+
+
+def test_a_pull_that_another_has_overtaken_is_told_so_and_fetches_nothing(hub, api, pushed, tmp_path):
+    hub.faults.append(Fault("call", "/resolve/.*/config.json", "GET", call=lambda: pull(REPO, tmp_path / "here", api=api)))
+    with pytest.raises(OSError, match="holds something already; choose a new folder"):
+        pull(REPO, tmp_path / "here", api=api)
+    assert len([line for line in weights_were_read(hub) if "model-00001-of" in line]) == 1
+    assert check_manifest(tmp_path / "here") == []

@@ -37,8 +37,7 @@ def pull(
         OSError: a transfer that failed, `dest` holds something already, or another process pulls into it.
     """
     api, dest = api or HfApi(), Path(dest).absolute()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise MoshiTTTOSError(f"{dest} holds something already; choose a new folder")
+    _check_free(dest)
     place = dest.parent / f".{dest.name}.part"
     part = place / "files"
     then = f"what has arrived is kept in {place}; run the same command again to go on"
@@ -55,6 +54,7 @@ def pull(
             )
     _claim(place)
     with locked(place, "DEST"):
+        _check_free(dest)  # another pull may have ended since
         with hub_errors(f"pulling {repo_id}", then, api.token):
             api.snapshot_download(repo_id, revision=remote.sha, local_dir=part, ignore_patterns=unwanted(remote.files) or None)
         _check(part, repo_id, set(remote.files))
@@ -65,6 +65,11 @@ def pull(
         part.rename(dest)
         shutil.rmtree(place)
     return facts
+
+
+def _check_free(dest: Path) -> None:
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise MoshiTTTOSError(f"{dest} holds something already; choose a new folder")
 
 
 def _claim(place: Path) -> None:
