@@ -4,23 +4,13 @@ import fsspec
 import pytest
 import torch
 from live_client import FRAME
-from test_live_session import speaking_model
+from tiny import speaking_model
 
-from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, packaged
+from modeling_moshi_ttt import MoshiTTTSession
 from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTError
 from modeling_moshi_ttt.live.conversations import ConversationStore
 
 URL = "memory://bucket/sessions"
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return speaking_model()
 
 
 @pytest.fixture
@@ -73,6 +63,7 @@ def test_what_was_kept_long_enough_is_removed_and_nothing_else(model, processor,
     store = ConversationStore(URL, 3600, model, processor)
     name, _ = kept(store, model, processor)
     objects.pipe("/bucket/sessions/other/file", b"mine")
+    objects.pipe("/bucket/sessions/other/session.json", b"mine, too")
     store.remove_old()
     assert store.read(name)
     ConversationStore(URL, -1, model, processor).remove_old()

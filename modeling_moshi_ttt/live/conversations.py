@@ -72,33 +72,41 @@ class ConversationStore:
         """
         if (held := self._held.get(name)) is not None:
             return held
-        self.remove_old()
-        with self._found(name) as place:
-            if place is None or not (place / ABOUT).is_file():
-                raise MoshiTTTError(
-                    f"no conversation is kept under this name (each is, for {self.keep / 60:.0f} minutes); begin a new one."
-                )
+        age = self._age(name)
+        if age is None or age > self.keep:
+            raise MoshiTTTError(f"no conversation is kept under this name (each is, for {self.keep / 60:.0f} minutes); begin a new one.")
+        with self._fetched(name) as place:
             try:
                 return read_session(place, self._owner).rows[0]
             except MoshiTTTError as error:  # whose words name a folder of this machine
                 raise MoshiTTTError("the conversation of this name is of another model, or not whole; begin a new one.") from error
 
-    @contextmanager
-    def _found(self, name: str) -> Iterator[Path | None]:
-        """The folder of what is kept under this name; None for what is no name."""
-        if not NAME.fullmatch(name):
-            yield None
-        elif self._objects is None:
-            yield self.folder / name
-        else:
-            with tempfile.TemporaryDirectory(dir=self.folder) as spool:
-                self._objects.get(name, Path(spool) / name)
-                yield Path(spool) / name
-
     def remove_old(self) -> None:
         """Remove what was kept long enough."""
+        for name in self._objects.names() if self._objects else [path.name for path in self.folder.iterdir()]:
+            age = self._age(name)
+            if age is None or age <= self.keep:
+                continue
+            if self._objects:
+                self._objects.remove(name)
+            else:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _age(self, name: str) -> float | None:
+        """Seconds for which a conversation has been kept; None where there is none, or what is there is nothing of ours."""
+        if not NAME.fullmatch(name):
+            return None
         if self._objects:
-            self._objects.remove_older(ABOUT, self.keep)
-        for about in self.folder.glob(f"*/{ABOUT}"):
-            if NAME.fullmatch(about.parent.name) and time.time() - about.stat().st_mtime > self.keep:
-                shutil.rmtree(about.parent, ignore_errors=True)
+            return self._objects.age(f"{name}/{ABOUT}")
+        about = self.folder / name / ABOUT
+        return time.time() - about.stat().st_mtime if about.is_file() else None
+
+    @contextmanager
+    def _fetched(self, name: str) -> Iterator[Path]:
+        """The folder of what is kept under this name, on this machine."""
+        if self._objects is None:
+            yield self.folder / name
+            return
+        with tempfile.TemporaryDirectory(dir=self.folder) as spool:
+            self._objects.get(name, Path(spool) / name)
+            yield Path(spool) / name

@@ -23,7 +23,8 @@ class ObjectStore:
 
     def __init__(self, url: str, setting: str) -> None:
         try:
-            self._files, self._place = fsspec.core.url_to_fs(url)
+            # other servers write there, too: what was listed before is not what there is
+            self._files, self._place = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise MoshiTTTError(f"`{setting}={url}` must be a folder, or a URL that fsspec can open ({error}).") from None
 
@@ -38,9 +39,18 @@ class ObjectStore:
         for path in self._files.glob(f"{self._place}/{name}/*"):
             self._files.get_file(path, str(folder / PurePosixPath(path).name))
 
-    def remove_older(self, file: str, seconds: float) -> None:
-        """Remove the folders whose `file` was written longer ago than this."""
-        for path in self._files.glob(f"{self._place}/*/{file}"):
-            written = self._files.modified(path)
-            if (datetime.now(UTC) - written.replace(tzinfo=written.tzinfo or UTC)).total_seconds() > seconds:
-                self._files.rm(str(PurePosixPath(path).parent), recursive=True)
+    def age(self, path: str) -> float | None:
+        """Seconds since a file was written; None where there is none."""
+        try:
+            written = self._files.modified(f"{self._place}/{path}")
+        except FileNotFoundError:
+            return None
+        return (datetime.now(UTC) - written.replace(tzinfo=written.tzinfo or UTC)).total_seconds()
+
+    def names(self) -> list[str]:
+        """Of the folders that there are."""
+        return [PurePosixPath(path).name for path in self._files.glob(f"{self._place}/*")]
+
+    def remove(self, name: str) -> None:
+        """Remove a folder with all that it holds."""
+        self._files.rm(f"{self._place}/{name}", recursive=True)
