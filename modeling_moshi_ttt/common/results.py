@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -10,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from ..errors_moshi_ttt import MoshiTTTError
+from ..version import __version__
 from .files import read_json
 
 RESULTS = "results.json"
@@ -57,6 +61,21 @@ class Results(TypedDict):
     model: Model
     written: str
     tasks: dict[str, Part]
+
+
+def stamp(now: datetime) -> dict[str, str]:
+    """What a part says of its making."""
+    return {"version": __version__, "date": now.strftime("%Y-%m-%d"), "command": command()}
+
+
+def command() -> str:
+    """How this process was called."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def written(now: datetime) -> str:
+    """When a file of results was written, as it says so."""
+    return now.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def read_results(path: Path, shapes: Mapping[str, type[Any]]) -> dict[str, Any]:

@@ -6,16 +6,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..common.files import atomic_write
-from ..common.results import FORMAT, RESULTS, read_results
+from ..common.results import FORMAT, RESULTS, read_results, stamp, written
 from ..errors_moshi_ttt import MoshiTTTError
-from ..version import __version__
 from .compare import check_same
 from .report import write_report
 from .task import shapes, task
@@ -41,17 +38,12 @@ def merge(places: list[Path]) -> dict[str, Any]:
     now, tasks = datetime.now(UTC), {}
     for name, part in held[0]["tasks"].items():
         if (mean := task(part["kind"]).merged([one["tasks"][name] for one in held])) is not None:
-            more = {
-                "version": __version__,
-                "date": now.strftime("%Y-%m-%d"),
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            }
-            tasks[name] = mean | more | {"model_name": about["name"], "settings": part.get("settings", {})}
+            tasks[name] = mean | stamp(now) | {"model_name": about["name"], "settings": part.get("settings", {})}
     if not tasks:
         raise MoshiTTTError(
             f"{places[0]} holds {', '.join(held[0]['tasks'])}; one of them must be spoken_recall, which alone can be averaged."
         )
-    return {"format": FORMAT, "model": about, "written": now.strftime("%Y-%m-%d %H:%M UTC"), "tasks": tasks}
+    return {"format": FORMAT, "model": about, "written": written(now), "tasks": tasks}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

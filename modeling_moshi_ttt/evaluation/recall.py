@@ -7,8 +7,6 @@ import argparse
 import itertools
 import json
 import os
-import shlex
-import sys
 from dataclasses import MISSING, asdict, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing_extensions import TypedDict
 
 from ..common.files import atomic_write, read_json
 from ..common.progress import progress_bar
-from ..common.results import MORE, Part, checked
+from ..common.results import MORE, Part, checked, command
 from ..common.settings import DISTINCT, Bounds, Count, CountOrZero, Positive, Seed, check_entries, describe, load_settings, settings_group
 from ..errors_moshi_ttt import MoshiTTTError
 from . import drawing
@@ -140,8 +138,7 @@ def resume(settings: RecallSettings) -> Any:
     target = settings.output / "recall.json"
     kept = {name: value for name, value in asdict(settings).items() if name not in UNKEPT}
     if not target.is_file():
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        about = {"hardware": f"CPU, {os.cpu_count()} cores", "command": command, "settings": kept}
+        about = {"hardware": f"CPU, {os.cpu_count()} cores", "command": command(), "settings": kept}
         facts = {"kind": "recall", "window": settings.window, "reach": reach(settings.window), "chance": CHANCE}
         return {**facts, "runs": [], **about}
     results = checked(RecallPart, read_json(target), target)

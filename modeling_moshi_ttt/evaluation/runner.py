@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -15,9 +13,8 @@ from typing import Any
 import torch
 
 from ..common.files import atomic_write
-from ..common.results import FORMAT, RESULTS, read_results
+from ..common.results import FORMAT, RESULTS, read_results, stamp, written
 from ..errors_moshi_ttt import MoshiTTTError
-from ..version import __version__
 from .kept_numbers import digest
 from .report import write_report
 from .settings import SectionSettings
@@ -64,11 +61,9 @@ def run_evaluation(settings: SectionSettings, show_progress: bool = True) -> Pat
             "model_name": results["model"]["name"],
             "settings": keys[name],
             "seconds": round(time.perf_counter() - begin, 1),
-            "version": __version__,
-            "date": now.strftime("%Y-%m-%d"),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            **stamp(now),
         }
-        results["written"] = now.strftime("%Y-%m-%d %H:%M UTC")
+        results["written"] = written(now)
         atomic_write(settings.output / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return write_report(results, settings.output)
 

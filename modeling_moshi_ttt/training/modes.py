@@ -134,7 +134,7 @@ def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], setting
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), foreach=many)  # type: ignore[arg-type]
     if settings.optimizer == "muon":
-        return MuonWithAdamW(groups, settings.lr, (settings.betas[0], settings.betas[1]))
+        return MuonWithAdamW(groups, (settings.betas[0], settings.betas[1]))
     return torch.optim.Adafactor(groups, lr=settings.lr, foreach=False)
 
 

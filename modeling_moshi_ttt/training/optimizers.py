@@ -16,19 +16,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Args:
         groups: of parameters, each with "matrices" (bool), "lr" and "weight_decay".
-        lr: of groups without one.
         betas: AdamW's.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
-        super().__init__(groups, {"lr": lr})
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]):
+        super().__init__(groups, {})
         matrices = [group for group in self.param_groups if group["matrices"]]
         others = [group for group in self.param_groups if not group["matrices"]]
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
         if others:
-            self.parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, foreach=False))
+            self.parts.append(torch.optim.AdamW(others, betas=betas, foreach=False))
         for part in self.parts:  # they share this one's groups, whose rates change in every step, and its state, which is saved
             part.state = self.state
 
