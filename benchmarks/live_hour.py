@@ -36,10 +36,11 @@ from modeling_moshi_ttt.live import engine as engine_home
 from modeling_moshi_ttt.live import protocol
 from modeling_moshi_ttt.live import server as server_home
 from modeling_moshi_ttt.live.conversations import ConversationStore
-from modeling_moshi_ttt.live.serve import listening
+from modeling_moshi_ttt.live.serve import listening, server_config
 
 QUERY = "format=pcm&seed=7&audio_temperature=0.8&text_temperature=0.7"
 SETTINGS = {"seeds": [7], "temperature": 0.8, "text_temperature": 0.7, "do_sample": True}
+SOUND = protocol.PcmSound()
 EVERY = 250  # frames between two looks at the server's memory
 
 
@@ -53,7 +54,7 @@ def serve(folder: Path) -> None:
     app = server_home.create_app(engine, server_home.ServerSettings())
     with listening("127.0.0.1", 0) as place:
         print(place.getsockname()[1], flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_config=None, ws="websockets-sansio")).run(sockets=[place])
+        uvicorn.Server(server_config(app)).run(sockets=[place])
 
 
 @contextmanager
@@ -68,9 +69,9 @@ def server(folder: Path) -> Any:
         process.wait()
 
 
-def samples(t: int) -> np.ndarray:
-    """What the user says in frame t: [1920] 16-bit samples."""
-    return np.rint(np.clip(user_frame(t)[0].numpy(), -1, 1) * 32767).astype("<i2")
+def samples(t: int) -> bytes:
+    """What the user says in frame t, as it is sent."""
+    return SOUND.encode(user_frame(t)[0].numpy())
 
 
 class Line:
@@ -82,9 +83,9 @@ class Line:
         while not self.conversation:
             self._take(self.socket.recv(120))
 
-    def _take(self, message: Any) -> np.ndarray | None:
+    def _take(self, message: Any) -> bytes | None:
         if message[0] == protocol.AUDIO:
-            return np.frombuffer(message[1:], "<i2")
+            return bytes(message[1:])
         if message[0] == protocol.TEXT:
             self.words += message[1:].decode()
         elif message[0] == protocol.METADATA:
@@ -95,9 +96,9 @@ class Line:
             raise RuntimeError(message[1:].decode())
         return None
 
-    def say(self, sound: np.ndarray) -> np.ndarray:
-        """Send a frame; what is answered, [1920]."""
-        self.socket.send(protocol.message(protocol.AUDIO, sound.tobytes()))
+    def say(self, sound: bytes) -> bytes:
+        """Send a frame; what is answered."""
+        self.socket.send(protocol.message(protocol.AUDIO, sound))
         while (answer := self._take(self.socket.recv(120))) is None:
             pass
         return answer
@@ -118,7 +119,7 @@ def talk(line: Line, process: Any, start: int, stop: int) -> dict[str, Any]:
         took.append(time.perf_counter() - begin)
         if t % EVERY == 0:
             memory.append(psutil.Process(process.pid).memory_info().rss)
-    return {"answers": np.stack(answers), "took": took, "memory": memory, "words": line.words}
+    return {"answers": answers, "took": took, "memory": memory, "words": line.words}
 
 
 def through_servers(frames: int) -> list[dict[str, Any]]:
@@ -139,23 +140,23 @@ def through_servers(frames: int) -> list[dict[str, Any]]:
     return halves
 
 
-def alone(frames: int) -> tuple[np.ndarray, str]:
-    """What a session says that hears the same: [frames, 1920] 16-bit samples, and its words."""
+def alone(frames: int) -> tuple[list[bytes], str]:
+    """What a session says that hears the same: each frame as it would be sent, and its words."""
     session, said, words = MoshiTTTSession(*tiny_model(), **SETTINGS), [], []
     for t in range(frames):
-        frame = session.step(torch.from_numpy(samples(t).astype(np.float32) / 32768)[None])
-        said.append(np.rint(np.clip(frame.pcm[0].numpy(), -1, 1) * 32767).astype("<i2"))
+        frame = session.step(torch.from_numpy(SOUND.decode(samples(t)))[None])
+        said.append(SOUND.encode(frame.pcm[0].numpy()))
         words.append(frame.text[0])
-    return np.stack(said), "".join(words)
+    return said, "".join(words)
 
 
 def measure(frames: int) -> dict[str, Any]:
     """Raises RuntimeError where the servers said anything else than the session alone."""
     halves = through_servers(frames)
     expected, words = alone(frames)
-    answers = np.concatenate([half["answers"] for half in halves])
-    if not np.array_equal(answers, expected) or "".join(half["words"] for half in halves) != words:
-        different = np.flatnonzero((answers != expected).any(1))
+    answers = [answer for half in halves for answer in half["answers"]]
+    if answers != expected or "".join(half["words"] for half in halves) != words:
+        different = [t for t, (heard, own) in enumerate(zip(answers, expected)) if heard != own]
         raise RuntimeError(f"{len(different)} of {frames} frames differ from the session's, the first is {different[:1]}")
     part = min(frames // 4, 3750)  # five minutes
     result = {"frames": frames, "killed_after": frames // 2, "frames_equal": frames, "words_equal": True}

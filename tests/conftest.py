@@ -35,6 +35,22 @@ def kyutai_golden():
     return load_file(GOLDEN / "kyutai_seed0.safetensors"), json.loads((GOLDEN / "kyutai_seed0.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def processor():
+    """The packaged processor with its tiny codec; modules that need another have their own."""
+    from modeling_moshi_ttt import MoshiTTTProcessor, packaged
+
+    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model that speaks the codec of `processor`; modules that need another have their own."""
+    from tiny import speaking_model
+
+    return speaking_model()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB that is really full when it is full; None where mounting is not permitted."""

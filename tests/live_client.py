@@ -16,18 +16,17 @@ from websockets.sync.client import connect
 from modeling_moshi_ttt.live import engine as engine_home
 from modeling_moshi_ttt.live.conversations import ConversationStore
 from modeling_moshi_ttt.live.engine import Engine
-from modeling_moshi_ttt.live.protocol import LONGEST_MESSAGE
+from modeling_moshi_ttt.live.serve import server_config
 from modeling_moshi_ttt.live.server import ServerSettings, create_app
 
 FRAME, RATE = 1920, 24000
 
 
 @contextlib.contextmanager
-def running(app):
-    """The port of an application that is served in a thread."""
+def running(app, *tls):
+    """The port of an application that is served in a thread, over TLS with a certificate and its key."""
     with socket.create_server(("127.0.0.1", 0)) as place:
-        config = uvicorn.Config(app, log_config=None, ws="websockets-sansio", ws_max_size=LONGEST_MESSAGE, ws_per_message_deflate=False)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(server_config(app, *tls))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
         try:

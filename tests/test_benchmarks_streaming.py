@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_live_session import FRAME, MoshiTTTProcessor, MoshiTTTSession, packaged, sound, speaking_model, talk
+from test_live_session import FRAME, sound, talk
+from tiny import speaking_model
+
+from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, packaged
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

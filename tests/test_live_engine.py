@@ -7,24 +7,14 @@ import numpy as np
 import pytest
 import torch
 from live_client import FRAME, noise, without_a_clock
-from test_live_session import speaking_model
+from tiny import speaking_model
 
-from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, packaged
+from modeling_moshi_ttt import MoshiTTTSession
 from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTError
 from modeling_moshi_ttt.live import engine as home
 from modeling_moshi_ttt.live.capacity import full_session, measured_rows, row_bytes
 from modeling_moshi_ttt.live.conversations import ConversationStore
 from modeling_moshi_ttt.live.engine import Beginning, Caller, Ended, Engine, EngineFull, Said
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return speaking_model()
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from live_client import noise, serving, without_a_clock
-from test_live_session import speaking_model
+from tiny import speaking_model
 
-from modeling_moshi_ttt import MoshiTTTForConditionalGeneration, MoshiTTTProcessor, packaged
+from modeling_moshi_ttt import MoshiTTTForConditionalGeneration, packaged
 from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.live.clips import demo_clips
 
@@ -27,11 +27,6 @@ FAKE = [
     "--autoplay-policy=no-user-gesture-required",
     "--no-sandbox",
 ]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
 
 
 @pytest.fixture

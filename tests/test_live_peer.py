@@ -9,7 +9,7 @@ import soundfile
 import sphn
 import torch
 from live_client import FRAME, RATE, noise, serving, without_a_clock
-from test_live_session import speaking_model
+from tiny import speaking_model
 from tree import ROOT
 
 from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, cli, packaged

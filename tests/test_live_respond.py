@@ -7,22 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_live_session import FRAME, speaking_model
+from test_live_session import FRAME
 
-from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, MoshiTTTStream, cli, packaged
+from modeling_moshi_ttt import MoshiTTTSession, MoshiTTTStream, cli
 from modeling_moshi_ttt.data.audio import read_audio, write_audio
 
 RATE = 24000
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return speaking_model()
 
 
 @pytest.fixture(scope="module")

@@ -12,25 +12,14 @@ import pytest
 import torch
 from live_client import FRAME, RATE, call, noise, serving, without_a_clock
 from starlette.datastructures import QueryParams
-from test_live_session import speaking_model
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, packaged
+from modeling_moshi_ttt import MoshiTTTSession
 from modeling_moshi_ttt.data.audio import write_audio
 from modeling_moshi_ttt.errors_moshi_ttt import MoshiTTTError
 from modeling_moshi_ttt.live import protocol
 from modeling_moshi_ttt.live import server as home
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return speaking_model()
 
 
 @pytest.fixture

@@ -13,29 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import speaking_model
 
-from modeling_moshi_ttt import MoshiTTTProcessor, MoshiTTTSession, packaged
+from modeling_moshi_ttt import MoshiTTTSession
 from modeling_moshi_ttt.live import session as home
 
 FRAME = 1920
 NAN = float("nan")
 DELAYS = pytest.mark.parametrize("delays", [[0, *[1] * 7], [0] * 8, [0, 3, 1, 2, 1, 1, 0, 1]], ids=["moshi", "none", "uneven"])
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
-
-
-def speaking_model(seed: int = 0, **changes):
-    """A tiny model that speaks the tiny codec."""
-    return tiny_model(torch.float32, seed, vocab_size=512, num_codebooks=8, audio_vocab_size=128, **changes)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return speaking_model()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +153,9 @@ def test_a_failed_reset_has_changed_nothing(new, monkeypatch):
 
 IN_ANOTHER_PROCESS = """
 import sys, torch
-from test_live_session import MoshiTTTProcessor, MoshiTTTSession, packaged, sound, speaking_model, talk
+from test_live_session import MoshiTTTSession, sound, talk
+from tiny import speaking_model
+from modeling_moshi_ttt import MoshiTTTProcessor, packaged
 torch.set_num_threads(1)
 session = MoshiTTTSession.load(sys.argv[1], speaking_model(), MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny")))
 said, text = talk(session, sound(2, 5 * 3528, seed=2), 441)

@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 from live_client import FRAME, RATE, call, noise
-from test_live_session import speaking_model
+from tiny import speaking_model
 
 from modeling_moshi_ttt import MoshiTTTProcessor, cli, packaged
 from modeling_moshi_ttt.data.audio import read_audio, write_audio

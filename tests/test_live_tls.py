@@ -1,26 +1,22 @@
 """`moshi-ttt serve --tls-certificate --tls-key`: browsers give their microphone to https alone."""
 
-import argparse
 import datetime
 import ipaddress
-import socket
 import ssl
-import threading
-import time
 import urllib.request
 
 import pytest
-import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from live_client import running
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from websockets.sync.client import connect
 
-from modeling_moshi_ttt.live import serve
+from modeling_moshi_ttt.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -55,31 +51,19 @@ def test_pages_and_calls_come_over_tls_and_not_without(files):
         await line.close()
 
     app = Starlette(routes=[Route("/", page), WebSocketRoute("/api/chat", chat)])
-    server = uvicorn.Server(serve.server_config(app, argparse.Namespace(tls_certificate=files[0], tls_key=files[1])))
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            address, trusted = f"127.0.0.1:{place.getsockname()[1]}", ssl.create_default_context(cafile=files[0])
-            with urllib.request.urlopen(f"https://{address}/", context=trusted) as answer:
-                assert answer.read() == b"here"
-            with connect(f"wss://{address}/api/chat", ssl=trusted) as line:
-                line.send(b"\x06")
-                assert line.recv(10) == b"\x06"
-            with pytest.raises(OSError, match=r"."):
-                urllib.request.urlopen(f"http://{address}/", timeout=10)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with running(app, *files) as port:
+        address, trusted = f"127.0.0.1:{port}", ssl.create_default_context(cafile=files[0])
+        with urllib.request.urlopen(f"https://{address}/", context=trusted) as answer:
+            assert answer.read() == b"here"
+        with connect(f"wss://{address}/api/chat", ssl=trusted) as line:
+            line.send(b"\x06")
+            assert line.recv(10) == b"\x06"
+        with pytest.raises(OSError, match=r"."):
+            urllib.request.urlopen(f"http://{address}/", timeout=10)
 
 
 @pytest.mark.parametrize("broken", ["certificate.pem", "key.pem"])
 def test_what_is_no_certificate_or_key_is_one_line(files, tmp_path, broken, capsys):
-    from modeling_moshi_ttt.cli import main
-
     place = tmp_path / broken
     place.write_text("no PEM")
     certificate, key = (place if place.name == file.name else file for file in files)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_live_session import sound, speaking_model
-from tiny import tiny_model
+from test_live_session import sound
+from tiny import speaking_model, tiny_model
 
-from modeling_moshi_ttt import MoshiTTTFrame, MoshiTTTProcessor, MoshiTTTSession, packaged
+from modeling_moshi_ttt import MoshiTTTFrame, MoshiTTTSession
 from modeling_moshi_ttt.tokens_moshi_ttt import UNGENERATED
 
 NAN = float("nan")
@@ -212,11 +212,6 @@ def traced(trace, call) -> bool:
         return False
     finally:
         sys.settrace(None)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return MoshiTTTProcessor.from_pretrained(packaged("processor", "tiny"))
 
 
 def a_step(processor, mixer):

@@ -36,6 +36,11 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> 
     return model
 
 
+def speaking_model(seed: int = 0, **changes):
+    """A tiny model that speaks the tiny codec."""
+    return tiny_model(torch.float32, seed, vocab_size=512, num_codebooks=8, audio_vocab_size=128, **changes)
+
+
 def random_frames(config: MoshiTTTConfig, rows: int, frames: int, seed: int = 1) -> dict[str, torch.Tensor]:
     """Aligned random frames of every stream, some of them absent (-1), as keyword arguments of the model."""
     generator = torch.Generator().manual_seed(seed)

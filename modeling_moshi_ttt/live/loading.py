@@ -13,6 +13,10 @@ from ..common.hub import local_folder
 from ..errors_moshi_ttt import MoshiTTTError
 from ..processing_moshi_ttt import MoshiTTTProcessor
 
+# What the commands that talk say of these options.
+MODEL = "folder or Hub name of a model with its processor, or a run's folder, whose final is taken"
+ADAPTER = "folder or Hub name of an adapter to put into it"
+
 
 def load_model(name: str, adapter_name: str | None, option: str = "--model") -> tuple[Any, Any]:
     """Model and processor, on a GPU where there is one.

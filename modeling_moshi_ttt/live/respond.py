@@ -25,7 +25,7 @@ from ..common.progress import progress_bar
 from ..data.audio import audio_pieces, read_audio, write_audio
 from ..errors_moshi_ttt import MoshiTTTError
 from ..tokens_moshi_ttt import MAIN_SPEAKER
-from .loading import load_model
+from .loading import ADAPTER, MODEL, load_model
 from .session import ABOUT, MoshiTTTSession
 
 RATE = 24000  # at which recordings are read to be checked
@@ -37,10 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("source", metavar="IN", type=Path, help="a sound file, or a folder of them")
     parser.add_argument("target", metavar="OUT", type=Path, help="the answer, a .wav; of a folder, a folder")
-    parser.add_argument(
-        "--model", required=True, help="folder or Hub name of a model with its processor, or a run's folder, whose final is taken"
-    )
-    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--adapter", help=ADAPTER)
     parser.add_argument("--transcript", type=Path, metavar="FILE.jsonl", help="write Moshi's words with their times")
     parser.add_argument("--stereo", action="store_true", help="write both voices, Moshi left and the user right")
     parser.add_argument("--seed", type=int, help="of every recording, whose answer then is the same each time, also beside others")

@@ -21,7 +21,7 @@ from .capacity import measured_rows
 from .clips import demo_clips
 from .conversations import ConversationStore
 from .engine import Engine
-from .loading import load_model
+from .loading import ADAPTER, MODEL, load_model
 from .logs import log_to_stderr
 from .protocol import LONGEST_MESSAGE
 from .server import ServerSettings, create_app
@@ -38,9 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="folder or Hub name of a model with its processor, or a run's folder, whose final is taken",
+        help=MODEL,
     )
-    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
+    parser.add_argument("--adapter", help=ADAPTER)
     parser.add_argument("--demo", action="store_true", help=f"serve the packaged model {DEMO!r}, with sounds to play to it")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone; 0.0.0.0 for all)")
     parser.add_argument("--port", type=int, default=8998, help="default 8998, as Kyutai's; 0 for any")
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         port, scheme = place.getsockname()[1], "https" if args.tls_certificate else "http"
         suffix = f"/?token={args.token}" if args.token else ""
         print(f"talk to {engine.name} at {scheme}://{args.host}:{port}{suffix} ({rows} callers at once; Ctrl-C stops)", flush=True)
-        uvicorn.Server(server_config(app, args)).run(sockets=[place])
+        uvicorn.Server(server_config(app, args.tls_certificate, args.tls_key)).run(sockets=[place])
     return 0
 
 
@@ -140,7 +140,8 @@ def server_settings(args: argparse.Namespace) -> ServerSettings:
     return ServerSettings(sampling, args.token, tuple(args.origin), args.voices, minutes=args.minutes, log_words=args.log_words)
 
 
-def server_config(app: Any, args: argparse.Namespace) -> uvicorn.Config:
+def server_config(app: Any, certificate: Path | None = None, key: Path | None = None) -> uvicorn.Config:
+    """How uvicorn serves the application: over TLS with a certificate and its key."""
     return uvicorn.Config(
         app,
         log_config=None,
@@ -150,6 +151,6 @@ def server_config(app: Any, args: argparse.Namespace) -> uvicorn.Config:
         ws_max_size=LONGEST_MESSAGE,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=STOP,
-        ssl_certfile=args.tls_certificate,
-        ssl_keyfile=args.tls_key,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
     )

@@ -21,7 +21,7 @@ from rich.text import Text
 from ..common.files import check_folder
 from ..data.audio import read_audio, write_audio
 from ..errors_moshi_ttt import MoshiTTTError, MoshiTTTOSError
-from .loading import load_model
+from .loading import ADAPTER, MODEL, load_model
 from .session import ABOUT, MoshiTTTSession
 
 BARS, QUIETEST = 24, 60.0  # of a meter, and decibels below full scale where it begins
@@ -30,10 +30,8 @@ WAITING = 6  # frames of the microphone that may wait
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder or Hub name of a model with its processor, or a run's folder, whose final is taken"
-    )
-    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put into it")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--adapter", help=ADAPTER)
     parser.add_argument(
         "--wav", type=Path, metavar="FILE", help="hear this recording in place of the microphone; of stereo the right channel"
     )
