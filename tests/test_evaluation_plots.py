@@ -239,9 +239,9 @@ def test_two_logs_of_one_name_are_not_drawn_over_each_other(tmp_path):
     assert all((log.parent / "metrics.png").is_file() for log in logs)
 
 
-@pytest.mark.parametrize("name", ["recall.json", "spoken_recall_held_out_voices.json"])
+@pytest.mark.parametrize("name", ["docs/pictures/recall.json", "tests/kept/v0.2.0/spoken_recall.json"])
 def test_parts_of_version_0_2_are_read_and_drawn(tmp_path, name):
-    path = ROOT / "docs" / "pictures" / name
+    path = ROOT / name
     assert main(["plot", str(path), "--output", str(tmp_path)]) == 0
     part = checked_part(json.loads(path.read_text()), shapes(), path)
     one = task(part["kind"])
